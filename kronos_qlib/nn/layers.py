@@ -1,0 +1,141 @@
+"""The layers that the tokenizer and the model share: RMSNorm, rotary attention, SwiGLU, the pre-norm block."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation (Zhang & Sennrich 2019), computed in float32."""
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
+
+
+class Rotary(nn.Module):
+    """Rotary positions (Su et al. 2021), base 10000, half-split convention."""
+
+    def __init__(self, head_dim: int, base: float = 10000.0) -> None:
+        super().__init__()
+        self.register_buffer("inv_freq", base ** (-torch.arange(0, head_dim, 2).float() / head_dim))
+
+    def table(self, length: int, start: int = 0) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [length, head_dim] of positions start … start + length − 1."""
+        positions = torch.arange(start, start + length, device=self.inv_freq.device, dtype=torch.float32)
+        angles = torch.outer(positions, self.inv_freq.float()).repeat(1, 2)
+        return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + head_dim / 2) of x [..., T, head_dim] by the angles of the table."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat([-second, first], dim=-1) * sin.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with rotary positions on queries and keys, both counted from 0."""
+
+    def __init__(self, d_model: int, n_heads: int, attn_dropout_p: float, resid_dropout_p: float) -> None:
+        super().__init__()
+        self.n_heads, self.head_dim = n_heads, d_model // n_heads
+        self.attn_dropout_p = attn_dropout_p
+        self.q_proj = nn.Linear(d_model, d_model)
+        self.k_proj = nn.Linear(d_model, d_model)
+        self.v_proj = nn.Linear(d_model, d_model)
+        self.out_proj = nn.Linear(d_model, d_model)
+        self.rotary = Rotary(self.head_dim)
+        self.resid_dropout = nn.Dropout(resid_dropout_p)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """[B, T, d_model] → [B, n_heads, T, head_dim]."""
+        return x.unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """[B, n_heads, T, head_dim] → [B, T, d_model], through the output projection."""
+        return self.resid_dropout(self.out_proj(x.transpose(1, 2).flatten(-2)))
+
+    def forward(self, query: Tensor, context: Tensor) -> Tensor:
+        """Causal attention of query [B, T, d] over context [B, T, d]; query i sees the context up to i."""
+        q, k, v = self.heads(self.q_proj(query)), self.heads(self.k_proj(context)), self.heads(self.v_proj(context))
+        cos, sin = self.rotary.table(context.shape[1])
+        dropout_p = self.attn_dropout_p if self.training else 0.0
+        out = F.scaled_dot_product_attention(
+            rotate(q, cos, sin), rotate(k, cos, sin), v, dropout_p=dropout_p, is_causal=True
+        )
+        return self.merge(out)
+
+    def last_query(self, query: Tensor, context: Tensor, aligned: bool) -> Tensor:
+        """One query [B, 1, d] over the whole context [B, T, d].
+
+        aligned turns the query by position T − 1 and the keys by 0 … T − 1, as in training; otherwise nothing is
+        turned, as the published generation does (its table has the query's length, 1).
+        """
+        q, k, v = self.heads(self.q_proj(query)), self.heads(self.k_proj(context)), self.heads(self.v_proj(context))
+        if aligned:
+            cos, sin = self.rotary.table(context.shape[1])
+            q, k = rotate(q, cos[-1:], sin[-1:]), rotate(k, cos, sin)
+        return self.merge(F.scaled_dot_product_attention(q, k, v))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020): w2(silu(w1 x) · w3 x)."""
+
+    def __init__(self, d_model: int, ff_dim: int, dropout_p: float) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(d_model, ff_dim, bias=False)
+        self.w3 = nn.Linear(d_model, ff_dim, bias=False)
+        self.w2 = nn.Linear(ff_dim, d_model, bias=False)
+        self.dropout = nn.Dropout(dropout_p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, causal."""
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        ff_dim: int,
+        ffn_dropout_p: float,
+        attn_dropout_p: float,
+        resid_dropout_p: float,
+    ) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(d_model)
+        self.self_attn = Attention(d_model, n_heads, attn_dropout_p, resid_dropout_p)
+        self.norm2 = RMSNorm(d_model)
+        self.ffn = FeedForward(d_model, ff_dim, ffn_dropout_p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm1(x)
+        x = x + self.self_attn(h, h)
+        return x + self.ffn(self.norm2(x))
+
+
+def initialise(module: nn.Module, d_model: int) -> None:
+    """Weights of a new network: linear Xavier normal with zero bias, embeddings N(0, d_model^-0.5), norms 1."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_normal_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.Embedding) and part.weight.requires_grad:
+            nn.init.normal_(part.weight, std=d_model**-0.5)
+
+
+def check_heads(owner: str, d_model: int, n_heads: int) -> None:
+    """Rotary positions turn pairs: every head needs an even number of coordinates.
+
+    Raises:
+        ValueError: naming `d_model` and `n_heads`.
+    """
+    if d_model <= 0 or n_heads <= 0 or d_model % (2 * n_heads):
+        raise ValueError(f"{owner}: d_model ({d_model}) must be a positive multiple of 2 × n_heads ({n_heads})")

@@ -1,0 +1,180 @@
+"""Kronos: the decoder-only transformer that continues a sequence of (s1, s2) codes."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kronos_qlib.nn.checkpoint import HubModule
+from kronos_qlib.nn.layers import Attention, Block, RMSNorm, check_heads, initialise
+
+S2Rotation = Literal["reference", "aligned"]
+CROSS_ATTENTION_HEADS = 4  # whatever the model's n_heads
+TIME_TABLES = {"minute": 60, "hour": 24, "weekday": 7, "day": 32, "month": 13}  # in the order of a stamp
+
+
+class FixedEmbedding(nn.Module):
+    """A sinusoidal table (Vaswani et al. 2017) that is not trained."""
+
+    def __init__(self, size: int, d_model: int) -> None:
+        super().__init__()
+        frequency = 10000.0 ** (-torch.arange(0, d_model, 2).float() / d_model)
+        angle = torch.outer(torch.arange(size).float(), frequency)
+        self.emb = nn.Embedding(size, d_model)
+        self.emb.weight = nn.Parameter(torch.stack([angle.sin(), angle.cos()], -1).flatten(1), requires_grad=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.emb.weight
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.emb(index)
+
+
+class TimeEmbedding(nn.Module):
+    """The sum of one embedding per stamp field."""
+
+    def __init__(self, d_model: int, learn_te: bool) -> None:
+        super().__init__()
+        for field, size in TIME_TABLES.items():
+            table = nn.Embedding(size, d_model) if learn_te else FixedEmbedding(size, d_model)
+            self.add_module(f"{field}_embed", table)
+
+    def tables(self) -> list[Tensor]:
+        """The five tables [size, d_model], in the order of a stamp's fields."""
+        return [self.get_submodule(f"{field}_embed").weight for field in TIME_TABLES]
+
+    def forward(self, stamp: Tensor) -> Tensor:
+        """Stamps [..., 5] (int) → [..., d_model]."""
+        fields = stamp.long().unbind(-1)
+        return sum(F.embedding(index, table) for index, table in zip(fields, self.tables(), strict=True))
+
+
+class CodeEmbedding(nn.Module):
+    """Fuses the embeddings of the two ids of a bar."""
+
+    def __init__(self, s1_bits: int, s2_bits: int, d_model: int) -> None:
+        super().__init__()
+        self.emb_s1 = nn.Embedding(2**s1_bits, d_model)
+        self.emb_s2 = nn.Embedding(2**s2_bits, d_model)
+        self.fusion_proj = nn.Linear(2 * d_model, d_model)
+        self.scale = math.sqrt(d_model)
+
+    def forward(self, s1: Tensor, s2: Tensor) -> Tensor:
+        return self.fusion_proj(torch.cat([self.emb_s1(s1), self.emb_s2(s2)], dim=-1) * self.scale)
+
+
+class DependencyLayer(nn.Module):
+    """Lets s2 depend on the s1 of the same bar: the s1 embedding asks the context."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.cross_attn = Attention(d_model, CROSS_ATTENTION_HEADS, attn_dropout_p=0.0, resid_dropout_p=0.0)
+        self.norm = RMSNorm(d_model)
+
+
+class DualHead(nn.Module):
+    """The two classifiers over codes."""
+
+    def __init__(self, s1_bits: int, s2_bits: int, d_model: int) -> None:
+        super().__init__()
+        self.proj_s1 = nn.Linear(d_model, 2**s1_bits)
+        self.proj_s2 = nn.Linear(d_model, 2**s2_bits)
+
+    def compute_loss(
+        self, s1_logits: Tensor, s2_logits: Tensor, s1_targets: Tensor, s2_targets: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Cross-entropies in nats of logits [B, T, vocabulary] and targets [B, T]: (their mean, that of s1, of s2)."""
+        ce_s1 = F.cross_entropy(s1_logits.flatten(0, -2).float(), s1_targets.flatten())
+        ce_s2 = F.cross_entropy(s2_logits.flatten(0, -2).float(), s2_targets.flatten())
+        return (ce_s1 + ce_s2) / 2, ce_s1, ce_s2
+
+
+class Kronos(HubModule):
+    """Autoregressive model of K-line codes (Shi et al. 2025, arXiv 2508.02739).
+
+    Ids s1 and s2 are [B, T] int64; a stamp is [B, T, 5]: minute, hour, weekday (Monday 0), day, month of each bar.
+    """
+
+    def __init__(
+        self,
+        s1_bits: int,
+        s2_bits: int,
+        n_layers: int,
+        d_model: int,
+        n_heads: int,
+        ff_dim: int,
+        ffn_dropout_p: float,
+        attn_dropout_p: float,
+        resid_dropout_p: float,
+        token_dropout_p: float,
+        learn_te: bool,
+    ) -> None:
+        super().__init__()
+        check_heads("Kronos", d_model, n_heads)
+        check_heads("Kronos (cross-attention)", d_model, CROSS_ATTENTION_HEADS)
+        self.s1_bits, self.s2_bits, self.d_model = s1_bits, s2_bits, d_model
+        self.embedding = CodeEmbedding(s1_bits, s2_bits, d_model)
+        self.time_emb = TimeEmbedding(d_model, learn_te)
+        self.token_drop = nn.Dropout(token_dropout_p)
+        self.transformer = nn.ModuleList(
+            Block(d_model, n_heads, ff_dim, ffn_dropout_p, attn_dropout_p, resid_dropout_p) for _ in range(n_layers)
+        )
+        self.norm = RMSNorm(d_model)
+        self.dep_layer = DependencyLayer(d_model)
+        self.head = DualHead(s1_bits, s2_bits, d_model)
+        initialise(self, d_model)
+
+    def forward(
+        self,
+        s1: Tensor,
+        s2: Tensor,
+        stamp: Tensor,
+        use_teacher_forcing: bool = False,
+        s1_targets: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits of the next s1 [B, T, 2^s1_bits] and of the next s2 [B, T, 2^s2_bits], causal in training and not.
+
+        The s2 query is the embedding of the next s1: s1_targets [B, T] with teacher forcing, otherwise a draw from
+        the s1 logits (torch's global random state), as the published fine-tuning does.
+
+        Raises:
+            ValueError: teacher forcing without s1_targets.
+        """
+        s1_logits, context = self.decode_s1(s1, s2, stamp)
+        if use_teacher_forcing:
+            if s1_targets is None:
+                raise ValueError("Kronos: use_teacher_forcing needs s1_targets")
+            next_s1 = s1_targets
+        else:
+            probabilities = s1_logits.detach().float().softmax(-1)
+            next_s1 = torch.multinomial(probabilities.flatten(0, -2), 1).view(s1.shape)
+        query = self.embedding.emb_s1(next_s1)
+        return s1_logits, self._s2_logits(context, self.dep_layer.cross_attn(query, context))
+
+    def decode_s1(self, s1: Tensor, s2: Tensor, stamp: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the next s1 [B, T, 2^s1_bits] and the context [B, T, d_model] they were read from."""
+        h = self.token_drop(self.embedding(s1, s2) + self.time_emb(stamp))
+        for block in self.transformer:
+            h = block(h)
+        context = self.norm(h)
+        return self.head.proj_s1(context), context
+
+    def decode_s2(self, context: Tensor, s1: Tensor, s2_rotation: S2Rotation = "reference") -> Tensor:
+        """Logits of s2 [B, T, 2^s2_bits] given the context [B, T, d_model] and the next s1.
+
+        s1 [B, 1] is one query over the whole context, as in generation; read the last position. s1 [B, T] is one
+        query per position, causal, as in training. s2_rotation says how the one query sees its keys: unrotated as
+        published ("reference") or as in training ("aligned").
+        """
+        query = self.embedding.emb_s1(s1)
+        if s1.shape[1] == 1:
+            attended = self.dep_layer.cross_attn.last_query(query, context, aligned=s2_rotation == "aligned")
+        else:
+            attended = self.dep_layer.cross_attn(query, context)
+        return self._s2_logits(context, attended)
+
+    def _s2_logits(self, context: Tensor, attended: Tensor) -> Tensor:
+        return self.head.proj_s2(self.dep_layer.norm(context + attended))

@@ -1,0 +1,67 @@
+"""Binary spherical quantization (Zhao et al. 2024): a unit vector becomes the signs of its coordinates."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class BinarySphericalQuantizer(nn.Module):
+    """Signs of a unit vector, scaled back to the unit sphere, with a straight-through gradient and the BSQ loss.
+
+    group_size only has to divide the bits: the group codebook of the paper does not enter the loss, but published
+    checkpoints carry its buffer.
+    """
+
+    basis: Tensor
+    group_basis: Tensor
+
+    def __init__(self, bits: int, beta: float, gamma0: float, gamma: float, zeta: float, group_size: int) -> None:
+        super().__init__()
+        if bits % group_size:
+            raise ValueError(f"KronosTokenizer: group_size ({group_size}) must divide s1_bits + s2_bits ({bits})")
+        self.bits, self.beta, self.gamma0, self.gamma, self.zeta = bits, beta, gamma0, gamma, zeta
+        self.register_buffer("basis", 2 ** torch.arange(bits - 1, -1, -1))
+        self.register_buffer("group_basis", 2 ** torch.arange(group_size - 1, -1, -1))
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantize z [..., bits], already of unit length: ±1/sqrt(bits) [..., bits] and the BSQ loss (scalar).
+
+        The loss is beta · commitment + zeta · (gamma0 · entropy per position − gamma · entropy of the mean code).
+        """
+        signs = torch.where(z > 0, 1.0, -1.0).to(z.dtype)
+        quantized = (z + (signs - z).detach()) * self.bits**-0.5  # the gradient passes the scale too
+        commitment = (quantized.detach() - z).square().sum(-1).mean()
+        p = torch.sigmoid(-4 * z.float() / self.bits**0.5)
+        h_sample = _binary_entropy(p).sum(-1).mean()
+        h_code = _binary_entropy(p.flatten(0, -2).mean(0)).sum()
+        loss = self.beta * commitment + self.zeta * (self.gamma0 * h_sample - self.gamma * h_code)
+        return quantized, loss
+
+
+class SignQuantizer(nn.Module):
+    """Holds the quantizer under the name that published state dicts give it: `tokenizer.bsq`."""
+
+    def __init__(self, bits: int, beta: float, gamma0: float, gamma: float, zeta: float, group_size: int) -> None:
+        super().__init__()
+        self.bsq = BinarySphericalQuantizer(bits, beta, gamma0, gamma, zeta, group_size)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Bring z [..., bits] to unit length and quantize it."""
+        return self.bsq(F.normalize(z, dim=-1))
+
+
+def signs_to_ids(signs: Tensor) -> Tensor:
+    """Ids [...] (int64) of the signs [..., bits]: bit k, of value 2^k, is 1 where coordinate k is not negative."""
+    values = 2 ** torch.arange(signs.shape[-1], device=signs.device)
+    return ((signs >= 0).long() * values).sum(-1)
+
+
+def ids_to_signs(ids: Tensor, bits: int) -> Tensor:
+    """The inverse of `signs_to_ids`: ids [...] → ±1.0 [..., bits] (float32)."""
+    shifts = torch.arange(bits, device=ids.device)
+    return ((ids.unsqueeze(-1) >> shifts) & 1).float() * 2 - 1
+
+
+def _binary_entropy(p: Tensor, eps: float = 1e-8) -> Tensor:
+    """Entropy of (p, 1 − p) in nats, elementwise."""
+    return -(p * torch.log(p + eps) + (1 - p) * torch.log(1 - p + eps))

@@ -1,0 +1,91 @@
+"""KronosTokenizer: a bar becomes two short bit codes (ids s1 and s2) and back."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kronos_qlib.nn.checkpoint import HubModule
+from kronos_qlib.nn.layers import Block, check_heads, initialise
+from kronos_qlib.nn.quantizer import SignQuantizer, ids_to_signs, signs_to_ids
+
+
+class KronosTokenizer(HubModule):
+    """Causal transformer autoencoder around a binary spherical quantizer (Shi et al. 2025, arXiv 2508.02739).
+
+    The first s1_bits of a code are its coarse part (id s1), the rest its fine part (id s2). n_enc_layers and
+    n_dec_layers count one more than the blocks that exist, as in the published configurations.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_model: int,
+        n_heads: int,
+        ff_dim: int,
+        n_enc_layers: int,
+        n_dec_layers: int,
+        ffn_dropout_p: float,
+        attn_dropout_p: float,
+        resid_dropout_p: float,
+        s1_bits: int,
+        s2_bits: int,
+        beta: float,
+        gamma0: float,
+        gamma: float,
+        zeta: float,
+        group_size: int,
+    ) -> None:
+        super().__init__()
+        check_heads("KronosTokenizer", d_model, n_heads)
+        self.d_in, self.s1_bits, self.s2_bits = d_in, s1_bits, s2_bits
+        self.bits = s1_bits + s2_bits
+        dropouts = (ffn_dropout_p, attn_dropout_p, resid_dropout_p)
+        self.embed = nn.Linear(d_in, d_model)
+        self.head = nn.Linear(d_model, d_in)
+        self.encoder = nn.ModuleList(Block(d_model, n_heads, ff_dim, *dropouts) for _ in range(n_enc_layers - 1))
+        self.decoder = nn.ModuleList(Block(d_model, n_heads, ff_dim, *dropouts) for _ in range(n_dec_layers - 1))
+        self.quant_embed = nn.Linear(d_model, self.bits)
+        self.post_quant_embed_pre = nn.Linear(s1_bits, d_model)
+        self.post_quant_embed = nn.Linear(self.bits, d_model)
+        self.tokenizer = SignQuantizer(self.bits, beta, gamma0, gamma, zeta, group_size)
+        initialise(self, d_model)
+
+    def forward(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, Tensor]:
+        """Reconstruct normalised bars x [B, L, d_in].
+
+        Returns:
+            ((recon_s1, recon), bsq_loss, quantized, ids): reconstructions [B, L, d_in] from the coarse bits alone and
+            from all bits, the BSQ loss (scalar), ±1/sqrt(bits) [B, L, bits], ids over all bits [B, L].
+        """
+        quantized, bsq_loss = self._quantize(x)
+        recon_s1 = self._decode(self.post_quant_embed_pre(quantized[..., : self.s1_bits]))
+        recon = self._decode(self.post_quant_embed(quantized))
+        return (recon_s1, recon), bsq_loss, quantized, signs_to_ids(quantized)
+
+    def encode(self, x: Tensor, half: bool = False) -> Tensor | list[Tensor]:
+        """Ids of normalised bars x [B, L, d_in]: one over all bits [B, L], or with half the list [s1, s2] of them."""
+        quantized, _ = self._quantize(x)
+        if half:
+            return [signs_to_ids(quantized[..., : self.s1_bits]), signs_to_ids(quantized[..., self.s1_bits :])]
+        return signs_to_ids(quantized)
+
+    def decode(self, ids: Tensor | Sequence[Tensor], half: bool = False) -> Tensor:
+        """Normalised bars [B, L, d_in] of ids as `encode` gives them. Causal: bar i depends on ids up to i."""
+        if half:
+            s1, s2 = ids
+            signs = torch.cat([ids_to_signs(s1, self.s1_bits), ids_to_signs(s2, self.s2_bits)], dim=-1)
+        else:
+            signs = ids_to_signs(ids, self.bits)
+        return self._decode(self.post_quant_embed(signs * self.bits**-0.5))
+
+    def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.embed(x)
+        for block in self.encoder:
+            h = block(h)
+        return self.tokenizer(self.quant_embed(h))
+
+    def _decode(self, h: Tensor) -> Tensor:
+        for block in self.decoder:
+            h = block(h)
+        return self.head(h)

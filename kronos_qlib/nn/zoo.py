@@ -1,0 +1,90 @@
+"""The published networks by name, and `nano`, our own small one for a CPU."""
+
+from dataclasses import dataclass
+from typing import Any
+
+DROPOUT_FREE = {"ffn_dropout_p": 0.0, "attn_dropout_p": 0.0, "resid_dropout_p": 0.0}
+BSQ = {"beta": 0.05, "gamma0": 1.0, "gamma": 1.1, "zeta": 0.05}
+TRAINED_UNTIL = "2024-06-30"
+
+
+@dataclass(frozen=True)
+class ZooEntry:
+    """A named network: constructor arguments and, where it is published, its hub id and what is known of it."""
+
+    config: dict[str, Any]
+    parameters: int
+    hub_id: str | None = None
+    revision: str | None = None  # the hub commit known to be good; None: the newest
+    max_context: int | None = None  # bars
+    trained_until: str | None = None  # the last date of the pre-training data
+    tokenizer: str | None = None  # a model's tokenizer, by name
+
+
+def _tokenizer(**changes: Any) -> dict[str, Any]:
+    base = {"d_in": 6, "d_model": 256, "n_heads": 4, "ff_dim": 512, "n_enc_layers": 4, "n_dec_layers": 4}
+    return base | DROPOUT_FREE | {"s1_bits": 10, "s2_bits": 10} | BSQ | {"group_size": 4} | changes
+
+
+def _model(n_layers: int, d_model: int, n_heads: int, ff_dim: int, **changes: Any) -> dict[str, Any]:
+    shape = {"n_layers": n_layers, "d_model": d_model, "n_heads": n_heads, "ff_dim": ff_dim}
+    dropouts = {"ffn_dropout_p": 0.2, "attn_dropout_p": 0.0, "resid_dropout_p": 0.2, "token_dropout_p": 0.0}
+    return {"s1_bits": 10, "s2_bits": 10} | shape | dropouts | {"learn_te": True} | changes
+
+
+TOKENIZERS: dict[str, ZooEntry] = {
+    "tokenizer-base": ZooEntry(
+        _tokenizer(),
+        3_958_042,
+        hub_id="NeoQuasar/Kronos-Tokenizer-base",
+        revision="0e0117387f39004a9016484a186a908917e22426",
+        trained_until=TRAINED_UNTIL,
+    ),
+    "tokenizer-2k": ZooEntry(
+        _tokenizer(group_size=5), 3_958_042, hub_id="NeoQuasar/Kronos-Tokenizer-2k", trained_until=TRAINED_UNTIL
+    ),
+    "nano": ZooEntry(
+        _tokenizer(d_model=96, ff_dim=192, n_enc_layers=3, n_dec_layers=3, s1_bits=8, s2_bits=8),
+        376_246,
+    ),
+}
+
+MODELS: dict[str, ZooEntry] = {
+    "mini": ZooEntry(
+        _model(4, 256, 4, 512),
+        4_108_032,
+        hub_id="NeoQuasar/Kronos-mini",
+        max_context=2048,
+        trained_until=TRAINED_UNTIL,
+        tokenizer="tokenizer-2k",
+    ),
+    "small": ZooEntry(
+        _model(8, 512, 8, 1024, ffn_dropout_p=0.25, resid_dropout_p=0.25, attn_dropout_p=0.1, token_dropout_p=0.1),
+        24_741_376,
+        hub_id="NeoQuasar/Kronos-small",
+        revision="901c26c1332695a2a8f243eb2f37243a37bea320",
+        max_context=512,
+        trained_until=TRAINED_UNTIL,
+        tokenizer="tokenizer-base",
+    ),
+    "base": ZooEntry(
+        _model(12, 832, 16, 2048),
+        102_310_592,
+        hub_id="NeoQuasar/Kronos-base",
+        max_context=512,
+        trained_until=TRAINED_UNTIL,
+        tokenizer="tokenizer-base",
+    ),
+    "nano": ZooEntry(
+        _model(4, 160, 4, 320, s1_bits=8, s2_bits=8, ffn_dropout_p=0.0, resid_dropout_p=0.0),
+        1_368_672,
+        max_context=512,
+        tokenizer="nano",
+    ),
+}
+
+
+def published(hub_id: str) -> ZooEntry | None:
+    """The zoo's entry of a hub id, or None for one that it does not know."""
+    entries = [*TOKENIZERS.values(), *MODELS.values()]
+    return next((entry for entry in entries if entry.hub_id == hub_id), None)
