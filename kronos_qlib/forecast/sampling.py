@@ -1,0 +1,56 @@
+"""Drawing tokens from logits: temperature, top-k, top-p, inverse transform."""
+
+import torch
+from torch import Tensor
+
+FIRST_CANDIDATES = 64  # how many of the largest logits are looked at before more are asked for
+
+
+def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Draw one token per uniform number by inverse transform.
+
+    Top-k keeps the k largest logits; top-p then keeps the smallest prefix of the sorted distribution whose mass
+    exceeds p, always at least one.
+
+    Args:
+        logits: float32 [B, R, V]; R is 1 where all S draws of a row share one distribution, else S.
+        uniform: float32 [B, S] in [0, 1).
+        temperature: > 0, divides the logits.
+        top_k: 0 keeps all.
+        top_p: in (0, 1]; 1 keeps all.
+
+    Returns:
+        Tokens int64 [B, S].
+    """
+    if top_k == 1:
+        return logits.argmax(-1).expand_as(uniform)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        values, tokens = logits.topk(top_k)
+        probability = values.softmax(-1)
+    elif top_p < 1:
+        probability, tokens = _candidates(logits, top_p)
+    else:
+        probability, tokens = logits.softmax(-1), None
+    kept = torch.full_like(probability[..., 0], probability.shape[-1], dtype=torch.long)
+    if top_p < 1:
+        keep = probability.cumsum(-1) - probability <= top_p
+        probability, kept = probability * keep, keep.sum(-1)
+    cumulative = probability.cumsum(-1)
+    target = uniform.unsqueeze(-1) * cumulative[..., -1:]
+    rank = (cumulative <= target).sum(-1)
+    rank = torch.minimum(rank, kept - 1)  # a product that rounds up to the whole mass would point past the end
+    return rank if tokens is None else tokens.expand(*rank.shape, -1).gather(-1, rank.unsqueeze(-1)).squeeze(-1)
+
+
+def _candidates(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Probabilities, in falling order, and tokens of enough candidates to hold the mass top_p in every row."""
+    log_total = logits.logsumexp(-1, keepdim=True)
+    size = logits.shape[-1]
+    count = min(FIRST_CANDIDATES, size) if logits.device.type == "cpu" else size  # elsewhere a look would synchronise
+    while True:
+        values, tokens = logits.topk(count)
+        probability = (values - log_total).exp()
+        if count == size or bool((probability.sum(-1) > top_p).all()):
+            return probability, tokens
+        count = min(4 * count, size)

@@ -1,0 +1,52 @@
+"""Which device and which compute precision a run uses."""
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or for None and "auto" the best of this machine: CUDA, then MPS, then CPU.
+
+    Raises:
+        ValueError: an unknown device, or one that this machine or this build of torch lacks.
+    """
+    if device is None or device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: {device!r} is unknown; use auto, cpu, mps, cuda or cuda:N") from error
+    if resolved.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (resolved.index or 0) >= count:
+            raise ValueError(f"device: {device!r} was asked for, but torch sees {count} CUDA device(s); use auto or cpu")
+    if resolved.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device: 'mps' was asked for, but this machine has none; use auto or cpu")
+    return resolved
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The precision of the matrix products; "auto" is bfloat16 where the device multiplies it in hardware.
+
+    Raises:
+        ValueError: a dtype other than auto, float32 and bfloat16.
+    """
+    if dtype is None:
+        return torch.float32
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")
+    if dtype == "auto":
+        return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: {dtype!r} is unknown; use auto, {' or '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile"))
