@@ -1,0 +1,172 @@
+"""The command `kronos-qlib`: what stands before and after Qlib's own `qrun workflows/X.yaml`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from textwrap import dedent
+
+_EPILOG = """\
+    A first round, on simulated bars:
+      kronos-qlib demo-data runs/demo/market
+      qrun workflows/lightgbm_demo.yaml
+      qrun workflows/kronos_demo.yaml
+      kronos-qlib compare kronos_demo lightgbm_demo --out runs/demo
+"""
+
+_DEMO_DATA = """\
+    Write a synthetic Qlib store of daily bars, to try a pipeline on or to test it: the strength of what can be
+    predicted is known.
+
+    DIR gets calendars/, instruments/ and features/ in Qlib's binary format, and SYNTHETIC.txt, by which kronos-qlib
+    says wherever results are shown that the data are simulated. Universe: demo, whose members come and go. Benchmark:
+    DEMOINDEX. There are suspensions, splits, price limits of 10 % and volatility clusters. The same options give the
+    same store. A former demo market in DIR is replaced; anything else there is left alone, with an error.
+"""
+
+_DEMO_DATA_EXAMPLES = """\
+    examples:
+      kronos-qlib demo-data runs/demo/market                 60 instruments, 900 days, in about a second
+      kronos-qlib demo-data /tmp/noise --signal 0 --seed 3   nothing to find: a model that finds something cheats
+      kronos-qlib demo-data /tmp/large --instruments 300 --days 2000
+"""
+
+_COMPARE = """\
+    Compare finished runs: the newest of each experiment named, or the very run whose recorder id is given.
+
+    Printed: IC and Rank IC (means of the daily values), ICIR and Rank ICIR (mean over standard deviation, daily), and
+    of the backtest, over the benchmark and after costs: excess return a year, information ratio (annualised), largest
+    drawdown. The runs need Qlib's SignalRecord, SigAnaRecord and PortAnaRecord.
+
+    With --out, DIR gets comparison.csv (the same figures with all their digits, returns as ratios: 0.05 is 5 %) and
+    excess_return.png (cumulative excess return after and before costs, drawdown below).
+"""
+
+_COMPARE_EXAMPLES = """\
+    examples:
+      kronos-qlib compare kronos_demo lightgbm_demo --out runs/demo
+      kronos-qlib compare kronos_csi300 173aafb213a24eb4a9d063053aec4045 --uri sqlite:////data/mlflow.db
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return the exit status: 0, or 2 after an error of the caller's, told in one line."""
+    options = _parser().parse_args(argv)
+    return options.run(options)
+
+
+def _demo_data(options: argparse.Namespace) -> int:
+    from kronos_qlib.data.demo import write_demo_market
+
+    try:
+        folder = write_demo_market(
+            options.folder,
+            instruments=options.instruments,
+            days=options.days,
+            signal=options.signal,
+            seed=options.seed,
+        )
+    except (ValueError, OSError) as error:
+        return _fail("demo-data", error)
+    print(
+        f"{folder}: synthetic demo market, {options.instruments} instruments × {options.days} days, "
+        f"signal {options.signal:g}, seed {options.seed}\nuniverse: demo   benchmark: DEMOINDEX"
+    )
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from kronos_qlib.analysis.comparison import terminal_text, write_csv
+    from kronos_qlib.analysis.figures import plot_excess_return
+    from kronos_qlib.analysis.results import ResultsError, load_runs
+
+    try:
+        runs = load_runs(options.names, options.uri)
+        print(terminal_text(runs))
+        if options.out is not None:
+            write_csv(runs, options.out / "comparison.csv")
+            plot_excess_return(runs, options.out / "excess_return.png")
+            print(f"\nwritten: {options.out / 'comparison.csv'}, {options.out / 'excess_return.png'}")
+    except (ResultsError, OSError) as error:
+        return _fail("compare", error)
+    return 0
+
+
+def _fail(command: str, error: Exception) -> int:
+    print(f"kronos-qlib {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kronos-qlib",
+        description="Kronos, the foundation model for K-lines, in Qlib: data to try it on, and runs side by side.",
+        epilog=dedent(_EPILOG),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_demo_data(commands)
+    _add_compare(commands)
+    return parser
+
+
+def _add_demo_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser(
+        "demo-data",
+        help="write a synthetic Qlib store",
+        description=dedent(_DEMO_DATA),
+        epilog=dedent(_DEMO_DATA_EXAMPLES),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("folder", metavar="DIR", type=Path, help="folder of the store; made if absent")
+    command.add_argument(
+        "--instruments", type=int, default=60, metavar="N", help="stocks beside the index (default: 60)"
+    )
+    command.add_argument(
+        "--days", type=int, default=900, metavar="N", help="business days from 2018-01-02 (default: 900)"
+    )
+    command.add_argument(
+        "--signal",
+        type=float,
+        default=0.05,
+        metavar="IC",
+        help="information coefficient, about, of the best simple rule (ten-day reversal) against the return from "
+        "tomorrow's close to the next; 0 is none at all, 0.5 the most (default: 0.05)",
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random numbers (default: 0)")
+    command.set_defaults(run=_demo_data)
+
+
+def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser(
+        "compare",
+        help="put finished runs side by side",
+        description=dedent(_COMPARE),
+        epilog=dedent(_COMPARE_EXAMPLES),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument(
+        "names", metavar="NAME", nargs="+", help="experiment name (the workflow's file stem) or recorder id"
+    )
+    command.add_argument(
+        "--uri",
+        default="sqlite:///mlflow.db",
+        help="MLflow store of the runs (default: sqlite:///mlflow.db, in this folder)",
+    )
+    command.add_argument(
+        "--out", type=Path, metavar="DIR", help="also write comparison.csv and excess_return.png to DIR"
+    )
+    command.set_defaults(run=_compare)
+
+
+def _version() -> str:
+    try:
+        return version("kronos-qlib")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Checks of the bars themselves: what no market prints is an error, what looks unadjusted is a warning."""
+
+import warnings
+
+import numpy as np
+
+from kronos_qlib.data.windows import COLUMNS, Bars
+
+ROUNDING = 1e-5  # adjusted float32 prices may disagree by some units in the last place
+CHANGE_TOLERANCE = 0.20
+NAMED = 5  # how many suspicious bars a warning names
+
+
+def check_bars(bars: Bars, owner: str = "KLineHandler") -> None:
+    """Raise a ValueError for infinite values, prices of zero or less, negative volume or amount, high below low.
+
+    The message names the first such instrument and date, its values, and how many such bars there are.
+    """
+    prices = bars.values[:, :4]
+    high, low = prices[:, 1], prices[:, 2]
+    faults = {
+        "an infinite value": np.isinf(bars.values).any(axis=1),
+        "a price of zero or less": (prices <= 0).any(axis=1),
+        "a negative volume or amount": (bars.values[:, 4:] < 0).any(axis=1),
+        "its high below its low": high < low * (1 - ROUNDING),
+    }
+    for fault, wrong in faults.items():
+        rows = np.flatnonzero(wrong)
+        if len(rows):
+            first = rows[0]
+            values = ", ".join(f"{name} {value:g}" for name, value in zip(COLUMNS, bars.values[first]))
+            raise ValueError(
+                f"{owner}: {_name(bars, first)} has {fault}: {values} ({len(rows)} such bars in all, of "
+                f"{len(np.unique(bars.codes[rows]))} instruments); correct them in the store, set them to NaN, "
+                "or leave the instrument out"
+            )
+
+
+def warn_of_jumps(bars: Bars, returns: np.ndarray, change: np.ndarray, owner: str = "KLineHandler") -> None:
+    """Warn, once, of bars whose close-to-close return disagrees with `$change` by over 0.20.
+
+    `returns` and `change` are ratios `[N]` (−0.059 is −5.9 %), aligned with `bars`, NaN where unknown. Such a jump is
+    mostly a split or a change of code that the prices were not adjusted for. The worst are named.
+    """
+    distance = np.abs(returns - change)
+    rows = np.flatnonzero(distance > CHANGE_TOLERANCE)
+    if len(rows):
+        worst = rows[np.argsort(-distance[rows], kind="stable")][:NAMED]
+        named = "; ".join(f"{_name(bars, row)} ({returns[row]:+.1%} against {change[row]:+.1%})" for row in worst)
+        warnings.warn(
+            f"{owner}: the close-to-close return disagrees with $change by over {CHANGE_TOLERANCE:g} on {len(rows)} "
+            f"bars of {len(np.unique(bars.codes[rows]))} instruments, the prices may be unadjusted there: {named}"
+            + ("; …" if len(rows) > NAMED else ""),
+            stacklevel=3,
+        )
+
+
+def _name(bars: Bars, row: int) -> str:
+    date = np.datetime_as_string(bars.dates[row], unit="m").removesuffix("T00:00")
+    return f"{bars.instruments[bars.codes[row]]} {date}"

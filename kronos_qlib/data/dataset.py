@@ -1,0 +1,184 @@
+"""KLineDataset: windows of bars by score date, segment by segment, as a Qlib dataset."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+from pydantic import BeforeValidator, Field, TypeAdapter
+from qlib.data.dataset import DatasetH
+from qlib.data.dataset.handler import DataHandler
+from qlib.utils import init_instance_by_config
+
+from kronos_qlib.data.calendar import SessionCalendar, check_exchange, end_of, store_calendar
+from kronos_qlib.data.handler import KLineHandler
+from kronos_qlib.data.settings import Date, Settings, read_settings
+from kronos_qlib.data.windows import Windows
+
+Segment = tuple[pd.Timestamp | None, pd.Timestamp | None]
+_DATE = TypeAdapter(Date, config={"arbitrary_types_allowed": True})
+
+
+def _segment(value: Any) -> Segment:
+    if isinstance(value, slice) and value.step is None:
+        value = (value.start, value.stop)
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise ValueError("should be [start, end], either may be null")
+    try:
+        start, end = (_DATE.validate_python(date) for date in value)
+    except ValueError:
+        raise ValueError("should be two dates such as [2015-01-01, 2022-12-31], either may be null") from None
+    if start is not None and end is not None and start > end:
+        raise ValueError("starts after it ends")
+    return start, end
+
+
+def _exchange(value: Any) -> Any:
+    if isinstance(value, str):
+        check_exchange(value)
+    return value
+
+
+class DatasetSettings(Settings):
+    """The keyword arguments of `KLineDataset`."""
+
+    handler: Any
+    segments: dict[str, Annotated[Any, BeforeValidator(_segment)]] = Field(min_length=1)
+    lookback: int = Field(default=90, ge=2)
+    horizon: int = Field(default=10, ge=1)
+    exchange: Annotated[str | None, BeforeValidator(_exchange)] = None
+    fetch_kwargs: dict[str, Any] = {}
+
+
+class KLineDataset(DatasetH):
+    """Windows of `lookback` valid bars that end on the score dates of a segment, from a `KLineHandler`.
+
+    segments: name → [start, end] of score dates, both inclusive, either may be null. Bars before the start are used as
+        context; training windows never reach past the end.
+    lookback, horizon: bars seen and bars forecast.
+    exchange: whose sessions follow the end of the store's calendar (see `SessionCalendar`).
+
+    `prepare` is DatasetH's, so Qlib's records find features and labels. A pickle keeps settings only.
+    Raises ValueError, one line, for wrong settings and for a segment that lies outside the data.
+    """
+
+    def __init__(
+        self,
+        handler: KLineHandler | Mapping[str, Any],
+        segments: Mapping[str, Any],
+        lookback: int = 90,
+        horizon: int = 10,
+        exchange: str | None = None,
+        fetch_kwargs: Mapping[str, Any] | None = None,
+        **unknown: Any,
+    ) -> None:
+        values = {"handler": handler, "segments": segments, "lookback": lookback, "horizon": horizon}
+        values |= {"exchange": exchange, "fetch_kwargs": fetch_kwargs or {}, **unknown}
+        settings = read_settings(DatasetSettings, "KLineDataset", values)
+        self.handler = init_instance_by_config(handler, accept_types=DataHandler)
+        if not isinstance(self.handler, KLineHandler):
+            raise ValueError(f"KLineDataset: handler should be a KLineHandler, not a {type(self.handler).__name__}")
+        self._set(settings)
+        super().__init__(self.handler, self.segments, settings.fetch_kwargs)
+        for name in self.segments:
+            self._require_dates(name)
+
+    def score_windows(self, segment: Any = "test") -> Windows:
+        """One window per (score date, instrument) of a segment (a name or a pair of dates), sorted so; future = 0.
+
+        A score needs `lookback` valid bars that end on that very date, and membership on it. The last date of the
+        store has scores too. Raises ValueError for an unknown or empty segment.
+        """
+        return self._windows(segment, future=0)
+
+    def training_windows(self, segment: Any) -> Windows:
+        """As `score_windows`, with the horizon + 1 bars that follow, all of them within the segment.
+
+        The lookback may reach before the segment's start.
+        """
+        return self._windows(segment, future=self.horizon + 1)
+
+    @property
+    def calendar(self) -> SessionCalendar:
+        """The sessions of the store and those expected after them."""
+        if not hasattr(self, "_calendar"):
+            self._calendar = store_calendar(self.handler.freq, self.exchange)
+        return self._calendar
+
+    def config(self, handler_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Change segments, lookback, horizon or exchange, by `handler_kwargs` the handler, or what pickling keeps."""
+        known = ("segments", "lookback", "horizon", "exchange")
+        ours = {key: kwargs.pop(key) for key in known if key in kwargs}
+        unknown = set(kwargs) - {"dump_all", "exclude", "include", "recursive"}
+        if unknown:
+            raise ValueError(
+                f"KLineDataset: unknown key {sorted(unknown)[0]!r} of config; known: handler_kwargs, {', '.join(known)}"
+            )
+        if ours:
+            values = {key: getattr(self, key) for key in ("handler", *known)} | ours
+            self._set(read_settings(DatasetSettings, "KLineDataset", values))
+        super().config(handler_kwargs=handler_kwargs, **kwargs)
+
+    def _set(self, settings: DatasetSettings) -> None:
+        freq = self.handler.freq
+        self.segments = {name: (start, end_of(end, freq)) for name, (start, end) in settings.segments.items()}
+        self.lookback = settings.lookback
+        self.horizon = settings.horizon
+        self.exchange = settings.exchange
+        self.__dict__.pop("_calendar", None)
+
+    def _bounds(self, segment: Any) -> tuple[str, np.datetime64, np.datetime64]:
+        """What to call a segment, its first and its last moment."""
+        if isinstance(segment, str):
+            if segment not in self.segments:
+                raise ValueError(f"KLineDataset: unknown segment {segment!r}; known: {', '.join(self.segments)}")
+            name, (start, end) = f"segment {segment!r}", self.segments[segment]
+        else:
+            start, end = _segment(segment)
+            name, end = "segment", end_of(end, self.handler.freq)
+        first, last = (pd.Timestamp.min if start is None else start), (pd.Timestamp.max if end is None else end)
+        shown = [str(date.date()) if date is not None else "…" for date in (start, end)]
+        return f"{name} [{', '.join(shown)}]", first.to_numpy(), last.to_numpy()
+
+    def _require_dates(self, segment: Any) -> None:
+        name, start, end = self._bounds(segment)
+        dates = self.handler.dates
+        if not ((dates >= start) & (dates <= end)).any():
+            raise ValueError(
+                f"KLineDataset: {name} is empty: the handler's data run from {dates[0].date()} to {dates[-1].date()}"
+            )
+
+    def _windows(self, segment: Any, future: int) -> Windows:
+        name, start, end = self._bounds(segment)
+        self._require_dates(segment)
+        bars, members = self.handler.bars(), self.handler.members()
+        wanted = members & (bars.dates >= start) & (bars.dates <= end)
+
+        rows = np.arange(len(bars))
+        enough = rows - bars.offsets[bars.codes] >= self.lookback - 1
+        if future:
+            last = np.minimum(rows + future, len(bars) - 1)
+            complete = (rows + future < bars.offsets[bars.codes + 1]) & (bars.dates[last] <= end)
+        else:
+            complete = np.ones(len(bars), bool)
+
+        ends = rows[wanted & enough & complete]
+        if not len(ends):
+            raise ValueError(
+                f"KLineDataset: {name} has no window: of the {wanted.sum()} bars of members in it, "
+                f"{(wanted & enough).sum()} have a lookback of {self.lookback} valid bars"
+                + (f", and none has the {future} bars after it within the segment" if future else "")
+            )
+        self._warn_of_short_histories(name, np.setdiff1d(bars.codes[wanted], bars.codes[wanted & enough]))
+        order = np.lexsort((bars.codes[ends], bars.dates[ends]))
+        return Windows(bars, ends[order], self.lookback, future)
+
+    def _warn_of_short_histories(self, segment: str, codes: np.ndarray) -> None:
+        if len(codes):
+            names = [self.handler.bars().instruments[code] for code in codes[:5]]
+            warnings.warn(
+                f"KLineDataset: {len(codes)} instruments are left out of {segment}, they never have {self.lookback} "
+                f"valid bars behind them there: {', '.join(names)}{', …' if len(codes) > 5 else ''}",
+                stacklevel=4,
+            )

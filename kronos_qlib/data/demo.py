@@ -1,0 +1,350 @@
+"""The demo market: a synthetic Qlib store whose predictability is known, to try a pipeline on and to test it.
+
+Returns are simple and drawn as
+
+    own[i, t+1] = sigma[i, t+1] * (signal * f[i, t] + sqrt(1 - signal**2) * z[i, t+1])
+    r[i, t+1] = clip(beta[i] * m[t+1] + own[i, t+1], -10 %, +10 %)
+
+with a driftless market m, volatilities that cluster (GARCH(1, 1) for the market and for each instrument) and
+heavy-tailed symmetric noise z (Student t, 5 degrees of freedom). f is the planted predictor: the cross-sectional
+rank, centred and scaled to unit variance, of the reversal of the last ten bars, `PLANTED_PREDICTOR`. Ten bars, so
+that it lives on for days (the usual label starts a day after the score) and shows both in a column of Alpha158
+(ROC10) and in the shape of a K-line window. What the label dilutes (a day's delay, the market's part, price limits)
+the unequal volatilities give back, so that `signal` is the information coefficient to be had: on 300 × 2000 bars the
+best rule, the reversal of nine bars, has rank IC 0.052 for signal 0.05 and 0.104 for 0.1, `PLANTED_PREDICTOR` 0.049
+and 0.094, and neither is more than a standard error from 0 for 0.
+
+With signal 0, given everything up to t, the whole cross-section of t+1 is as likely as its mirror image, so no
+function of past bars has an expected information coefficient, plain or rank, other than zero. Listing, membership,
+suspensions and splits are drawn without looking at prices, and a suspended instrument resumes with one ordinary day's
+return: nothing that was missed is caught up with, which would be predictable.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+UNIVERSE = "demo"
+BENCHMARK = "DEMOINDEX"
+PLANTED_PREDICTOR = "Ref($close, 10)/$close"  # a Qlib expression: high after a fall
+
+_MARK = "SYNTHETIC.txt"
+_FIRST_DAY = "2018-01-02"
+_REVERSAL_BARS = 10
+_PRICE_LIMIT = 0.10
+_BURN_IN = 100  # days simulated and thrown away, by which volatilities have spread
+_GARCH_SHOCK, _GARCH_MEMORY = 0.08, 0.90
+_NOISE_DEGREES = 5
+
+
+def write_demo_market(
+    folder: str | Path, *, instruments: int = 60, days: int = 900, signal: float = 0.05, seed: int = 0
+) -> Path:
+    """Write a synthetic Qlib store of daily bars and return its absolute path.
+
+    The store holds `instruments` stocks DEMO0000, DEMO0001, … and the index DEMOINDEX (the equally weighted members;
+    in `all`, not in the universe) with adjusted open, high, low, close, volume, the adjustment factor (adjusted price
+    = raw price × factor, adjusted volume = raw volume / factor) and change (close-to-close return, a ratio), over
+    `days` business days from 2018-01-02. In the universe `demo` some members leave, some rejoin, some are listed
+    late. A suspended day repeats the last close with zero volume; in some suspensions volume and change are NaN. The
+    same arguments give the same bytes.
+
+    signal: the information coefficient, approximately, of `PLANTED_PREDICTOR` against Ref($close, -2)/Ref($close, -1)
+    - 1; 0 is no predictability at all.
+
+    The folder appears whole or not at all. A former demo market there is replaced.
+
+    Raises ValueError for an argument out of range, naming it, and FileExistsError if `folder` holds anything but a
+    demo market.
+    """
+    _check_integer("instruments", instruments, 4, 9_999)
+    _check_integer("days", days, 60, 10_000)
+    _check_integer("seed", seed, 0, 2**63 - 1)
+    if isinstance(signal, bool) or not isinstance(signal, (int, float)) or not 0 <= signal <= 0.5:
+        raise ValueError(f"signal must be a number from 0 (none) to 0.5, an information coefficient; it is {signal!r}")
+
+    folder = Path(folder).expanduser().resolve()
+    _check_replaceable(folder)
+    market = _simulate(instruments, days, float(signal), np.random.default_rng(seed))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        _write_store(draft, market)
+        _write_mark(draft, {"instruments": instruments, "days": days, "signal": float(signal), "seed": seed})
+        _move_into_place(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+def is_synthetic(provider_uri: str | Path | Mapping[str, str | Path]) -> bool:
+    """Whether a Qlib store (a folder, or a mapping from frequency to folder) is a demo market, by its mark."""
+    folders = provider_uri.values() if isinstance(provider_uri, Mapping) else [provider_uri]
+    return any((Path(folder).expanduser() / _MARK).is_file() for folder in folders)
+
+
+@dataclass(frozen=True)
+class _Market:
+    """Bars [days, instruments] of a simulated market; `index` holds the benchmark's bars, [days] each."""
+
+    dates: pd.DatetimeIndex
+    first_bar: NDArray[np.int64]  # [instruments], the row of the listing day
+    member: NDArray[np.bool_]
+    bars: dict[str, NDArray[np.float64]]
+    index: dict[str, NDArray[np.float64]]
+
+
+def _simulate(instruments: int, days: int, signal: float, rng: np.random.Generator) -> _Market:
+    first_bar, member = _membership(instruments, days, rng)
+    suspended = _suspensions(first_bar, days, rng)
+    start = np.exp(rng.normal(np.log(20.0), 0.6, instruments))  # raw price of the first day
+    factor = _factors(instruments, days, rng)
+    close, sigma = _closes(start * factor[0], first_bar, suspended, signal, rng)
+    bars = _bars(close, sigma, suspended, rng) | {"factor": factor}
+    member = member & (np.arange(days)[:, None] >= first_bar)
+    return _Market(pd.bdate_range(_FIRST_DAY, periods=days), first_bar, member, bars, _index(bars, member))
+
+
+def _membership(instruments: int, days: int, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Listing rows [instruments] and membership [days, instruments]: an eighth each leaves, rejoins, is listed late."""
+    first_bar = np.zeros(instruments, dtype=np.int64)
+    member = np.ones((days, instruments), dtype=bool)
+    eighth = max(1, round(instruments / 8))
+    leaving, rejoining, late, _ = np.split(rng.permutation(instruments), [eighth, 2 * eighth, 3 * eighth])
+    for i in leaving:
+        member[int(days * rng.uniform(0.30, 0.95)) :, i] = False
+    for i in rejoining:
+        gone = rng.uniform(0.15, 0.70)
+        member[int(days * gone) : int(days * (gone + rng.uniform(0.10, 0.25))), i] = False
+    for i in late:
+        first_bar[i] = int(days * rng.uniform(0.10, 0.50))
+        member[: first_bar[i] + int(days * rng.uniform(0.02, 0.10)), i] = False
+    return first_bar, member
+
+
+def _suspensions(first_bar: NDArray[np.int64], days: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """Suspended days [days, instruments]: a spell in 450 days or so, of five on average."""
+    suspended = np.zeros((days, len(first_bar)), dtype=bool)
+    spells = rng.poisson(days / 450, len(first_bar))
+    spells[0] = max(1, spells[0])  # the smallest market has one too
+    for i, count in enumerate(spells):
+        for begin in rng.integers(first_bar[i] + 1, days - 5, count):
+            suspended[begin : begin + min(rng.geometric(1 / 5), 30), i] = True
+    return suspended
+
+
+def _factors(instruments: int, days: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Adjustment factors [days, instruments]: a dividend of 1 to 3 % a year and a split every 600 days or so."""
+    steps = np.ones((days, instruments))
+    splits = rng.poisson(days / 600, instruments)
+    splits[0] = max(1, splits[0])
+    for i in range(instruments):
+        ex_dividend = np.arange(rng.integers(1, 250), days, 250)
+        steps[ex_dividend, i] *= 1 + rng.uniform(0.01, 0.03, len(ex_dividend))
+        steps[rng.integers(1, days, splits[i]), i] *= rng.choice([1.2, 1.3, 1.5, 2.0], splits[i])
+    return rng.uniform(1, 6, instruments) * steps.cumprod(axis=0)
+
+
+def _closes(
+    start: NDArray[np.float64],
+    first_bar: NDArray[np.int64],
+    suspended: NDArray[np.bool_],
+    signal: float,
+    rng: np.random.Generator,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Adjusted closes [1 + days, instruments], from the eve on, and each day's volatility [days, instruments]."""
+    days, instruments = suspended.shape
+    total = _BURN_IN + days
+    trading = np.vstack([np.ones((_BURN_IN, instruments), bool), ~suspended])
+    # The store hides the bars before the first: what cannot be seen must not predict.
+    first_ranked = _BURN_IN + first_bar + _REVERSAL_BARS + 1
+
+    beta = rng.normal(1.0, 0.25, instruments)
+    market_sigma, market = _market_returns(total, rng)
+    typical = np.exp(rng.normal(np.log(0.018), 0.3, instruments))
+    noise = rng.standard_t(_NOISE_DEGREES, (total, instruments)) * np.sqrt((_NOISE_DEGREES - 2) / _NOISE_DEGREES)
+
+    close = np.empty((total + 1, instruments))
+    sigma = np.empty((total, instruments))
+    close[0] = start
+    variance = typical**2
+    for t in range(total):
+        sigma[t] = np.sqrt(variance)
+        planted = np.zeros(instruments)
+        seen = first_ranked <= t
+        if signal > 0 and seen.sum() > 1:
+            planted[seen] = _standard_ranks(close[t - _REVERSAL_BARS, seen] / close[t, seen])
+        own = sigma[t] * (signal * planted + np.sqrt(1 - signal**2) * noise[t])
+        returns = np.clip(beta * market[t] + own, -_PRICE_LIMIT, _PRICE_LIMIT)
+        close[t + 1] = close[t] * np.where(trading[t], 1 + returns, 1)
+        variance = _next_variance(variance, own, typical)
+    volatility = np.hypot(sigma, beta * market_sigma[:, None])
+    return close[_BURN_IN:], volatility[_BURN_IN:]
+
+
+def _market_returns(total: int, rng: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The common factor's volatility and return, [total] each, without drift: with one, beta would predict returns."""
+    noise = rng.standard_t(_NOISE_DEGREES, total) * np.sqrt((_NOISE_DEGREES - 2) / _NOISE_DEGREES)
+    sigma = np.empty(total)
+    typical = np.array(0.009)
+    variance = typical**2
+    for t in range(total):
+        sigma[t] = np.sqrt(variance)
+        variance = _next_variance(variance, sigma[t] * noise[t], typical)
+    return sigma, sigma * noise
+
+
+def _next_variance(
+    variance: NDArray[np.float64], shock: NDArray[np.float64], typical: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """One step of GARCH(1, 1), at most (3 × typical)²: with heavy tails a single shock could otherwise run away."""
+    constant = 1 - _GARCH_SHOCK - _GARCH_MEMORY
+    following = constant * typical**2 + _GARCH_SHOCK * shock**2 + _GARCH_MEMORY * variance
+    return np.minimum(following, (3 * typical) ** 2)
+
+
+def _standard_ranks(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    ranks = x.argsort().argsort()
+    return (ranks - ranks.mean()) / ranks.std()
+
+
+def _bars(
+    close: NDArray[np.float64], sigma: NDArray[np.float64], suspended: NDArray[np.bool_], rng: np.random.Generator
+) -> dict[str, NDArray[np.float64]]:
+    """Open, high, low, close, volume, change [days, instruments] around given closes [1 + days, instruments]."""
+    before, close = close[:-1], close[1:]
+    change = close / before - 1
+    overnight = 0.35 * change + 0.3 * sigma * rng.standard_normal(close.shape)
+    opened = before * (1 + np.clip(overnight, -_PRICE_LIMIT, _PRICE_LIMIT))
+    # The extremes of a Brownian bridge from the open to the close, exactly (Karatzas & Shreve 1991, 4.3.40).
+    reach = -2 * (0.8 * sigma) ** 2 * np.log(1 - rng.random((2, *close.shape)))
+    move = np.log(close / opened)
+    half_way = np.sqrt(opened * close)
+    high = np.minimum(half_way * np.exp(np.sqrt(move**2 + reach[0]) / 2), before * (1 + _PRICE_LIMIT))
+    low = np.maximum(half_way * np.exp(-np.sqrt(move**2 + reach[1]) / 2), before * (1 - _PRICE_LIMIT))
+    bars = {
+        "open": opened,
+        "high": np.maximum(high, np.maximum(opened, close)),  # rounding in exp may fall short of the higher end
+        "low": np.minimum(low, np.minimum(opened, close)),
+        "close": close,
+    }
+    bars = {field: np.where(suspended, close, price) for field, price in bars.items()}
+
+    amount = np.exp(rng.normal(np.log(2e8), 0.8, close.shape[1]))  # typical traded amount of a day
+    mood = _autoregression(rng.standard_normal(close.shape), memory=0.7) * 0.3
+    excitement = 0.35 * np.minimum(np.abs(change) / sigma, 4) + 0.8 * np.log(sigma / 0.02)
+    volume = amount / before[0] * np.exp(mood + excitement)
+    # As in real stores, a suspended day has no volume, and sometimes a hole instead.
+    missing = suspended & _hole_spells(suspended, rng)
+    bars["volume"] = np.where(missing, np.nan, np.where(suspended, 0.0, volume))
+    bars["change"] = np.where(missing, np.nan, change)
+    return bars
+
+
+def _hole_spells(suspended: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.bool_]:
+    """For a third of the spells, True from the first day to the next spell's, [days, instruments]."""
+    begins = suspended & ~np.vstack([np.zeros_like(suspended[:1]), suspended[:-1]])
+    draw = rng.random(suspended.shape) < 1 / 3
+    latest_begin = np.maximum.accumulate(np.where(begins, np.arange(len(suspended))[:, None], 0), axis=0)
+    return np.take_along_axis(draw, latest_begin, axis=0)
+
+
+def _autoregression(noise: NDArray[np.float64], memory: float) -> NDArray[np.float64]:
+    """A stationary AR(1) of unit variance along the days."""
+    series = np.empty_like(noise)
+    series[0] = noise[0]
+    for t in range(1, len(noise)):
+        series[t] = memory * series[t - 1] + np.sqrt(1 - memory**2) * noise[t]
+    return series
+
+
+def _index(bars: dict[str, NDArray[np.float64]], member: NDArray[np.bool_]) -> dict[str, NDArray[np.float64]]:
+    """The benchmark's bars, [days] each: an average of its members' bars relative to their closes of the day before."""
+    before = np.vstack([bars["open"][:1], bars["close"][:-1]])
+    mean = {field: (bars[field] / before).mean(axis=1, where=member) for field in ("open", "high", "low", "close")}
+    level = 1000 * mean["close"].cumprod()
+    index = {field: ratio * level / mean["close"] for field, ratio in mean.items()}
+    return index | {
+        "close": level,
+        "volume": np.nansum(np.where(member, bars["volume"], 0), axis=1),
+        "change": mean["close"] - 1,
+        "factor": np.ones(len(level)),
+    }
+
+
+def _write_store(folder: Path, market: _Market) -> None:
+    days = market.dates.strftime("%Y-%m-%d").to_list()
+    names = [f"DEMO{i:04d}" for i in range(len(market.first_bar))]
+    for i, (name, first) in enumerate(zip(names, market.first_bar.tolist(), strict=True)):
+        _write_bars(folder, name, first, {field: values[first:, i] for field, values in market.bars.items()})
+    _write_bars(folder, BENCHMARK, 0, market.index)
+
+    listed = [(name, days[first], days[-1]) for name, first in zip(names, market.first_bar, strict=True)]
+    spans = [
+        (name, days[begin], days[end]) for i, name in enumerate(names) for begin, end in _spans(market.member[:, i])
+    ]
+    _write_lines(folder / "calendars" / "day.txt", days)
+    _write_lines(
+        folder / "instruments" / "all.txt", ["\t".join(row) for row in [*listed, (BENCHMARK, days[0], days[-1])]]
+    )
+    _write_lines(folder / "instruments" / f"{UNIVERSE}.txt", ["\t".join(row) for row in spans])
+
+
+def _write_bars(folder: Path, name: str, first: int, bars: dict[str, NDArray[np.float64]]) -> None:
+    """Qlib's binary format: float32, little endian, the row of the first bar in the calendar, then the bars."""
+    home = folder / "features" / name.lower()
+    home.mkdir(parents=True)
+    for field, values in bars.items():
+        np.concatenate([[first], values]).astype("<f4").tofile(home / f"{field}.day.bin")
+
+
+def _spans(member: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """First and last row, both included, of every run of True in [days]."""
+    edges = np.diff(np.concatenate([[False], member, [False]]).astype(np.int8))
+    return list(zip(np.flatnonzero(edges == 1).tolist(), (np.flatnonzero(edges == -1) - 1).tolist(), strict=True))
+
+
+def _write_lines(path: Path, lines: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def _write_mark(folder: Path, settings: dict[str, int | float]) -> None:
+    (folder / _MARK).write_text(
+        "SYNTHETIC DATA. These bars were simulated by kronos-qlib demo-data; no such instruments exist,\n"
+        f"and results on them say nothing about a real market.\n\nsettings: {json.dumps(settings)}\n"
+        f"planted predictor: {PLANTED_PREDICTOR}\n"
+    )
+
+
+def _check_integer(name: str, value: int, least: int, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value <= most:
+        raise ValueError(f"{name} must be a whole number from {least} to {most}; it is {value!r}")
+
+
+def _check_replaceable(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; give a folder for the demo market")
+    if folder.is_dir() and any(folder.iterdir()) and not is_synthetic(folder):
+        raise FileExistsError(f"{folder} is not empty and not a demo market, so it is left alone; give another folder")
+
+
+def _move_into_place(draft: Path, folder: Path) -> None:
+    """Put the finished store where `folder` is, which is absent, empty or a former demo market."""
+    former = draft.with_suffix(".former")
+    if folder.exists():
+        folder.rename(former)
+    try:
+        draft.rename(folder)
+    except OSError:
+        if former.exists():
+            former.rename(folder)
+        raise
+    shutil.rmtree(former, ignore_errors=True)

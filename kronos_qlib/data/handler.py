@@ -1,0 +1,198 @@
+"""KLineHandler: the K-lines of a universe as a Qlib data handler, and as one array of valid bars."""
+
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pandas as pd
+from pydantic import BeforeValidator, Field, model_validator
+from qlib.data.data import ExpressionD
+from qlib.data.dataset.handler import DataHandlerLP
+
+from kronos_qlib.data.calendar import end_of
+from kronos_qlib.data.checks import check_bars, warn_of_jumps
+from kronos_qlib.data.loader import KLineLoader, Universe, member_spans
+from kronos_qlib.data.settings import Date, Settings, read_settings
+from kronos_qlib.data.stamps import stamps
+from kronos_qlib.data.windows import CLOSE, COLUMNS, Bars
+
+LABEL = "Ref($close, -2)/Ref($close, -1) - 1"
+_LOADED = ("_data", "_infer", "_learn", "_change")
+_DERIVED = ("_bars", "_members")
+
+
+def _universe(value: Any) -> Universe:
+    if isinstance(value, dict) and "market" in value:
+        return value
+    if isinstance(value, (list, tuple)) and value and all(isinstance(name, str) for name in value):
+        return list(dict.fromkeys(value))
+    if isinstance(value, str) and value:
+        return value
+    raise ValueError("should be the name of a universe, a list of instruments, or a mapping with the key 'market'")
+
+
+def _labels(value: Any) -> list[str]:
+    labels = [value] if isinstance(value, str) else value
+    if not isinstance(labels, (list, tuple)) or not labels:
+        raise ValueError("should be a Qlib expression or a list of them")
+    for label in labels:
+        try:
+            ExpressionD.get_expression_instance(label)
+        except Exception as error:  # Qlib evaluates the text as Python: anything may be raised
+            raise ValueError(f"should hold Qlib expressions ({type(error).__name__}: {error})") from None
+    return list(labels)
+
+
+class HandlerSettings(Settings):
+    """The keyword arguments of `KLineHandler`."""
+
+    instruments: Annotated[Any, BeforeValidator(_universe)]
+    start_time: Date = None
+    end_time: Date = None
+    freq: str = Field(default="day", pattern=r"^(day|\d*min)$")
+    label: Annotated[list[str], BeforeValidator(_labels)] = [LABEL]
+    amount: Literal["auto", "amount", "vwap", "ohlc"] = "auto"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "HandlerSettings":
+        if self.start_time is not None and self.end_time is not None and self.start_time > self.end_time:
+            raise ValueError(f"start_time {self.start_time:%Y-%m-%d} is after end_time {self.end_time:%Y-%m-%d}")
+        return self
+
+
+class KLineHandler(DataHandlerLP):
+    """Open, high, low, close, volume, amount and label of every instrument that is ever in a universe.
+
+    Histories are whole; who is a member when is a mask beside them (`members`). The data have column groups `feature`
+    and `label` (LABEL0 …), index (datetime, instrument) sorted, float32; there are no processors, so raw, infer and
+    learn data are one. A pickle keeps the settings only: the data are loaded again when first used.
+
+    instruments: a universe's name, a list of instruments (always members), or a stockpool config with filters.
+    start_time, end_time: the range loaded, inclusive; null is the store's own end.
+    freq: day, or minutes such as 5min.
+    label: a Qlib expression or several.
+    amount: where the amount comes from: `$amount`, `$vwap × $volume` (vwap), `$volume × mean(OHLC)` (ohlc), or the
+        first of them that all instruments with bars have (auto); one rule for the whole run, logged and kept in
+        `amount_rule`.
+
+    Raises ValueError (FileNotFoundError for a missing store), one line, for wrong settings, an unknown universe, a
+    missing field, an empty result; by `bars`, for impossible bars.
+    """
+
+    def __init__(
+        self,
+        instruments: Universe,
+        start_time: Any = None,
+        end_time: Any = None,
+        freq: str = "day",
+        label: str | list[str] = LABEL,
+        amount: str = "auto",
+        **unknown: Any,
+    ) -> None:
+        values = {"instruments": instruments, "start_time": start_time, "end_time": end_time}
+        values |= {"freq": freq, "label": label, "amount": amount, **unknown}
+        settings = read_settings(HandlerSettings, "KLineHandler", values)
+        self.freq = settings.freq
+        super().__init__(
+            settings.instruments,
+            settings.start_time,
+            end_of(settings.end_time, self.freq),
+            data_loader=KLineLoader(settings.freq, settings.label, settings.amount),
+        )
+
+    @property
+    def amount_rule(self) -> str | None:
+        """Where the amount comes from: `amount`, `vwap` or `ohlc`; None before anything is loaded under `auto`."""
+        return self.data_loader.amount_rule
+
+    @property
+    def dates(self) -> pd.DatetimeIndex:
+        """The sessions on which any instrument has data."""
+        return self._data.index.levels[0]
+
+    def bars(self) -> Bars:
+        """The valid bars: all six columns present and volume not zero; the rest is dropped, instrument by instrument.
+
+        Raises ValueError for bars no market prints, warns of returns that disagree with `$change` (see `checks`).
+        """
+        if self._bars is None:
+            rows = self._data["feature"].swaplevel().sort_index()
+            values = rows.to_numpy(np.float32)
+            valid = ~np.isnan(values).any(axis=1) & (values[:, COLUMNS.index("volume")] != 0)
+            bars = _bars_of(rows.index, values, valid)
+            check_bars(bars)
+            change = self._change.swaplevel().sort_index().to_numpy()
+            warn_of_jumps(bars, _returns(rows.index, values[:, CLOSE])[valid], change[valid])
+            self._bars = bars
+        return self._bars
+
+    def members(self) -> np.ndarray:
+        """Whether the instrument of each of the `bars` is in the universe on that very date: bool `[N]`."""
+        if self._members is None:
+            bars = self.bars()
+            spans = member_spans(self.instruments, self.start_time, self.end_time, self.freq)
+            mask = np.zeros(len(bars), bool)
+            for name, start, stop in zip(bars.instruments, bars.offsets[:-1], bars.offsets[1:]):
+                dates = bars.dates[start:stop]
+                for begin, end in spans[name]:
+                    mask[start:stop] |= (dates >= begin.to_numpy()) & (dates <= end_of(end, self.freq).to_numpy())
+            self._members = mask
+        return self._members
+
+    def config(self, **kwargs: Any) -> None:
+        """Change instruments, start_time or end_time (the data are then loaded anew), or what pickling keeps."""
+        ours = {key: kwargs.pop(key) for key in ("instruments", "start_time", "end_time") if key in kwargs}
+        unknown = set(kwargs) - {"dump_all", "exclude", "include", "recursive", "processor_kwargs"}
+        if unknown:
+            raise ValueError(
+                f"KLineHandler: unknown key {sorted(unknown)[0]!r} of config; known: instruments, start_time, end_time"
+            )
+        if ours:
+            now = {"instruments": self.instruments, "start_time": self.start_time, "end_time": self.end_time}
+            settings = read_settings(HandlerSettings, "KLineHandler", now | ours)
+            self.instruments, self.start_time = settings.instruments, settings.start_time
+            self.end_time = end_of(settings.end_time, self.freq)
+            self._forget()
+        super().config(**kwargs)
+
+    def setup_data(self, *args: Any, **kwargs: Any) -> None:
+        """Load the data (anew); Qlib calls this, with its `init_type`, from the constructor and from a dataset."""
+        self._forget()
+        super().setup_data(*args, **kwargs)
+        self._change = self._data.pop(("check", "change"))  # for the checks alone, not part of what is fetched
+
+    def _forget(self) -> None:
+        for name in (*_LOADED, *_DERIVED):
+            self.__dict__.pop(name, None)
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached only for what is not there: nothing is, after unpickling and before the first use.
+        if name in _LOADED:
+            self.setup_data(init_type=self.IT_LS)
+            return self.__dict__[name]
+        if name in _DERIVED:
+            return None
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+def _bars_of(index: pd.MultiIndex, values: np.ndarray, valid: np.ndarray) -> Bars:
+    """The valid rows of an (instrument, datetime) sorted table; an instrument without any is left out."""
+    names, counts = np.unique(index.codes[0][valid], return_counts=True)
+    dates = index.get_level_values(1).to_numpy("datetime64[ns]")[valid]
+    return Bars(
+        values=np.ascontiguousarray(values[valid]),
+        stamp=stamps(dates).astype(np.int8),
+        dates=dates,
+        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        instruments=tuple(index.levels[0][names]),
+    )
+
+
+def _returns(index: pd.MultiIndex, close: np.ndarray) -> np.ndarray:
+    """Close-to-close returns `[N]` between an instrument's successive rows, which are successive sessions in Qlib.
+
+    A session without a close gives NaN there and on the next: `$change` across a gap is not ours to judge.
+    """
+    before = np.roll(close, 1)
+    before[np.diff(index.codes[0], prepend=-1) != 0] = np.nan
+    before[~(before > 0)] = np.nan
+    return close / before - 1

@@ -1,0 +1,169 @@
+"""From a Qlib store to one table of K-lines: six columns, label, one rule for the amount."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from qlib.config import C
+from qlib.data import D
+from qlib.data.data import Cal
+from qlib.data.dataset.loader import DataLoader
+from qlib.log import get_module_logger
+from qlib.utils import code_to_fname
+
+from kronos_qlib.data.calendar import check_sessions
+from kronos_qlib.data.windows import COLUMNS
+
+Universe = str | list[str] | dict[str, Any]
+Spans = dict[str, list[tuple[pd.Timestamp, pd.Timestamp]]]
+
+RAW = ("$open", "$high", "$low", "$close", "$volume")
+OPTIONAL = ("$amount", "$vwap", "$change")
+AMOUNT_RULES = {"amount": "$amount", "vwap": "$vwap × $volume", "ohlc": "$volume × mean(OHLC)"}
+
+
+class KLineLoader(DataLoader):
+    """Loads open, high, low, close, volume, amount and labels of every instrument that is ever in a universe.
+
+    `amount` is a rule for the amount (`amount`, `vwap`, `ohlc`) or `auto`: the first of them whose fields every
+    instrument with bars has. The rule found is kept in `amount_rule`, so that a pickled loader never changes it.
+    """
+
+    def __init__(self, freq: str, label: list[str], amount: str) -> None:
+        self.freq = freq
+        self.label = label
+        self.amount = amount
+        self.amount_rule: str | None = None if amount == "auto" else amount
+
+    def load(
+        self, instruments: Universe, start_time: pd.Timestamp | None = None, end_time: pd.Timestamp | None = None
+    ) -> pd.DataFrame:
+        """Full histories in start_time … end_time, float32, index (datetime, instrument) sorted, not cut to membership.
+
+        Columns: `("feature", open … amount)`, `("label", "LABEL0" …)`, and `("check", "change")`, the store's own
+        `$change`, NaN where it has none. Raises ValueError (FileNotFoundError for a missing store) for what the store
+        lacks: universe, frequency, fields, bars in the range. Warns of instruments that have no bars.
+        """
+        names = sorted(member_spans(instruments, start_time, end_time, self.freq))
+        stored = _stored(names, self.freq)
+        # Given as a list, the instruments keep their full histories: Qlib cuts a universe to its members' spans.
+        fields = list(dict.fromkeys([*RAW, *stored, *self.label]))  # a label may be a field
+        raw = D.features(names, fields, start_time, end_time, freq=self.freq)
+        raw[[field for field in OPTIONAL if field not in stored]] = np.float32(np.nan)
+        where = f"universe {_title(instruments)} in store {store_folder(self.freq)}"
+        if raw.empty:
+            calendar = D.calendar(freq=self.freq)
+            raise ValueError(
+                f"KLineHandler: no bars of {where} between {start_time} and {end_time}; "
+                f"the store's calendar runs from {calendar[0]} to {calendar[-1]}"
+            )
+        without = sorted(set(names) - set(raw.index.levels[0]))
+        if without:
+            warnings.warn(
+                f"KLineHandler: {len(without)} of {len(names)} instruments of {where} have no bars: "
+                f"{', '.join(without[:5])}{', …' if len(without) > 5 else ''}",
+                stacklevel=2,
+            )
+        for field in RAW:
+            if raw[field].isna().all():
+                raise ValueError(f"KLineHandler: field {field} is missing: no instrument of {where} has it")
+        if self.amount_rule is None:
+            self.amount_rule = _first_amount_rule(raw)
+        _check_amount(raw, self.amount_rule, where)
+        get_module_logger("KLineHandler").info(f"amount = {AMOUNT_RULES[self.amount_rule]} for {where}")
+
+        columns = {("feature", name): raw[field] for name, field in zip(COLUMNS, RAW)}
+        columns["feature", "amount"] = _amount(raw, self.amount_rule)
+        columns |= {("label", f"LABEL{i}"): raw[expression] for i, expression in enumerate(self.label)}
+        columns["check", "change"] = raw["$change"]
+        return pd.DataFrame(columns).astype(np.float32).swaplevel().sort_index()
+
+
+def store_folder(freq: str) -> Path:
+    """The folder of the Qlib store in use for this frequency.
+
+    Raises ValueError before `qlib.init` or if the store has no such frequency, FileNotFoundError if it does not exist.
+    """
+    if not C.registered:
+        raise ValueError("KLineHandler: Qlib is not initialised; call qlib.init(provider_uri=…, region=…) first")
+    folder = Path(C.dpm.get_data_uri(freq))
+    if not folder.is_dir():
+        raise FileNotFoundError(f"KLineHandler: there is no Qlib store at {folder}; set provider_uri (QLIB_DATA)")
+    calendars = folder / "calendars"
+    if not (calendars / f"{freq}.txt").is_file():
+        known = sorted(path.stem for path in calendars.glob("*.txt") if not path.stem.endswith("_future"))
+        raise ValueError(f"KLineHandler: store {folder} has no calendar for freq {freq!r}; it has {', '.join(known)}")
+    return folder
+
+
+def member_spans(
+    instruments: Universe, start_time: pd.Timestamp | None, end_time: pd.Timestamp | None, freq: str
+) -> Spans:
+    """The instruments that are ever in the universe between the two times, each with its spans of membership.
+
+    A list of instruments is a universe whose members never change. Raises ValueError for an unknown or empty universe.
+    """
+    folder = store_folder(freq)
+    check_sessions(Cal.load_calendar(freq, future=False), f"calendar {folder / 'calendars' / f'{freq}.txt'}")
+    if isinstance(instruments, list):
+        always = [(pd.Timestamp.min, pd.Timestamp.max)]
+        return dict.fromkeys(instruments, always)
+    config = D.instruments(instruments) if isinstance(instruments, str) else {"filter_pipe": [], **instruments}
+    _check_universe(config["market"], folder)
+    spans = D.list_instruments(config, start_time, end_time, freq)
+    if not spans:
+        raise ValueError(
+            f"KLineHandler: universe {_title(instruments)} of store {folder} has no member "
+            f"between {start_time} and {end_time}"
+        )
+    return spans
+
+
+def _check_universe(market: str, folder: Path) -> None:
+    """Raise for an unknown universe; Qlib would create an empty file for it and then fail on that."""
+    known = sorted(path.stem for path in (folder / "instruments").glob("*.txt") if path.stat().st_size)
+    if market.lower() not in known:
+        raise ValueError(f"KLineHandler: unknown universe {market!r}; store {folder} has {', '.join(known) or 'none'}")
+
+
+def _stored(names: list[str], freq: str) -> list[str]:
+    """The optional fields that any of these instruments has; Qlib is slow to find out that a file is missing."""
+    folders = [store_folder(freq) / "features" / code_to_fname(name).lower() for name in names]
+    return [field for field in OPTIONAL if any((path / f"{field[1:]}.{freq}.bin").exists() for path in folders)]
+
+
+def _first_amount_rule(raw: pd.DataFrame) -> str:
+    return next(rule for rule in AMOUNT_RULES if not len(_without_amount(raw, rule)))
+
+
+def _check_amount(raw: pd.DataFrame, rule: str, where: str) -> None:
+    missing = _without_amount(raw, rule)
+    if len(missing):
+        raise ValueError(
+            f"KLineHandler: amount = {AMOUNT_RULES[rule]} needs fields that {len(missing)} instruments of {where} "
+            f"do not have, {missing[0]} first; choose another rule for `amount`"
+        )
+
+
+def _without_amount(raw: pd.DataFrame, rule: str) -> list[str]:
+    """The instruments that have bars but no amount by this rule."""
+    names, codes = raw.index.levels[0], raw.index.codes[0]
+    with_bars = np.unique(codes[raw[list(RAW)].notna().all(axis=1)])
+    with_amount = np.unique(codes[_amount(raw, rule).notna()])
+    return list(names[np.setdiff1d(with_bars, with_amount)])
+
+
+def _amount(raw: pd.DataFrame, rule: str) -> pd.Series:
+    if rule == "amount":
+        return raw["$amount"]
+    # adjusted price × adjusted volume is the money traded, whatever the factor; float64 for the products
+    price = raw["$vwap"] if rule == "vwap" else raw[["$open", "$high", "$low", "$close"]].astype(float).mean(axis=1)
+    return raw["$volume"].astype(float) * price
+
+
+def _title(instruments: Universe) -> str:
+    if isinstance(instruments, list):
+        return f"of {len(instruments)} listed instruments"
+    return repr(instruments if isinstance(instruments, str) else instruments["market"])

@@ -1,0 +1,51 @@
+"""Configuration checked once, at the edge: one line that names the key, then trusted."""
+
+import datetime
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+import pandas as pd
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+
+class Settings(BaseModel):
+    """Base of the checked keyword arguments of a class that a workflow file configures."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+def read_settings(kind: type[AnySettings], owner: str, values: Mapping[str, Any]) -> AnySettings:
+    """`values` as a `kind`; a ValueError of one line names `owner`, the key, and what it should be."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        lines = [_line(problem, kind) for problem in error.errors()]
+        raise ValueError(f"{owner}: " + "; ".join(dict.fromkeys(lines))) from None
+
+
+def _line(problem: Mapping[str, Any], kind: type[Settings]) -> str:
+    key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("function-", "list[", "dict[")))
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key!r}; known keys: {', '.join(kind.model_fields)}"
+    if problem["type"] == "missing":
+        return f"key {key!r} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}, not {problem['input']!r}" if key else message
+
+
+def _timestamp(value: Any) -> pd.Timestamp | None:
+    if value is None or isinstance(value, pd.Timestamp):
+        return value
+    if isinstance(value, (str, datetime.date)):  # a datetime is a date too; YAML gives dates
+        try:
+            return pd.Timestamp(value)
+        except ValueError:
+            pass
+    raise ValueError("should be a date such as 2015-01-01")
+
+
+Date = Annotated[pd.Timestamp | None, BeforeValidator(_timestamp)]
+"""A date as workflow files write it: a string, a YAML date, a Timestamp, or null for no bound."""

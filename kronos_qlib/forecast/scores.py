@@ -1,0 +1,45 @@
+"""Scores from sample paths: what a distribution of futures says about an instrument, as one number."""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+HORIZON_STATISTICS: dict[str, Callable[[Floats], Floats]] = {
+    "mean": lambda close: close.mean(-1),
+    "last": lambda close: close[..., -1],
+    "max": lambda close: close.max(-1),
+    "min": lambda close: close.min(-1),
+}
+SCORES = (
+    *(f"{name}_return" for name in HORIZON_STATISTICS),
+    "prob_up",
+    "return_to_risk",
+    *(f"z_{name}" for name in HORIZON_STATISTICS),
+)
+LEAST_RISK = 1e-6  # a ten-thousandth of a percent: samples that all agree have no risk to divide by
+
+
+def scores(close: Floats, last_close: Floats, scale: Floats) -> dict[str, Floats]:
+    """All scores of B windows.
+
+    Args:
+        close: forecast closes in price units [B, S, P].
+        last_close: the last close of each context, in price units [B].
+        scale: the closes' standard deviation over the context + 1e-5, in price units [B].
+
+    Returns:
+        By name, float64 [B]. `{mean,last,max,min}_return`: average over the samples of that statistic of the close
+        over the horizon / last close − 1. `prob_up`: share of samples whose mean close is above the last close.
+        `return_to_risk`: average over the samples of the mean return / its population standard deviation across
+        them. `z_{mean,last,max,min}`: average of (statistic − last close) / scale, the published differences.
+    """
+    start, scale = last_close[:, None], scale[:, None]
+    statistics = {name: statistic(close) for name, statistic in HORIZON_STATISTICS.items()}  # each [B, S]
+    returns = {name: statistic / start - 1 for name, statistic in statistics.items()}
+    result = {f"{name}_return": value.mean(1) for name, value in returns.items()}
+    result["prob_up"] = (statistics["mean"] > start).mean(1)
+    result["return_to_risk"] = result["mean_return"] / np.maximum(returns["mean"].std(1), LEAST_RISK)
+    return result | {f"z_{name}": ((statistic - start) / scale).mean(1) for name, statistic in statistics.items()}

@@ -1,0 +1,216 @@
+"""The training loop of one stage: data, optimiser, schedule, steps, validation, checkpoints, in that order."""
+
+import csv
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from kronos_qlib.data.windows import Windows
+from kronos_qlib.nn.checkpoint import HubModule
+from kronos_qlib.train.checkpoints import Progress, load_newest, save_checkpoint
+from kronos_qlib.train.stages import PredictorStage, Stage
+
+logger = logging.getLogger("kronos_qlib.train")
+HISTORY = ["step", "epoch", "lr", "train_loss", "val_loss"]
+Log = Callable[[dict[str, float], int], None]
+
+
+def train_stage(
+    stage: Stage,
+    train: Windows,
+    valid: Windows,
+    folder: str | os.PathLike[str],
+    *,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    checkpoint_every: int = 200,
+    log: Log = lambda metrics, step: None,
+) -> dict[str, float]:
+    """Train a stage's network in place and leave it with the weights of its best validation loss.
+
+    A folder that holds this very training already is resumed from its newest checkpoint, or only read if it ended.
+
+    Args:
+        train, valid: windows with their future bars; validation uses a fixed, evenly spaced choice of `valid`.
+        folder: gets history.csv, checkpoints/ and best/ (hub format).
+        seed: decides the order of the windows, dropout and sampling.
+        dtype: bfloat16 runs the forward pass under autocast.
+        checkpoint_every: steps between two checkpoints.
+        log: called with the metrics of a logging step, e.g. to record them.
+
+    Returns:
+        The validation figures of the best weights.
+
+    Raises:
+        ValueError: the folder holds another training; FloatingPointError: the loss is not finite.
+    """
+    folder, settings, network = Path(folder), stage.settings, stage.network.to(device)
+    _claim(folder, _identity(stage, train, valid, seed, dtype))
+    per_epoch = min(settings.windows_per_epoch or len(train), len(train))
+    epoch_steps = math.ceil(per_epoch / settings.batch_size)
+    total = settings.epochs * epoch_steps
+    judged = valid.take(np.unique(np.linspace(0, len(valid) - 1, min(settings.valid_windows, len(valid))).round().astype(int)))
+    logger.info(
+        "%s: %s parameters on %s (%s), %s windows in %s steps of %s, judged on %s windows",
+        *(stage.name, f"{network.n_parameters:,}", device, str(dtype).removeprefix("torch.")),
+        *(f"{settings.epochs * per_epoch:,}", f"{total:,}", settings.batch_size, f"{len(judged):,}"),
+    )
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        optimizer = torch.optim.AdamW(
+            network.parameters(),
+            lr=settings.learning_rate,
+            betas=tuple(settings.betas),
+            weight_decay=settings.weight_decay,
+        )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, settings.learning_rate, total_steps=total, pct_start=0.03, div_factor=10, cycle_momentum=False
+        )
+        progress = Progress()
+        if resumed := load_newest(folder / "checkpoints", network, optimizer):
+            progress, schedule_state = resumed
+            schedule.load_state_dict(schedule_state)
+            logger.info("%s: resumed at step %s of %s", stage.name, f"{progress.step:,}", f"{total:,}")
+        history = _History(folder / "history.csv", progress.step)
+        bar = tqdm(total=total * settings.batch_size, initial=progress.step * settings.batch_size, desc=stage.name, unit="window")
+        running: list[Tensor] = []
+        for epoch in range(progress.step // epoch_steps, settings.epochs):
+            for rows in _batches(len(train), per_epoch, settings.batch_size, (seed, epoch), progress.step % epoch_steps):
+                network.train()
+                x, stamp = _tensors(train, rows, device)
+                with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
+                    loss = stage.loss(x, stamp)
+                if not torch.isfinite(loss):
+                    raise FloatingPointError(_divergence(stage, train, rows, progress.step, folder))
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
+                optimizer.step()
+                lr = schedule.get_last_lr()[0]
+                schedule.step()
+                progress.step += 1
+                running.append(loss.detach())
+                bar.update(settings.batch_size)
+                ended = progress.step % epoch_steps == 0
+                if ended or progress.step % settings.log_every == 0:
+                    row = {"lr": lr, "train_loss": torch.stack(running).mean().item()}
+                    running.clear()
+                    if ended:
+                        row |= _judge(stage, judged, device, dtype)
+                        if row["val_loss"] < progress.best:
+                            progress.best = row["val_loss"]
+                            network.save_pretrained(folder / "best")
+                    history.append({"step": progress.step, "epoch": epoch, **row})
+                    log({f"{stage.name}.{key}": value for key, value in row.items()}, progress.step)
+                    bar.set_postfix({key: f"{value:.4g}" for key, value in row.items()})
+                if ended or progress.step % checkpoint_every == 0:
+                    history.flush()
+                    save_checkpoint(folder / "checkpoints", network, optimizer, schedule.state_dict(), progress)
+        bar.close()
+    network.load_weights(folder / "best" / "model.safetensors")
+    best = _judge(stage, judged, device, dtype)
+    logger.info("%s: best weights %s", stage.name, ", ".join(f"{key} {value:.4f}" for key, value in best.items()))
+    return best
+
+
+def _batches(size: int, per_epoch: int, batch_size: int, seed: tuple[int, int], skip: int) -> Iterator[np.ndarray]:
+    """Rows of an epoch's batches, without replacement, in an order that only the seed decides; `skip` are done."""
+    order = np.random.default_rng(seed).permutation(size)[:per_epoch]
+    for start in range(skip * batch_size, per_epoch, batch_size):
+        yield order[start : start + batch_size]
+
+
+def _tensors(windows: Windows, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    batch = windows.gather(rows)
+    return torch.from_numpy(batch.x).to(device), torch.from_numpy(batch.stamp).to(device)
+
+
+@torch.no_grad()
+def _judge(stage: Stage, windows: Windows, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Validation figures over all windows, each counted once."""
+    stage.network.eval()
+    sums: dict[str, float] = {}
+    for start in range(0, len(windows), stage.settings.batch_size):
+        rows = np.arange(start, min(start + stage.settings.batch_size, len(windows)))
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
+            figures = stage.judge(*_tensors(windows, rows, device))
+        for name, value in figures.items():
+            sums[name] = sums.get(name, 0.0) + value.item() * len(rows)
+    return {name: value / len(windows) for name, value in sums.items()}
+
+
+def _divergence(stage: Stage, train: Windows, rows: np.ndarray, step: int, folder: Path) -> str:
+    names, dates = train.instruments[rows], np.datetime_as_string(train.dates[rows], unit="D")
+    first = ", ".join(f"{name} {date}" for name, date in list(zip(names, dates, strict=True))[:3])
+    return (
+        f"{stage.name}: the loss is not finite at step {step + 1}; the batch holds {len(rows)} windows such as {first}. "
+        f"The last good checkpoint is kept in {folder / 'checkpoints'}; lower learning_rate or look at these bars"
+    )
+
+
+class _History:
+    """history.csv: one row per logging step, rewritten whole so that a kill never leaves half a row."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path, self.rows = path, []
+        if step and path.exists():
+            with path.open(newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+
+    def append(self, row: dict[str, float]) -> None:
+        self.rows.append({key: row.get(key, "") for key in HISTORY})
+
+    def flush(self) -> None:
+        aside = self.path.with_suffix(".tmp")
+        with aside.open("w", newline="") as file:
+            writer = csv.DictWriter(file, HISTORY)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        os.replace(aside, self.path)
+
+
+def _identity(stage: Stage, train: Windows, valid: Windows, seed: int, dtype: torch.dtype) -> dict[str, object]:
+    """What decides the result of a training: two runs with equal identities give equal weights."""
+    identity: dict[str, object] = {f"settings.{key}": value for key, value in stage.settings.model_dump().items()}
+    identity |= {f"network.{key}": value for key, value in stage.network.config.items()}
+    identity |= {"seed": seed, "dtype": str(dtype), "initial weights": _digest_of_weights(stage.network)}
+    if isinstance(stage, PredictorStage):
+        identity["tokenizer weights"] = _digest_of_weights(stage.tokenizer)
+    for name, windows in (("training windows", train), ("validation windows", valid)):
+        digest = hashlib.blake2b(windows.bars.values.tobytes(), digest_size=16)
+        digest.update(windows.ends.tobytes())
+        identity[name] = f"{len(windows)} × ({windows.lookback} + {windows.future}) {digest.hexdigest()}"
+    return identity
+
+
+def _digest_of_weights(network: HubModule) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _claim(folder: Path, identity: dict[str, object]) -> None:
+    """Make the folder this training's own, or refuse one that holds another."""
+    path = folder / "identity.json"
+    if path.exists():
+        theirs = json.loads(path.read_text())
+        differing = [key for key in {**identity, **theirs} if identity.get(key) != theirs.get(key)]
+        if differing:
+            changes = "; ".join(f"{key}: {theirs.get(key)!r} there, {identity.get(key)!r} now" for key in differing)
+            raise ValueError(f"{folder} holds another training ({changes}); choose another output_dir or remove that one")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(identity, indent=2, default=str) + "\n")
+    os.replace(aside, path)

@@ -1,0 +1,1 @@
+"""What Qlib calls: KronosModel and what it records."""

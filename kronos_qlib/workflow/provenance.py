@@ -1,0 +1,97 @@
+"""What a run records of itself: settings, data range, versions, and whether its test period was seen before."""
+
+import json
+import platform
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from qlib.config import C
+from qlib.workflow import R
+
+from kronos_qlib.data.dataset import KLineDataset
+from kronos_qlib.nn import zoo
+from kronos_qlib.nn.checkpoint import HubModule
+from kronos_qlib.workflow.settings import ModelSettings
+
+PACKAGES = ("kronos-qlib", "pyqlib", "torch", "numpy", "pandas", "mlflow", "safetensors", "huggingface_hub")
+RECORD = "kronos_run.json"
+
+
+def record_run(settings: ModelSettings, dataset: KLineDataset) -> None:
+    """Store settings, data range, package versions and machine as kronos_run.json in the active recorder, if any."""
+    if not _recording():
+        return
+    handler = dataset.handler
+    run: dict[str, Any] = {
+        "model": settings.model_dump(),
+        "data": {
+            "provider_uri": str(C.dpm.get_data_uri(handler.freq)),
+            "universe": handler.instruments,
+            "first": handler.dates[0],
+            "last": handler.dates[-1],
+            "amount": handler.amount_rule,
+            "lookback": dataset.lookback,
+            "horizon": dataset.horizon,
+            "segments": dataset.segments,
+        },
+        "packages": {name: version(name) for name in PACKAGES},
+        "machine": {
+            "python": platform.python_version(),
+            "processor": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / RECORD
+        path.write_text(json.dumps(run, indent=2, default=str) + "\n")
+        R.get_recorder().save_objects(local_path=str(path))
+
+
+def record_metrics(metrics: dict[str, float], step: int | None) -> None:
+    """Log metrics to the active recorder, if any."""
+    if _recording():
+        R.log_metrics(step=step, **metrics)
+
+
+def record_tags(tags: dict[str, str]) -> None:
+    """Set tags of the active recorder, if any."""
+    if _recording():
+        R.set_tags(**tags)
+
+
+def pretraining_overlap(tokenizer: HubModule, model: HubModule, first: np.datetime64) -> str | None:
+    """A warning if scores from `first` on fall into the pre-training data of a published checkpoint, else None.
+
+    A loaded network of a published shape counts as that checkpoint or a descendant of it.
+    """
+    entries = [*zoo.TOKENIZERS.values(), *zoo.MODELS.values()]
+    for network in (model, tokenizer):
+        if network.source is None:
+            continue
+        entry = next((e for e in entries if e.hub_id == network.source), None)
+        entry = entry or next((e for e in entries if e.trained_until and _shape(e.config) == _shape(network.config)), None)
+        if entry and entry.trained_until and first <= np.datetime64(entry.trained_until):
+            day = pd.Timestamp(first).date()
+            return (
+                f"the scores start on {day}, but {entry.hub_id} (here {network.source}) was trained on data up to "
+                f"{entry.trained_until}: up to then they are not out of sample"
+            )
+    return None
+
+
+def _shape(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not key.endswith("dropout_p")}
+
+
+def _recording() -> bool:
+    """Whether a Qlib recorder is active; asking Qlib for one would start one."""
+    if not C.registered:
+        return False
+    experiment = R.exp_manager.active_experiment
+    return experiment is not None and experiment.active_recorder is not None
