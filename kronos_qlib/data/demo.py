@@ -12,7 +12,8 @@ that it lives on for days (the usual label starts a day after the score) and sho
 (ROC10) and in the shape of a K-line window. What the label dilutes (a day's delay, the market's part, price limits)
 the unequal volatilities give back, so that `signal` is the information coefficient to be had: on 300 × 2000 bars the
 best rule, the reversal of nine bars, has rank IC 0.052 for signal 0.05 and 0.104 for 0.1, `PLANTED_PREDICTOR` 0.049
-and 0.094, and neither is more than a standard error from 0 for 0.
+and 0.094; for 0, over 40 seeds of 60 × 900 bars, the reversal, momentum, volatility, gap and volume of past bars all
+have mean ICs within 0.002 of 0 (standard error 0.001).
 
 With signal 0, given everything up to t, the whole cross-section of t+1 is as likely as its mirror image, so no
 function of past bars has an expected information coefficient, plain or rank, other than zero. Listing, membership,

@@ -4,19 +4,42 @@ import numpy as np
 import pytest
 import torch
 
+from kronos_qlib import Kronos, KronosTokenizer
 from kronos_qlib.forecast import sample_paths
-from kronos_qlib.nn.quantizer import ids_to_signs
+from kronos_qlib.forecast.randomness import uniforms
+from kronos_qlib.forecast.sampling import draw
+from kronos_qlib.nn import zoo
+
+SAMPLING = {"sample_count": 5, "temperature": 0.6, "top_p": 0.9, "seed": 3}
 
 
-def windows(golden, name="x"):
-    length = golden.vectors["s1"].shape[1]
-    stamp = golden.tensor("stamp")
+def inputs(golden):
+    length, stamp = golden.vectors["s1"].shape[1], golden.tensor("stamp")
     return golden.tensor("x"), stamp[:, :length], stamp[:, length:]
 
 
 def paths(golden, rows=slice(None), **options):
-    x, x_stamp, y_stamp = (tensor[rows] for tensor in windows(golden))
-    return sample_paths(golden.tokenizer, golden.model, x, x_stamp, y_stamp, **options)
+    return sample_paths(golden.tokenizer, golden.model, *(tensor[rows] for tensor in inputs(golden)), **options)
+
+
+def naive_paths(tokenizer, model, x, x_stamp, y_stamp, keys, *, max_context, s2_rotation, sample_count, seed, **filters):
+    """Generation as the architecture page tells it, without any cache: one row and one sample at a time."""
+    horizon, result = y_stamp.shape[1], []
+    uniform = torch.from_numpy(uniforms(seed, np.asarray(keys), sample_count, horizon))
+    filters = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | filters
+    for row in range(len(x)):
+        stamp = torch.cat([x_stamp[row], y_stamp[row]])[None]
+        for sample in range(sample_count):
+            s1, s2 = tokenizer.encode(x[row : row + 1], half=True)
+            for step in range(horizon):
+                seen = stamp[:, : s1.shape[1]][:, -max_context:]
+                logits, context = model.decode_s1(s1[:, -max_context:], s2[:, -max_context:], seen)
+                u = uniform[step, :, row, sample].view(2, 1, 1)
+                new_s1 = draw(logits[:, -1:], u[0], **filters)
+                new_s2 = draw(model.decode_s2(context, new_s1, s2_rotation)[:, -1:], u[1], **filters)
+                s1, s2 = torch.cat([s1, new_s1], 1), torch.cat([s2, new_s2], 1)
+            result.append(tokenizer.decode([s1[:, -max_context:], s2[:, -max_context:]], half=True)[0, -horizon:])
+    return torch.stack(result).unflatten(0, (len(x), sample_count))
 
 
 def test_greedy_paths_are_the_reference_forecast(golden):
@@ -26,3 +49,113 @@ def test_greedy_paths_are_the_reference_forecast(golden):
 def test_the_window_slides_as_in_the_reference(golden):
     limit = {"small-bits": 44, "zoo-like": 512, "fixed-time": 26}[golden.folder.name]
     golden.close(paths(golden, top_k=1, max_context=limit)[:, 0], "greedy_sliding")
+
+
+@pytest.mark.parametrize("s2_rotation", ["reference", "aligned"])
+@pytest.mark.parametrize("max_context", [512, 44, 30])
+def test_cached_generation_is_the_plain_one(small, s2_rotation, max_context):
+    options = {"max_context": max_context, "s2_rotation": s2_rotation, "sample_count": 3, "seed": 9, "top_p": 0.95}
+    with torch.no_grad():
+        plain = naive_paths(small.tokenizer, small.model, *inputs(small), [4, 5, 6], **options)
+    torch.testing.assert_close(paths(small, keys=[4, 5, 6], **options), plain, rtol=1e-4, atol=1e-4)
+
+
+def test_the_two_rotations_differ(small):
+    assert not torch.equal(paths(small, top_k=1), paths(small, top_k=1, s2_rotation="aligned"))
+
+
+def test_the_same_settings_give_bitwise_the_same_paths_and_another_seed_others(golden):
+    assert torch.equal(paths(golden, **SAMPLING), paths(golden, **SAMPLING))
+    assert not torch.equal(paths(golden, **SAMPLING), paths(golden, **(SAMPLING | {"seed": 4})))
+
+
+def test_samples_differ_and_a_sample_does_not_depend_on_how_many_there_are(small):
+    five, two = paths(small, **SAMPLING), paths(small, **(SAMPLING | {"sample_count": 2}))
+    assert not torch.equal(five[:, 0], five[:, 1])
+    torch.testing.assert_close(five[:, :2], two, rtol=1e-4, atol=1e-4)
+
+
+def nano_windows(count):
+    tokenizer, model = (kind(**entry.config).eval() for kind, entry in nano_kinds())
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(count, 40, 6, generator=generator).cumsum(1) / 3
+    stamp = torch.stack([torch.randint(0, size, (count, 48), generator=generator) for size in (60, 24, 7, 32, 13)], -1)
+    return tokenizer, model, x.clamp(-5, 5), stamp[:, :40], stamp[:, 40:]
+
+
+def nano_kinds():
+    torch.manual_seed(2)
+    return (KronosTokenizer, zoo.TOKENIZERS["nano"]), (Kronos, zoo.MODELS["nano"])
+
+
+@pytest.fixture(scope="module")
+def many():
+    """128 windows for a new nano network and their paths in one batch, with keys of their own."""
+    tokenizer, model, *tensors = nano_windows(128)
+    keys = np.random.default_rng(0).integers(0, 2**62, 128)
+    return tokenizer, model, tensors, keys, sample_paths(tokenizer, model, *tensors, keys=keys, **SAMPLING)
+
+
+def same_tokens(first, second):
+    """The share of forecast bars that agree: another token moves a bar by far more than rounding does."""
+    return torch.isclose(first, second, rtol=1e-3, atol=1e-3).all(-1).double().mean().item()
+
+
+@pytest.mark.parametrize("size", [1, 16])
+def test_paths_do_not_depend_on_the_batch_size(many, size):
+    tokenizer, model, tensors, keys, whole = many
+    rows = [slice(start, start + size) for start in range(0, 128, size)][: 512 // size]
+    parts = [sample_paths(tokenizer, model, *(t[r] for t in tensors), keys=keys[r], **SAMPLING) for r in rows]
+    assert same_tokens(torch.cat(parts), whole) >= 0.999
+
+
+def test_paths_do_not_depend_on_the_order_of_the_rows(many):
+    tokenizer, model, tensors, keys, whole = many
+    order = torch.from_numpy(np.random.default_rng(1).permutation(128))
+    shuffled = sample_paths(tokenizer, model, *(t[order] for t in tensors), keys=keys[order.numpy()], **SAMPLING)
+    assert same_tokens(shuffled, whole[order]) >= 0.999
+
+
+def test_without_keys_rows_are_numbered(small):
+    assert torch.equal(paths(small, **SAMPLING), paths(small, keys=[0, 1, 2], **SAMPLING))
+    assert not torch.equal(paths(small, **SAMPLING), paths(small, keys=[0, 7, 2], **SAMPLING))
+
+
+def test_bfloat16_stays_near_float32(small):
+    half = paths(small, top_k=1, dtype="bfloat16")
+    assert half.dtype == torch.float32 and torch.isfinite(half).all()
+    share = torch.isclose(half[:, :, :3], paths(small, top_k=1)[:, :, :3], atol=0.2, rtol=0.1).double().mean()
+    assert share > 0.5  # random weights: a greedy token near a tie may turn, most do not
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sample_count": 0}, "sample_count"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"s2_rotation": "none"}, "s2_rotation"),
+        ({"keys": [1, 2]}, "keys"),
+        ({"max_context": 12}, "pred_len"),
+        ({"dtype": "float16"}, "dtype"),
+    ],
+)
+def test_an_option_out_of_range_is_named(small, change, message):
+    with pytest.raises(ValueError, match=message):
+        paths(small, **change)
+
+
+def test_nan_in_the_windows_is_refused(small):
+    x, x_stamp, y_stamp = inputs(small)
+    x = x.clone()
+    x[1, 2, 3] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        sample_paths(small.tokenizer, small.model, x, x_stamp, y_stamp)
+
+
+def test_networks_with_different_bits_are_refused(small):
+    other = Kronos(**(small.model.config | {"s1_bits": 4}))
+    with pytest.raises(ValueError, match=r"\(5, 5\) and \(4, 5\)"):
+        sample_paths(small.tokenizer, other, *inputs(small))

@@ -1,0 +1,94 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kronos_qlib.cli import main
+from kronos_qlib.data.demo import is_synthetic
+
+
+def test_demo_data_writes_the_market_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    market = tmp_path / "runs" / "market"
+    options = ["--instruments", "5", "--days", "70", "--signal", "0", "--seed", "4"]
+    assert main(["demo-data", str(market), *options]) == 0
+    assert is_synthetic(market)
+    assert '{"instruments": 5, "days": 70, "signal": 0.0, "seed": 4}' in (market / "SYNTHETIC.txt").read_text()
+    told = capsys.readouterr().out
+    assert "synthetic" in told
+    assert str(market) in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--signal", "7"], "signal must be a number from 0"),
+        (["--days", "3"], "days must be a whole number from 60"),
+    ],
+)
+def test_bad_value_is_one_line_and_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], reason: str
+) -> None:
+    assert main(["demo-data", str(tmp_path / "market"), *arguments]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("kronos-qlib demo-data: error: ")
+    assert reason in told
+    assert told.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_folder_of_another_kind_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert main(["demo-data", str(tmp_path)]) == 2
+    assert "not a demo market" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_compare_without_a_database_says_so_and_makes_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "any", "--uri", f"sqlite:///{tmp_path}/mlflow.db"]) == 2
+    assert f"no MLflow database {tmp_path}/mlflow.db" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [[], ["train"], ["demo-data"], ["compare"], ["demo-data", "x", "--days", "many"]])
+def test_wrong_usage_ends_with_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage: kronos-qlib" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "taught"),
+    [
+        ([], ["demo-data", "compare", "qrun workflows/lightgbm_demo.yaml"]),
+        (["demo-data"], ["SYNTHETIC.txt", "--signal", "default: 0.05", "examples:"]),
+        (["compare"], ["comparison.csv", "excess_return.png", "0.05 is 5 %", "examples:"]),
+    ],
+)
+def test_help_teaches(command: list[str], taught: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--help"])
+    assert ended.value.code == 0
+    told = capsys.readouterr().out
+    assert all(words in told for words in taught)
+
+
+def test_help_needs_no_heavy_import_and_the_module_runs() -> None:
+    script = (
+        "import runpy, sys; sys.argv = ['kronos-qlib', '--help']\n"
+        "try: runpy.run_module('kronos_qlib.cli', run_name='__main__')\n"
+        "except SystemExit as ended: assert ended.code == 0\n"
+        "heavy = {'torch', 'qlib', 'pandas', 'numpy', 'mlflow', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("usage: kronos-qlib")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("kronos-qlib ")

@@ -1,0 +1,162 @@
+"""The workflow files, read as qrun reads them: rendered from the environment, laid over their base."""
+
+import copy
+import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from qlib.cli.run import render_template
+from qlib.utils.data import update_config
+from ruamel.yaml import YAML
+
+WORKFLOWS = Path(__file__).parents[1] / "workflows"
+CSI300 = ["kronos_csi300", "kronos_csi300_zeroshot", "kronos_csi300_nano", "lightgbm_csi300"]
+DEMO = ["kronos_demo", "lightgbm_demo"]
+VARIABLES = ["QLIB_DATA", "KRONOS_TOKENIZER", "KRONOS_MODEL"]
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def load(name: str) -> dict[str, Any]:
+    """A workflow as `qrun` sees it: `qlib.cli.run.workflow` up to the start of Qlib."""
+    path = WORKFLOWS / f"{name}.yaml"
+    config = YAML(typ="safe", pure=True).load(render_template(path))
+    return update_config(load_base(config["BASE_CONFIG_PATH"]), config)
+
+
+def load_base(file_name: str) -> dict[str, Any]:
+    return YAML(typ="safe", pure=True).load((WORKFLOWS / file_name).read_text())
+
+
+def backtest_config(config: dict[str, Any]) -> dict[str, Any]:
+    record = config["task"]["record"][-1]
+    assert record["class"] == "PortAnaRecord"
+    return record["kwargs"]["config"]
+
+
+def shared_part(config: dict[str, Any]) -> dict[str, Any]:
+    """All of a workflow but its name, its model, and what turns bars into features."""
+    config = copy.deepcopy(config)
+    dataset = config["task"]["dataset"]
+    for part, keys in [
+        (config, ["experiment_name"]),
+        (config["task"], ["model"]),
+        (dataset, ["class", "module_path"]),
+        (dataset["kwargs"], ["lookback", "horizon"]),
+        (dataset["kwargs"]["handler"], ["class", "module_path"]),
+    ]:
+        for key in keys:
+            part.pop(key, None)
+    return config
+
+
+def test_these_are_all_the_workflows():
+    assert {path.stem for path in WORKFLOWS.glob("*.yaml")} == {*CSI300, *DEMO, "base_csi300", "base_demo"}
+
+
+@pytest.mark.parametrize("name", CSI300 + DEMO)
+def test_the_experiment_is_named_after_the_file(name):
+    assert load(name)["experiment_name"] == name
+
+
+@pytest.mark.parametrize("empty", [False, True], ids=["unset", "empty"])
+@pytest.mark.parametrize("name", CSI300 + DEMO)
+def test_paths_have_defaults(name, empty, monkeypatch):
+    if empty:
+        for variable in VARIABLES:
+            monkeypatch.setenv(variable, "")
+    config = load(name)
+    default = "runs/demo/market" if name in DEMO else "~/.qlib/qlib_data/cn_data"
+    assert config["qlib_init"]["provider_uri"] == default
+    if name in ("kronos_csi300", "kronos_csi300_zeroshot"):
+        assert config["task"]["model"]["kwargs"]["tokenizer"] == "NeoQuasar/Kronos-Tokenizer-base"
+        assert config["task"]["model"]["kwargs"]["model"] == "NeoQuasar/Kronos-small"
+
+
+@pytest.mark.parametrize("name", CSI300 + DEMO)
+def test_paths_come_from_the_environment(name, monkeypatch):
+    for variable in VARIABLES:
+        monkeypatch.setenv(variable, f"/somewhere/of my own/{variable}")
+    config = load(name)
+    assert config["qlib_init"]["provider_uri"] == "/somewhere/of my own/QLIB_DATA"
+    if name in ("kronos_csi300", "kronos_csi300_zeroshot"):
+        assert config["task"]["model"]["kwargs"]["tokenizer"] == "/somewhere/of my own/KRONOS_TOKENIZER"
+        assert config["task"]["model"]["kwargs"]["model"] == "/somewhere/of my own/KRONOS_MODEL"
+
+
+@pytest.mark.parametrize("base", ["base_csi300.yaml", "base_demo.yaml"])
+def test_a_base_holds_no_template(base):
+    """Qlib would leave it as it stands."""
+    text = (WORKFLOWS / base).read_text()
+    assert "{{" not in text and "{%" not in text
+
+
+@pytest.mark.parametrize("name", CSI300 + DEMO)
+def test_the_recorder_is_a_sqlite_file(name):
+    manager = load(name)["qlib_init"]["exp_manager"]
+    assert manager["class"] == "MLflowExpManager"
+    assert manager["kwargs"]["uri"] == "sqlite:///mlflow.db"
+
+
+@pytest.mark.parametrize(
+    ("kronos", "lightgbm"),
+    [(name, "lightgbm_csi300") for name in CSI300[:3]] + [("kronos_demo", "lightgbm_demo")],
+)
+def test_kronos_and_lightgbm_differ_in_model_and_features_only(kronos, lightgbm):
+    ours, theirs = load(kronos), load(lightgbm)
+    assert ours["task"]["model"]["class"] == "KronosModel" and theirs["task"]["model"]["class"] == "LGBModel"
+    assert shared_part(ours) == shared_part(theirs)
+
+
+@pytest.mark.parametrize("name", CSI300 + DEMO)
+def test_the_label_is_the_return_that_an_order_after_the_close_can_earn(name):
+    handler = load(name)["task"]["dataset"]["kwargs"]["handler"]
+    assert handler["kwargs"]["label"] == ["Ref($close, -2)/Ref($close, -1) - 1"]
+
+
+@pytest.mark.parametrize("name", CSI300 + DEMO)
+def test_segments_are_in_order_and_the_backtest_is_the_test_segment(name):
+    config = load(name)
+    segments = config["task"]["dataset"]["kwargs"]["segments"]
+    dates = [date for segment in ("train", "valid", "test") for date in segments[segment]]
+    assert dates == sorted(set(dates)) and len(segments) == 3
+    backtest = backtest_config(config)["backtest"]
+    assert [backtest["start_time"], backtest["end_time"]] == segments["test"]
+
+
+@pytest.mark.parametrize("name", CSI300)
+def test_csi300_is_the_reference_backtest(name):
+    config = load(name)
+    segments = config["task"]["dataset"]["kwargs"]["segments"]
+    assert segments["test"] == [datetime.date(2024, 7, 1), datetime.date(2025, 6, 5)]
+    config = backtest_config(config)
+    assert config["strategy"]["kwargs"] == {"signal": "<PRED>", "topk": 50, "n_drop": 5, "hold_thresh": 5}
+    assert config["backtest"]["benchmark"] == "SH000300" and config["backtest"]["account"] == 1e8
+    assert config["backtest"]["exchange_kwargs"] == {
+        "freq": "day",
+        "deal_price": "open",
+        "limit_threshold": 0.095,
+        "open_cost": 0.001,
+        "close_cost": 0.0015,
+        "min_cost": 5,
+    }
+
+
+def test_the_demo_is_set_up_as_csi300_but_for_market_dates_and_portfolio_size():
+    demo, csi300 = load_base("base_demo.yaml"), load_base("base_csi300.yaml")
+    for config in (demo, csi300):
+        kwargs = config["task"]["dataset"]["kwargs"]
+        kwargs.pop("segments")
+        for key in ("instruments", "start_time", "end_time"):
+            kwargs["handler"]["kwargs"].pop(key)
+        backtest = backtest_config(config)
+        for key in ("start_time", "end_time", "benchmark"):
+            backtest["backtest"].pop(key)
+        for key in ("topk", "n_drop"):
+            backtest["strategy"]["kwargs"].pop(key)
+    assert demo == csi300
