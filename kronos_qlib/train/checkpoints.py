@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ _ASIDE = ".tmp"
 
 @dataclass
 class Progress:
-    """How far a stage has come: optimiser steps done, the best validation loss so far."""
+    """How far a stage has come: optimiser steps done, the best validation loss, the losses since the last log row."""
 
     step: int = 0
     best: float = float("inf")
+    losses: list[float] = field(default_factory=list)
 
 
 def save_checkpoint(

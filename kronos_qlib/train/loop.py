@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -80,17 +81,19 @@ def train_stage(
         if resumed := load_newest(folder / "checkpoints", network, optimizer):
             progress, schedule_state = resumed
             schedule.load_state_dict(schedule_state)
+            for group, lr in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+                group["lr"] = lr
             logger.info("%s: resumed at step %s of %s", stage.name, f"{progress.step:,}", f"{total:,}")
         history = _History(folder / "history.csv", progress.step)
         bar = tqdm(total=total * settings.batch_size, initial=progress.step * settings.batch_size, desc=stage.name, unit="window")
-        running: list[Tensor] = []
         for epoch in range(progress.step // epoch_steps, settings.epochs):
             for rows in _batches(len(train), per_epoch, settings.batch_size, (seed, epoch), progress.step % epoch_steps):
                 network.train()
                 x, stamp = _tensors(train, rows, device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
                     loss = stage.loss(x, stamp)
-                if not torch.isfinite(loss):
+                progress.losses.append(loss.item())
+                if not math.isfinite(progress.losses[-1]):
                     raise FloatingPointError(_divergence(stage, train, rows, progress.step, folder))
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -99,12 +102,11 @@ def train_stage(
                 lr = schedule.get_last_lr()[0]
                 schedule.step()
                 progress.step += 1
-                running.append(loss.detach())
                 bar.update(settings.batch_size)
                 ended = progress.step % epoch_steps == 0
                 if ended or progress.step % settings.log_every == 0:
-                    row = {"lr": lr, "train_loss": torch.stack(running).mean().item()}
-                    running.clear()
+                    row = {"lr": lr, "train_loss": statistics.fmean(progress.losses)}
+                    progress.losses.clear()
                     if ended:
                         row |= _judge(stage, judged, device, dtype)
                         if row["val_loss"] < progress.best:

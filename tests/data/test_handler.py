@@ -1,6 +1,8 @@
 import datetime
+import os
 import pickle
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,6 +15,7 @@ from kronos_qlib.data.stamps import stamps
 from kronos_qlib.data.windows import COLUMNS
 
 CALENDAR = sessions(DAYS)
+REAL_STORE = Path(os.environ.get("QLIB_DATA", "nowhere"))
 
 
 @pytest.fixture
@@ -279,6 +282,24 @@ def test_a_jump_over_a_gap_without_closes_is_not_judged(market, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         KLineHandler("some").bars()
+
+
+def test_the_first_bar_of_an_instrument_is_not_compared_with_another_instrument(market, tmp_path):
+    bars = market_bars()
+    for factor, table in zip((1, 100, 1, 100), bars.values()):
+        table[["open", "high", "low", "close"]] *= factor
+        table.loc[0, "change"] = 0.0
+    use_store(write_market(tmp_path / "levels", bars))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        KLineHandler("some").bars()
+
+
+@pytest.mark.skipif(not (REAL_STORE / "features" / "sz302132").is_dir(), reason="needs the real store in QLIB_DATA")
+def test_the_defect_of_the_real_store_is_named():
+    use_store(REAL_STORE)
+    with pytest.warns(UserWarning, match=r"of 1 instruments.*: SZ302132 2025-02-18 \(\+462.5% against -5.9%\)"):
+        KLineHandler(["SH600000", "SZ302132", "SZ000001"]).bars()
 
 
 def test_change_is_optional(one):

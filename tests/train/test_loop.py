@@ -1,0 +1,234 @@
+"""Training learns, is judged causally on fixed windows, repeats itself, and goes on where it was cut off."""
+
+import csv
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from kronos_qlib import Kronos, KronosTokenizer
+from kronos_qlib.data.stamps import stamps
+from kronos_qlib.data.windows import Bars, Windows
+from kronos_qlib.nn import zoo
+from kronos_qlib.train import PredictorStage, TokenizerStage, train_stage
+from kronos_qlib.train.loop import HISTORY, _batches, _judge
+from kronos_qlib.train.settings import PredictorSettings, TokenizerSettings
+
+LOOKBACK, FUTURE = 20, 5
+SMALL_TOKENIZER = {"d_model": 16, "ff_dim": 32, "n_heads": 2, "n_enc_layers": 2, "n_dec_layers": 2, "s1_bits": 4, "s2_bits": 4}
+SMALL_MODEL = {"d_model": 16, "ff_dim": 32, "n_heads": 2, "n_layers": 1, "s1_bits": 4, "s2_bits": 4, "ffn_dropout_p": 0.1}
+CPU = torch.device("cpu")
+
+
+def make_windows(first, last):
+    """Windows of four instruments that walk randomly."""
+    rng = np.random.default_rng(0)
+    length, names = 200, ("A", "B", "C", "D")
+    close = 20 * np.exp(np.cumsum(rng.normal(0, 0.02, (4, length)), 1))
+    spread = np.abs(rng.normal(0, 0.01, (4, length)))
+    volume = np.exp(rng.normal(10, 0.5, (4, length)))
+    columns = [close * (1 - spread / 2), close * (1 + spread), close * (1 - spread), close, volume, volume * close]
+    dates = pd.bdate_range("2020-01-01", periods=length)
+    bars = Bars(
+        values=np.stack(columns, -1).reshape(-1, 6).astype(np.float32),
+        stamp=np.tile(stamps(dates), (4, 1)).astype(np.int8),
+        dates=np.tile(dates.to_numpy("datetime64[ns]"), 4),
+        offsets=np.arange(5) * length,
+        instruments=names,
+    )
+    ends = np.concatenate([np.arange(first, last) + i * length for i in range(4)])
+    return Windows(bars, ends, LOOKBACK, FUTURE)
+
+
+TRAIN, VALID = make_windows(20, 120), make_windows(130, 190)
+
+
+def tokenizer_stage(**settings):
+    torch.manual_seed(0)
+    network = KronosTokenizer(**(zoo.TOKENIZERS["nano"].config | SMALL_TOKENIZER))
+    settings = {"epochs": 3, "batch_size": 32, "learning_rate": 5e-3, "windows_per_epoch": 200, "log_every": 3} | settings
+    return TokenizerStage(network, TokenizerSettings(**settings))
+
+
+def predictor_stage(**settings):
+    torch.manual_seed(0)
+    tokenizer = KronosTokenizer(**(zoo.TOKENIZERS["nano"].config | SMALL_TOKENIZER))
+    network = Kronos(**(zoo.MODELS["nano"].config | SMALL_MODEL))
+    settings = {"epochs": 3, "batch_size": 32, "learning_rate": 5e-3, "windows_per_epoch": 200, "log_every": 3} | settings
+    return PredictorStage(network, tokenizer, PredictorSettings(**settings))
+
+
+def run(stage, folder, **options):
+    return train_stage(stage, TRAIN, VALID, folder, **({"seed": 1, "device": CPU, "checkpoint_every": 4} | options))
+
+
+def history(folder):
+    with (folder / "history.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def weights(stage):
+    return {name: tensor.clone() for name, tensor in stage.network.state_dict().items()}
+
+
+def assert_same_weights(one, other):
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+STAGES = pytest.mark.parametrize("make", [tokenizer_stage, predictor_stage])
+
+
+@STAGES
+def test_a_stage_learns_and_ends_with_its_best_weights(make, tmp_path):
+    stage = make()
+    before = _judge(stage, VALID, CPU, torch.float32)["val_loss"]
+    best = run(stage, tmp_path)
+    rows = history(tmp_path)
+    assert list(rows[0]) == HISTORY
+    judged = [float(row["val_loss"]) for row in rows if row["val_loss"]]
+    assert len(judged) == 3
+    assert min(judged) == pytest.approx(best["val_loss"], rel=1e-6)
+    assert best["val_loss"] < 0.95 * before
+    loaded = type(stage.network).from_pretrained(tmp_path / "best")
+    assert_same_weights(weights(stage), loaded.state_dict())
+
+
+@STAGES
+def test_the_history_has_a_row_for_every_logging_step_and_epoch(make, tmp_path):
+    run(make(), tmp_path)
+    rows = history(tmp_path)
+    assert [int(row["step"]) for row in rows] == [3, 6, 7, 9, 12, 14, 15, 18, 21]  # 7 steps an epoch
+    assert [row["epoch"] for row in rows if row["val_loss"]] == ["0", "1", "2"]
+    assert max(float(row["lr"]) for row in rows) <= 5e-3
+
+
+@STAGES
+def test_the_same_seed_gives_bitwise_the_same_training_and_another_seed_another(make, tmp_path):
+    first, second, third = make(), make(), make()
+    run(first, tmp_path / "first")
+    torch.manual_seed(99)  # what happens to the global random state does not matter
+    run(second, tmp_path / "second")
+    run(third, tmp_path / "third", seed=2)
+    assert history(tmp_path / "first") == history(tmp_path / "second")
+    assert_same_weights(weights(first), weights(second))
+    assert history(tmp_path / "first") != history(tmp_path / "third")
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+@STAGES
+@pytest.mark.parametrize("steps", [2, 9, 14, 20])
+def test_a_killed_training_resumes_bitwise(make, tmp_path, steps):
+    whole = make()
+    run(whole, tmp_path / "whole")
+
+    stage, done = make(), []
+    learn = stage.loss
+
+    def loss_until_killed(x, stamp):
+        done.append(1)
+        if len(done) > steps:
+            raise Killed
+        return learn(x, stamp)
+
+    stage.loss = loss_until_killed
+    with pytest.raises(Killed):
+        run(stage, tmp_path / "killed")
+    resumed = make()
+    run(resumed, tmp_path / "killed")
+    assert history(tmp_path / "killed") == history(tmp_path / "whole")
+    assert_same_weights(weights(resumed), weights(whole))
+
+
+def test_a_finished_training_is_only_read(tmp_path):
+    first, second = tokenizer_stage(), tokenizer_stage()
+    run(first, tmp_path)
+    second.loss = None  # would fail if a step were taken
+    run(second, tmp_path)
+    assert_same_weights(weights(first), weights(second))
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "key"),
+    [
+        ({"learning_rate": 1e-3}, {}, "settings.learning_rate: 0.005 there, 0.001 now"),
+        ({}, {"seed": 5}, "seed: 1 there, 5 now"),
+    ],
+)
+def test_a_folder_with_another_training_is_refused(tmp_path, settings, options, key):
+    run(tokenizer_stage(), tmp_path)
+    with pytest.raises(ValueError, match=key):
+        run(tokenizer_stage(**settings), tmp_path, **options)
+
+
+def test_only_the_last_two_checkpoints_are_kept(tmp_path):
+    run(tokenizer_stage(), tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000020", "step-00000021"]
+
+
+def test_stage_two_leaves_the_tokenizer_alone(tmp_path):
+    stage = predictor_stage()
+    before = {name: tensor.clone() for name, tensor in stage.tokenizer.state_dict().items()}
+    run(stage, tmp_path)
+    assert_same_weights(before, stage.tokenizer.state_dict())
+
+
+@STAGES
+def test_validation_does_not_depend_on_the_batch_size_and_counts_every_window_once(make):
+    figures = [_judge(make(batch_size=size), VALID, CPU, torch.float32) for size in (7, 240)]
+    for name, value in figures[0].items():
+        assert value == pytest.approx(figures[1][name], rel=1e-5)
+
+
+def test_validation_of_stage_two_is_causal():
+    """Bars after a position do not change its logits: a validation loss that saw them would be too good."""
+    stage = predictor_stage()
+    batch = VALID.gather(np.arange(8))
+    x, stamp = torch.from_numpy(batch.x), torch.from_numpy(batch.stamp)
+    stage.network.eval()
+    s1, s2 = stage.tokenizer.encode(x, half=True)
+    seen = stage.network(s1[:, :-1], s2[:, :-1], stamp[:, :-1], True, s1[:, 1:])
+    cut = 10
+    short = stage.network(s1[:, :cut], s2[:, :cut], stamp[:, :cut], True, s1[:, 1 : cut + 1])
+    for whole, part in zip(seen, short):
+        torch.testing.assert_close(whole[:, :cut], part)
+
+
+def test_sampled_and_teacher_forced_queries_train_differently(tmp_path):
+    sampled, forced = predictor_stage(), predictor_stage(s1_query="teacher_forced")
+    run(sampled, tmp_path / "sampled")
+    run(forced, tmp_path / "forced")
+    assert history(tmp_path / "sampled") != history(tmp_path / "forced")
+
+
+def test_an_epoch_takes_windows_without_replacement_and_every_epoch_others():
+    first, second = (np.concatenate(list(_batches(100, 60, 7, (3, epoch), 0))) for epoch in (0, 1))
+    assert len(first) == len(set(first)) == 60
+    assert set(first) != set(second)
+    rest = np.concatenate(list(_batches(100, 60, 7, (3, 0), skip=4)))
+    np.testing.assert_array_equal(rest, first[28:])
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_step_and_windows(tmp_path):
+    stage = tokenizer_stage()
+    learn, done = stage.loss, []
+
+    def diverge(x, stamp):
+        done.append(1)
+        return learn(x, stamp) * (torch.nan if len(done) == 6 else 1)
+
+    stage.loss = diverge
+    with pytest.raises(FloatingPointError, match=r"tokenizer: the loss is not finite at step 6.*[ABCD] 2020-\d\d-\d\d"):
+        run(stage, tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+def test_metrics_are_logged_as_they_come(tmp_path):
+    logged = []
+    run(tokenizer_stage(), tmp_path, log=lambda metrics, step: logged.append((step, metrics)))
+    assert [step for step, _ in logged] == [int(row["step"]) for row in history(tmp_path)]
+    assert {"tokenizer.lr", "tokenizer.train_loss", "tokenizer.val_loss", "tokenizer.val_mse_s1"} == set(logged[-1][1])
