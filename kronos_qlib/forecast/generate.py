@@ -73,7 +73,7 @@ def sample_paths(
         x: normalised bars [B, L, d_in], oldest first.
         x_stamp: their stamps [B, L, 5]: minute, hour, weekday (Monday 0), day, month.
         y_stamp: stamps of the bars to forecast [B, P, 5].
-        keys: one integer per row; the random numbers of a row depend on (seed, key, sample, step) only. Default: 0 … B−1.
+        keys: one integer per row; a row's random numbers depend on (seed, key, sample, step) only. Default: 0 … B−1.
         max_context: bars the model sees at most; the window slides beyond it, and caches cannot be used there.
         dtype: of the matrix products: float32 (None), bfloat16 or "auto".
         s2_rotation: "reference" as published, "aligned" as trained.
@@ -168,7 +168,7 @@ class _Cache:
         return self.read(q, end)
 
     def read(self, q: Tensor, end: int) -> Tensor:
-        """Attend from q [B, H, S, n, D] to the prefix and to own positions before `end`; query i stands at end − n + i."""
+        """Attend from q [B, H, S, n, D] to the prefix and own positions before `end`, the last n of them causally."""
         batch, heads, samples, n, dim = q.shape
         length = self.k.shape[2]
         q = q * dim**-0.5

@@ -158,7 +158,9 @@ def _bars(frame: pd.DataFrame, name: str) -> np.ndarray:
     if not np.isfinite(values).all():
         row, column = np.argwhere(~np.isfinite(values))[0]
         where = f"column {frame.columns[column]!r}, row {frame.index[row]}"
-        raise ValueError(f"KronosPredictor: {name} holds {values[row, column]} in {where}; fill or drop such bars first")
+        raise ValueError(
+            f"KronosPredictor: {name} holds {values[row, column]} in {where}; fill or drop such bars first"
+        )
     if VOLUME not in frame.columns:
         frame = frame[PRICES].assign(**{VOLUME: 0.0, AMOUNT: 0.0})
     elif AMOUNT not in frame.columns:
@@ -174,5 +176,7 @@ def _times(times: Timestamps, length: int, name: str, counted: str) -> pd.Dateti
         raise ValueError(f"KronosPredictor: {name} holds NaT at position {int(np.argmax(index.isna()))}")
     if not (index.is_monotonic_increasing and index.is_unique):
         after = int(np.argmax(np.diff(index.asi8) <= 0)) + 1
-        raise ValueError(f"KronosPredictor: {name} must be strictly increasing, but {index[after]} follows {index[after - 1]}")
+        raise ValueError(
+            f"KronosPredictor: {name} must be strictly increasing, but {index[after]} follows {index[after - 1]}"
+        )
     return index

@@ -1,6 +1,7 @@
 """Drawing tokens from logits: temperature, top-k, top-p, inverse transform."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 FIRST_CANDIDATES = 64  # how many of the largest logits are looked at before more are asked for
@@ -44,13 +45,19 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p:
 
 
 def _candidates(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Probabilities, in falling order, and tokens of enough candidates to hold the mass top_p in every row."""
+    """Probabilities, in falling order, and tokens of enough candidates to hold the mass top_p in every row.
+
+    How many a row is given hangs on that row alone: among equal logits topk's order hangs on their number.
+    """
     log_total = logits.logsumexp(-1, keepdim=True)
     size = logits.shape[-1]
     count = min(FIRST_CANDIDATES, size) if logits.device.type == "cpu" else size  # elsewhere a look would synchronise
-    while True:
-        values, tokens = logits.topk(count)
-        probability = (values - log_total).exp()
-        if count == size or bool((probability.sum(-1) > top_p).all()):
-            return probability, tokens
-        count = min(4 * count, size)
+    values, tokens = logits.topk(count)
+    probability = (values - log_total).exp()
+    while count < size and bool((short := probability.sum(-1) <= top_p).any()):
+        more = min(4 * count, size)
+        probability, tokens = (F.pad(table, (0, more - count)) for table in (probability, tokens))
+        values, tokens[short] = logits[short].topk(more)
+        probability[short] = (values - log_total[short]).exp()
+        count = more
+    return probability, tokens

@@ -87,7 +87,9 @@ class HubModule(nn.Module):
             FileNotFoundError: no such folder or file, and the hub has or reaches none.
             CheckpointError: an unknown key, a truncated file, a missing, unexpected or mis-shaped tensor.
         """
-        config_path, weights_path = (_locate(str(dir_or_hub_id), name, revision) for name in (CONFIG_FILE, WEIGHTS_FILE))
+        config_path, weights_path = (
+            _locate(str(dir_or_hub_id), name, revision) for name in (CONFIG_FILE, WEIGHTS_FILE)
+        )
         try:
             config = json.loads(config_path.read_text())
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -145,7 +147,9 @@ def _locate(dir_or_hub_id: str, name: str, revision: str | None) -> Path:
     folder = Path(dir_or_hub_id).expanduser()
     if folder.is_dir():
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder}: no {name} there; a checkpoint folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+            raise FileNotFoundError(
+                f"{folder}: no {name} there; a checkpoint folder holds {CONFIG_FILE} and {WEIGHTS_FILE}"
+            )
         return folder / name
     entry = zoo.published(dir_or_hub_id)
     revision = revision or (entry.revision if entry else None)

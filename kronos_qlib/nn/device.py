@@ -22,7 +22,9 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     if resolved.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (resolved.index or 0) >= count:
-            raise ValueError(f"device: {device!r} was asked for, but torch sees {count} CUDA device(s); use auto or cpu")
+            raise ValueError(
+                f"device: {device!r} was asked for, but torch sees {count} CUDA device(s); use auto or cpu"
+            )
     if resolved.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device: 'mps' was asked for, but this machine has none; use auto or cpu")
     return resolved

@@ -3,24 +3,26 @@
 import csv
 import hashlib
 import json
-import logging
 import math
 import os
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from qlib.log import get_module_logger
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from kronos_qlib.data.windows import Windows
 from kronos_qlib.nn.checkpoint import HubModule
 from kronos_qlib.train.checkpoints import Progress, load_newest, save_checkpoint
+from kronos_qlib.train.settings import StageSettings
 from kronos_qlib.train.stages import PredictorStage, Stage
 
-logger = logging.getLogger("kronos_qlib.train")
+logger = get_module_logger("KronosTrainer")
 HISTORY = ["step", "epoch", "lr", "train_loss", "val_loss"]
 Log = Callable[[dict[str, float], int], None]
 
@@ -57,67 +59,42 @@ def train_stage(
     """
     folder, settings, network = Path(folder), stage.settings, stage.network.to(device)
     _claim(folder, _identity(stage, train, valid, seed, dtype))
-    per_epoch = min(settings.windows_per_epoch or len(train), len(train))
-    epoch_steps = math.ceil(per_epoch / settings.batch_size)
-    total = settings.epochs * epoch_steps
-    judged = valid.take(np.unique(np.linspace(0, len(valid) - 1, min(settings.valid_windows, len(valid))).round().astype(int)))
+    plan, judged = _Plan.of(settings, len(train), seed), _evenly_spaced(valid, settings.valid_windows)
     logger.info(
         "%s: %s parameters on %s (%s), %s windows in %s steps of %s, judged on %s windows",
         *(stage.name, f"{network.n_parameters:,}", device, str(dtype).removeprefix("torch.")),
-        *(f"{settings.epochs * per_epoch:,}", f"{total:,}", settings.batch_size, f"{len(judged):,}"),
+        *(f"{plan.epochs * plan.per_epoch:,}", f"{plan.steps:,}", plan.batch_size, f"{len(judged):,}"),
     )
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        optimizer = torch.optim.AdamW(
-            network.parameters(),
-            lr=settings.learning_rate,
-            betas=tuple(settings.betas),
-            weight_decay=settings.weight_decay,
-        )
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, settings.learning_rate, total_steps=total, pct_start=0.03, div_factor=10, cycle_momentum=False
-        )
-        progress = Progress()
-        if resumed := load_newest(folder / "checkpoints", network, optimizer):
-            progress, schedule_state = resumed
-            schedule.load_state_dict(schedule_state)
-            for group, lr in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
-                group["lr"] = lr
-            logger.info("%s: resumed at step %s of %s", stage.name, f"{progress.step:,}", f"{total:,}")
+        optimizer, schedule = _optimizer(network, settings, plan.steps)
+        progress = _resume(folder / "checkpoints", network, optimizer, schedule)
         history = _History(folder / "history.csv", progress.step)
-        bar = tqdm(total=total * settings.batch_size, initial=progress.step * settings.batch_size, desc=stage.name, unit="window")
-        for epoch in range(progress.step // epoch_steps, settings.epochs):
-            for rows in _batches(len(train), per_epoch, settings.batch_size, (seed, epoch), progress.step % epoch_steps):
-                network.train()
-                x, stamp = _tensors(train, rows, device)
-                with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
-                    loss = stage.loss(x, stamp)
-                progress.losses.append(loss.item())
-                if not math.isfinite(progress.losses[-1]):
-                    raise FloatingPointError(_divergence(stage, train, rows, progress.step, folder))
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
-                optimizer.step()
-                lr = schedule.get_last_lr()[0]
-                schedule.step()
-                progress.step += 1
-                bar.update(settings.batch_size)
-                ended = progress.step % epoch_steps == 0
-                if ended or progress.step % settings.log_every == 0:
-                    row = {"lr": lr, "train_loss": statistics.fmean(progress.losses)}
-                    progress.losses.clear()
-                    if ended:
-                        row |= _judge(stage, judged, device, dtype)
-                        if row["val_loss"] < progress.best:
-                            progress.best = row["val_loss"]
-                            network.save_pretrained(folder / "best")
-                    history.append({"step": progress.step, "epoch": epoch, **row})
-                    log({f"{stage.name}.{key}": value for key, value in row.items()}, progress.step)
-                    bar.set_postfix({key: f"{value:.4g}" for key, value in row.items()})
-                if ended or progress.step % checkpoint_every == 0:
-                    history.flush()
-                    save_checkpoint(folder / "checkpoints", network, optimizer, schedule.state_dict(), progress)
+        bar = tqdm(total=plan.steps, initial=progress.step, desc=stage.name, unit="step")
+        for epoch, rows in plan.batches(progress.step):
+            loss = _step(stage, *_tensors(train, rows, device), optimizer, dtype)
+            if not math.isfinite(loss):
+                raise FloatingPointError(_divergence(stage, train, rows, progress.step, folder))
+            lr = schedule.get_last_lr()[0]
+            schedule.step()
+            progress.step += 1
+            progress.losses.append(loss)
+            bar.update()
+            ended = progress.step % plan.epoch_steps == 0
+            if ended or progress.step % settings.log_every == 0:
+                row = {"lr": lr, "train_loss": statistics.fmean(progress.losses)}
+                progress.losses.clear()
+                if ended:
+                    row |= _judge(stage, judged, device, dtype)
+                if row.get("val_loss", math.inf) < progress.best:
+                    progress.best = row["val_loss"]
+                    network.save_pretrained(folder / "best")
+                history.append({"step": progress.step, "epoch": epoch, **row})
+                log({f"{stage.name}.{key}": value for key, value in row.items()}, progress.step)
+                bar.set_postfix({key: f"{value:.4g}" for key, value in row.items()})
+            if ended or progress.step % checkpoint_every == 0:
+                history.flush()
+                save_checkpoint(folder / "checkpoints", network, optimizer, schedule.state_dict(), progress)
         bar.close()
     network.load_weights(folder / "best" / "model.safetensors")
     best = _judge(stage, judged, device, dtype)
@@ -125,11 +102,88 @@ def train_stage(
     return best
 
 
-def _batches(size: int, per_epoch: int, batch_size: int, seed: tuple[int, int], skip: int) -> Iterator[np.ndarray]:
-    """Rows of an epoch's batches, without replacement, in an order that only the seed decides; `skip` are done."""
-    order = np.random.default_rng(seed).permutation(size)[:per_epoch]
-    for start in range(skip * batch_size, per_epoch, batch_size):
-        yield order[start : start + batch_size]
+@dataclass(frozen=True)
+class _Plan:
+    """Which windows every step learns from: each epoch a draw without replacement that only the seed decides."""
+
+    size: int
+    per_epoch: int
+    batch_size: int
+    epochs: int
+    seed: int
+
+    @classmethod
+    def of(cls, settings: StageSettings, size: int, seed: int) -> "_Plan":
+        return cls(size, min(settings.windows_per_epoch or size, size), settings.batch_size, settings.epochs, seed)
+
+    @property
+    def epoch_steps(self) -> int:
+        return math.ceil(self.per_epoch / self.batch_size)
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * self.epoch_steps
+
+    def batches(self, done: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Epoch and window rows of every step after the first `done`."""
+        for epoch in range(done // self.epoch_steps, self.epochs):
+            order = np.random.default_rng((self.seed % 2**64, epoch)).permutation(self.size)[: self.per_epoch]
+            skip = done % self.epoch_steps if epoch == done // self.epoch_steps else 0
+            for start in range(skip * self.batch_size, self.per_epoch, self.batch_size):
+                yield epoch, order[start : start + self.batch_size]
+
+
+def _evenly_spaced(windows: Windows, count: int) -> Windows:
+    positions = np.linspace(0, len(windows) - 1, min(count, len(windows)))
+    return windows.take(np.unique(positions.round().astype(int)))
+
+
+def _optimizer(
+    network: HubModule, settings: StageSettings, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.OneCycleLR]:
+    """AdamW under a OneCycle schedule with 3 % warm-up from a tenth of the peak, as in the published recipe."""
+    optimizer = torch.optim.AdamW(
+        network.parameters(),
+        lr=settings.learning_rate,
+        betas=tuple(settings.betas),
+        weight_decay=settings.weight_decay,
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.learning_rate, total_steps=steps, pct_start=0.03, div_factor=10, cycle_momentum=False
+    )
+    return optimizer, schedule
+
+
+def _resume(
+    folder: Path,
+    network: HubModule,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.OneCycleLR,
+) -> Progress:
+    """Take up the newest checkpoint if there is one."""
+    found = load_newest(folder, network, optimizer)
+    if found is None:
+        return Progress()
+    progress, schedule_state = found
+    schedule.load_state_dict(schedule_state)
+    for group, lr in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+        group["lr"] = lr  # loading a schedule does not tell the optimiser
+    logger.info("%s: resumed after step %s", folder.parent, f"{progress.step:,}")
+    return progress
+
+
+def _step(stage: Stage, x: Tensor, stamp: Tensor, optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> float:
+    """One optimiser step on a batch; nothing is changed if its loss is not finite."""
+    stage.network.train()
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
+        loss = stage.loss(x, stamp)
+    value = loss.item()
+    if math.isfinite(value):
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(stage.network.parameters(), stage.settings.clip_norm)
+        optimizer.step()
+    return value
 
 
 def _tensors(windows: Windows, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -155,7 +209,7 @@ def _divergence(stage: Stage, train: Windows, rows: np.ndarray, step: int, folde
     names, dates = train.instruments[rows], np.datetime_as_string(train.dates[rows], unit="D")
     first = ", ".join(f"{name} {date}" for name, date in list(zip(names, dates, strict=True))[:3])
     return (
-        f"{stage.name}: the loss is not finite at step {step + 1}; the batch holds {len(rows)} windows such as {first}. "
+        f"{stage.name}: the loss is not finite at step {step + 1}; its batch has {len(rows)} windows such as {first}. "
         f"The last good checkpoint is kept in {folder / 'checkpoints'}; lower learning_rate or look at these bars"
     )
 
@@ -210,7 +264,9 @@ def _claim(folder: Path, identity: dict[str, object]) -> None:
         differing = [key for key in {**identity, **theirs} if identity.get(key) != theirs.get(key)]
         if differing:
             changes = "; ".join(f"{key}: {theirs.get(key)!r} there, {identity.get(key)!r} now" for key in differing)
-            raise ValueError(f"{folder} holds another training ({changes}); choose another output_dir or remove that one")
+            raise ValueError(
+                f"{folder} holds another training ({changes}); choose another output_dir or remove that one"
+            )
         return
     folder.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")

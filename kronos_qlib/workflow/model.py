@@ -1,6 +1,5 @@
 """KronosModel: Kronos as a Qlib model, from windows of bars to scores."""
 
-import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from qlib.data.dataset.weight import Reweighter
+from qlib.log import get_module_logger
 from qlib.model.base import ModelFT
 from tqdm.auto import tqdm
 
@@ -26,7 +26,7 @@ from kronos_qlib.train import FinetuneSettings, PredictorStage, TokenizerStage, 
 from kronos_qlib.workflow.provenance import pretraining_overlap, record_metrics, record_run, record_tags
 from kronos_qlib.workflow.settings import ModelSettings
 
-logger = logging.getLogger("kronos_qlib.workflow")
+logger = get_module_logger("KronosModel")
 BATCH_BYTES = 256 * 2**20  # what the keys, values and activations of one batch may take
 
 
@@ -62,7 +62,14 @@ class KronosModel(ModelFT):
         **unknown: Any,
     ) -> None:
         values = {"tokenizer": tokenizer, "model": model, "max_context": max_context, "finetune": finetune}
-        values |= {"forecast": forecast or {}, "score": score, "device": device, "dtype": dtype, "seed": seed, **unknown}
+        values |= {
+            "forecast": forecast or {},
+            "score": score,
+            "device": device,
+            "dtype": dtype,
+            "seed": seed,
+            **unknown,
+        }
         self.settings = read_settings(ModelSettings, "KronosModel", values)
         self.dtype = resolve_dtype(dtype, resolve_device(device))
         self.tokenizer = _network(KronosTokenizer, "tokenizer", self.settings.tokenizer, seed)
@@ -77,10 +84,13 @@ class KronosModel(ModelFT):
         """
         if reweighter is not None:
             raise ValueError("KronosModel: a reweighter is not supported")
+        self._check_context(dataset)
         if self.settings.finetune is None:
             new = [name for name in ("tokenizer", "model") if getattr(self, name).source is None]
             if new:
-                logger.warning("KronosModel: finetune is null and the %s new: scores of random weights", " and ".join(new))
+                logger.warning(
+                    "KronosModel: finetune is null and the %s new: scores of random weights", " and ".join(new)
+                )
             record_run(self.settings, dataset)
             return
         self._train(dataset, self.settings.finetune, Path(self.settings.finetune.output_dir))
@@ -104,7 +114,8 @@ class KronosModel(ModelFT):
             bars up to t, the weights, the settings and the seed.
         """
         windows = dataset.score_windows(segment)
-        self._warn(dataset, windows)
+        self._check_context(dataset)
+        self._warn_of_overlap(windows)
         record_run(self.settings, dataset)
         values = self._forecast(dataset, windows)[self.settings.score]
         index = pd.MultiIndex.from_arrays([windows.dates, windows.instruments], names=["datetime", "instrument"])
@@ -145,20 +156,33 @@ class KronosModel(ModelFT):
             windows.lookback,
         )
         sampling = Sampling(
-            options.sample_count, options.temperature, options.top_k, options.top_p, self.settings.seed, options.s2_rotation
+            options.sample_count,
+            options.temperature,
+            options.top_k,
+            options.top_p,
+            self.settings.seed,
+            options.s2_rotation,
         )
         size = options.batch_size
         if size == "auto":
             size = self._batch_size(windows.lookback, dataset.horizon)
         logger.info(
             "KronosModel: forecasting %s windows × %s samples × %s bars on %s (%s, %s windows a batch, %s threads)",
-            *(f"{len(windows):,}", options.sample_count, dataset.horizon, device, str(self.dtype).removeprefix("torch.")),
+            *(
+                f"{len(windows):,}",
+                options.sample_count,
+                dataset.horizon,
+                device,
+                str(self.dtype).removeprefix("torch."),
+            ),
             *(size, torch.get_num_threads()),
         )
         started, parts = time.perf_counter(), []
         with tqdm(total=len(windows), desc="forecast", unit="window") as bar:
             for start in range(0, len(windows), size):
-                rows = np.arange(start, min(start + size, len(windows)))
+                # Always `size` rows, the last batch filled up: how a row is rounded may hang on their number, and
+                # that of the last batch on bars to come.
+                rows = np.minimum(np.arange(start, start + size), len(windows) - 1)
                 batch = windows.gather(rows)
                 y_stamp = dataset.calendar.stamps_after(windows.dates[rows], dataset.horizon)
                 paths = generate(
@@ -171,10 +195,10 @@ class KronosModel(ModelFT):
                 mean, scale = batch.mean[:, :, CLOSE], batch.scale[:, :, CLOSE]  # [B, 1]
                 close = denormalise(close, mean[:, None], scale[:, None])
                 parts.append(scores(close, batch.last_close, scale[:, 0]))
-                bar.update(len(rows))
+                bar.update(min(size, len(windows) - start))
         self.tokenizer.cpu(), self.model.cpu()
         record_metrics({"forecast.seconds": time.perf_counter() - started, "forecast.windows": len(windows)}, None)
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return {name: np.concatenate([part[name] for part in parts])[: len(windows)] for name in parts[0]}
 
     def _batch_size(self, lookback: int, horizon: int) -> int:
         """Windows whose keys, values and widest activations fit into BATCH_BYTES."""
@@ -184,14 +208,18 @@ class KronosModel(ModelFT):
         positions = lookback + self.settings.forecast.sample_count * horizon
         return max(1, min(512, BATCH_BYTES // (4 * positions * (cached + active))))
 
-    def _warn(self, dataset: KLineDataset, windows: Windows) -> None:
+    def _check_context(self, dataset: KLineDataset) -> None:
         limit = self.settings.max_context
+        if dataset.horizon >= limit:
+            raise ValueError(f"KronosModel: the dataset's horizon ({dataset.horizon}) must be below max_context ({limit})")
         if dataset.lookback + dataset.horizon > limit:
             logger.warning(
                 "KronosModel: lookback (%s) + horizon (%s) is above max_context (%s): the window slides and every step "
                 "beyond it is computed anew, which is slow",
                 *(dataset.lookback, dataset.horizon, limit),
             )
+
+    def _warn_of_overlap(self, windows: Windows) -> None:
         overlap = pretraining_overlap(self.tokenizer, self.model, windows.dates.min())
         if overlap:
             logger.warning("KronosModel: %s", overlap)

@@ -75,7 +75,9 @@ def pretraining_overlap(tokenizer: HubModule, model: HubModule, first: np.dateti
         if network.source is None:
             continue
         entry = next((e for e in entries if e.hub_id == network.source), None)
-        entry = entry or next((e for e in entries if e.trained_until and _shape(e.config) == _shape(network.config)), None)
+        entry = entry or next(
+            (e for e in entries if e.trained_until and _shape(e.config) == _shape(network.config)), None
+        )
         if entry and entry.trained_until and first <= np.datetime64(entry.trained_until):
             day = pd.Timestamp(first).date()
             return (

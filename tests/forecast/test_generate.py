@@ -22,7 +22,9 @@ def paths(golden, rows=slice(None), **options):
     return sample_paths(golden.tokenizer, golden.model, *(tensor[rows] for tensor in inputs(golden)), **options)
 
 
-def naive_paths(tokenizer, model, x, x_stamp, y_stamp, keys, *, max_context, s2_rotation, sample_count, seed, **filters):
+def naive_paths(
+    tokenizer, model, x, x_stamp, y_stamp, keys, *, max_context, s2_rotation, sample_count, seed, **filters
+):
     """Generation as the architecture page tells it, without any cache: one row and one sample at a time."""
     horizon, result = y_stamp.shape[1], []
     uniform = torch.from_numpy(uniforms(seed, np.asarray(keys), sample_count, horizon))

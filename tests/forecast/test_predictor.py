@@ -29,9 +29,7 @@ def predictor(small):
 def test_forecasts_are_the_published_ones(golden, columns, vector):
     frames, x_times, y_times = series(golden)
     predictor = KronosPredictor(golden.model, golden.tokenizer, device="cpu")
-    forecast = predictor.predict(
-        frames[0].iloc[:, :columns], x_times, y_times, len(y_times), verbose=False, **GREEDY
-    )
+    forecast = predictor.predict(frames[0].iloc[:, :columns], x_times, y_times, len(y_times), verbose=False, **GREEDY)
     assert list(forecast.columns) == list(COLUMNS)
     assert list(forecast.index) == list(y_times)
     np.testing.assert_allclose(forecast.to_numpy(), golden.vectors[vector], rtol=1e-4, atol=1e-4)
@@ -67,7 +65,12 @@ def test_torch_manual_seed_decides_where_no_seed_is_given(predictor, small):
 
 def broken(change, small):
     frames, x_times, y_times = series(small)
-    arguments = {"df": frames[0].copy(), "x_timestamp": x_times.copy(), "y_timestamp": y_times.copy(), "pred_len": len(y_times)}
+    arguments = {
+        "df": frames[0].copy(),
+        "x_timestamp": x_times.copy(),
+        "y_timestamp": y_times.copy(),
+        "pred_len": len(y_times),
+    }
     change(arguments)
     return arguments
 

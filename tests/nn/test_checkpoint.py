@@ -100,7 +100,9 @@ def test_a_broken_configuration_is_named(folder):
 def test_an_unreachable_hub_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="not in the local cache and the hub cannot be reached: give a folder or"):
+    with pytest.raises(
+        FileNotFoundError, match="not in the local cache and the hub cannot be reached: give a folder or"
+    ):
         Kronos.from_pretrained("NeoQuasar/Kronos-small")
 
 
@@ -123,7 +125,8 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(small, folder, monkeypatc
 
 @pytest.mark.parametrize(
     ("kind", "entry"),
-    [(Kronos, entry) for entry in zoo.MODELS.values()] + [(KronosTokenizer, entry) for entry in zoo.TOKENIZERS.values()],
+    [(Kronos, entry) for entry in zoo.MODELS.values()]
+    + [(KronosTokenizer, entry) for entry in zoo.TOKENIZERS.values()],
 )
 def test_parameter_counts_are_those_of_the_zoo(kind, entry):
     with torch.device("meta"):

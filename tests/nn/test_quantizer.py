@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from kronos_qlib.nn.quantizer import BinarySphericalQuantizer, ids_to_signs, signs_to_ids
 
 
-@given(st.integers(1, 20).flatmap(lambda bits: st.tuples(st.just(bits), st.lists(st.integers(0, 2**bits - 1), min_size=1))))
+@given(
+    st.integers(1, 20).flatmap(lambda bits: st.tuples(st.just(bits), st.lists(st.integers(0, 2**bits - 1), min_size=1)))
+)
 def test_ids_and_signs_are_inverse(case):
     bits, ids = case
     assert signs_to_ids(ids_to_signs(torch.tensor(ids), bits)).tolist() == ids

@@ -1,0 +1,245 @@
+"""Windows per second of `sample_paths` beside the authors' generation, and the share it reaches of the machine's limit.
+
+    pip install -c constraints.txt -e '.[bench]'
+    python benchmarks/forecast.py
+
+The other side is the port of the authors' code in sktime 1.2.0 (`auto_regressive_inference`). Both load the same random
+weights from one folder and forecast the same windows, in turns, so that a change of the machine's pace meets both.
+"""
+
+import argparse
+import contextlib
+import io
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from machine import cores, describe
+from torch import Tensor
+
+from kronos_qlib import Kronos, KronosTokenizer
+from kronos_qlib.data.stamps import stamps
+from kronos_qlib.data.windows import normalise
+from kronos_qlib.forecast import sample_paths
+from kronos_qlib.nn import zoo
+from kronos_qlib.nn.device import DTYPES, resolve_dtype
+
+MAX_CONTEXT = 512
+SAMPLING = {"temperature": 0.6, "top_p": 0.9, "top_k": 0}  # as in the workflows
+SHARPEN = 5.0  # the heads' weights times this: entropies near those of a trained network instead of near-uniform ones
+AGREEMENT = 1e-3  # greedy outputs in normalised units
+MATRIX = 2048
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network and a shape of forecast, and how many windows each side is timed on at a time."""
+
+    model: str
+    lookback: int
+    horizon: int
+    samples: int
+    windows: int
+    reference_windows: int
+
+    @property
+    def title(self) -> str:
+        return f"{self.model} {self.lookback}+{self.horizon}×{self.samples}"
+
+
+CASES = [Case("mini", 90, 10, 5, 88, 8), Case("small", 90, 10, 5, 32, 4)]
+LONG_CASES = [Case("small", 400, 100, 1, 16, 1), Case("mini", 480, 60, 1, 16, 2)]  # the last slides past MAX_CONTEXT
+
+
+def gflop_per_window(case: Case, max_context: int = MAX_CONTEXT) -> float:
+    """Matrix-product work, in 10^9 floating-point operations, that one window needs: a count from shapes.
+
+    A product [m, k] × [k, n] is 2 m k n. What is counted is what the structure of system.md needs and no more: the
+    context once per window, one position per sample and step, causal attention over visible pairs only (2 d each for
+    q·k and for weights·v), keys and values alone in the decoder's last layer over the context, logits of positions
+    that are drawn from. Embeddings, the fusion projection and the cross-attention's query are lookups. Where the
+    window slides, the context and the sample's own positions are run again, as they must be. Work that an
+    implementation does beyond this counts as time lost.
+    """
+    model, tokenizer = zoo.MODELS[case.model].config, zoo.TOKENIZERS[zoo.MODELS[case.model].tokenizer].config
+    length, horizon, samples = case.lookback, case.horizon, case.samples
+
+    def linears(config: dict, positions: int) -> int:  # q, k, v, out and the three of SwiGLU, of one block
+        return 2 * positions * (4 * config["d_model"] ** 2 + 3 * config["d_model"] * config["ff_dim"])
+
+    def attention(config: dict, pairs: int) -> int:
+        return 4 * pairs * config["d_model"]
+
+    def triangle(positions: int) -> int:
+        return positions * (positions + 1) // 2
+
+    bits = tokenizer["s1_bits"] + tokenizer["s2_bits"]
+    encoder, decoder = tokenizer["n_enc_layers"] - 1, tokenizer["n_dec_layers"] - 1
+    width, d_in = tokenizer["d_model"], tokenizer["d_in"]
+    work = encoder * (linears(tokenizer, length) + attention(tokenizer, triangle(length)))
+    work += 2 * length * width * (d_in + bits)  # embed, quant_embed
+
+    depth, d = model["n_layers"], model["d_model"]
+    cross_kv, cross_out = 4 * d * d, 2 * d * d
+    prefix = filled = 0
+    for step in range(horizon):
+        if step == 0 or prefix != min(length, max_context - step):
+            prefix, filled = min(length, max_context - step), 0
+            work += depth * (linears(model, prefix) + attention(model, triangle(prefix))) + prefix * cross_kv
+        new = step - filled
+        pairs = new * prefix + triangle(step) - triangle(filled)
+        work += samples * (depth * (linears(model, new) + attention(model, pairs)) + new * cross_kv)
+        filled = step
+        work += 2 * d * 2 ** model["s1_bits"] * (samples if step else 1)
+        work += samples * (attention(model, prefix + step) + cross_out + 2 * d * 2 ** model["s2_bits"])
+
+    kept = min(length, max_context - horizon)
+    work += (decoder - 1) * (linears(tokenizer, kept) + attention(tokenizer, triangle(kept))) + kept * 4 * width**2
+    own_pairs = horizon * kept + triangle(horizon)
+    work += samples * decoder * (linears(tokenizer, horizon) + attention(tokenizer, own_pairs))
+    work += 2 * samples * horizon * width * d_in  # head
+    return work / 1e9
+
+
+def matrix_rate(dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """GFLOP/s of products of two 2048² matrices: the best within about so many seconds."""
+    a, b = torch.randn(2, MATRIX, MATRIX).to(dtype)
+    best, until = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < until or best == float("inf"):
+        best = min(best, timed(lambda: a @ b))
+    return 2 * MATRIX**3 / best / 1e9
+
+
+def timed(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def save_networks(name: str, folder: Path) -> tuple[Path, Path]:
+    """Write new networks of the zoo's shapes, heads sharpened: the folders of tokenizer and model."""
+    torch.manual_seed(0)
+    entry = zoo.MODELS[name]
+    tokenizer, model = KronosTokenizer(**zoo.TOKENIZERS[entry.tokenizer].config), Kronos(**entry.config)
+    with torch.no_grad():
+        for head in (model.head.proj_s1, model.head.proj_s2):
+            head.weight *= SHARPEN
+    tokenizer.save_pretrained(folder / name / "tokenizer")
+    model.save_pretrained(folder / name / "model")
+    return folder / name / "tokenizer", folder / name / "model"
+
+
+def make_windows(count: int, case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalised random walks x [count, lookback, 6] and the stamps of business days before and after."""
+    random, length = np.random.default_rng(0), case.lookback
+    close = 10 * np.exp(np.cumsum(random.normal(0, 0.02, (count, length)), axis=1))
+    prices = close[..., None] * (1 + random.normal(0, 0.005, (count, length, 4)))
+    volume = 1e6 * np.exp(random.normal(0, 0.5, (count, length, 1)))
+    x, _, _ = normalise(np.concatenate([prices, volume, volume * prices.mean(-1, keepdims=True)], -1), length)
+    stamp = torch.from_numpy(stamps(pd.bdate_range("2023-01-02", periods=length + case.horizon))).expand(count, -1, -1)
+    return torch.from_numpy(x), stamp[:, :length], stamp[:, length:]
+
+
+def measure(case: Case, dtype: torch.dtype, rounds: int, folder: Path) -> dict[str, float | str]:
+    """One row of the table: both sides in turns, `rounds` times, after one greedy forecast of each that is compared."""
+    from sktime.libs.kronos import kronos as reference
+
+    paths = save_networks(case.model, folder)
+    ours = KronosTokenizer.from_pretrained(paths[0]), Kronos.from_pretrained(paths[1])
+    with contextlib.redirect_stdout(io.StringIO()):  # the hub's mixin says that it loads a local folder
+        theirs = (
+            reference.KronosTokenizer.from_pretrained(str(paths[0])).eval(),
+            reference.Kronos.from_pretrained(str(paths[1])).eval(),
+        )
+    windows = make_windows(case.windows, case)
+    few = tuple(part[: case.reference_windows] for part in windows)
+
+    def reference_forecast(samples: int, top_k: int) -> np.ndarray:
+        options = {"T": SAMPLING["temperature"], "top_p": SAMPLING["top_p"], "top_k": top_k, "sample_count": samples}
+        mean = reference.auto_regressive_inference(*theirs, *few, MAX_CONTEXT, case.horizon, **options)
+        return mean[:, -case.horizon :]  # it returns the context's reconstruction too
+
+    greedy = sample_paths(*ours, *few, top_k=1, max_context=MAX_CONTEXT)[:, 0].numpy()  # in float32 whatever the dtype
+    distance = float(np.abs(greedy - reference_forecast(samples=1, top_k=1)).max())
+
+    def forecast() -> Tensor:
+        options = SAMPLING | {"sample_count": case.samples, "max_context": MAX_CONTEXT, "dtype": dtype}
+        return sample_paths(*ours, *windows, **options)
+
+    forecast()  # so that memory is there before the clock runs
+    our_rates, their_rates, products = [], [], []
+    for _ in range(rounds):
+        our_rates.append(case.windows / timed(forecast))
+        their_rates.append(case.reference_windows / timed(lambda: reference_forecast(case.samples, SAMPLING["top_k"])))
+        products.append(matrix_rate(dtype))
+    rate, work = statistics.median(our_rates), gflop_per_window(case)
+    return {
+        "case": case.title,
+        "GFLOP/window": f"{work:.2f}",
+        "authors' windows/s": f"{statistics.median(their_rates):.2f}",
+        "our windows/s": f"{rate:.1f}",
+        "ratio (min … max)": _spread([ours / theirs for ours, theirs in zip(our_rates, their_rates, strict=True)]),
+        "GFLOP/s": f"{rate * work:.0f}",
+        f"{MATRIX}² GFLOP/s": f"{statistics.median(products):.0f}",
+        "share": f"{rate * work / statistics.median(products):.0%}",
+        "greedy": f"{distance:.0e}" if distance <= AGREEMENT else f"{distance:.0e} DIFFERS",
+    }
+
+
+def _spread(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.1f}× ({min(ratios):.1f} … {max(ratios):.1f})"
+
+
+def print_row(row: dict[str, float | str], with_heading: bool) -> None:
+    """A row of a Markdown table, written out at once: later rows take minutes."""
+    if with_heading:
+        print(f"| {' | '.join(row)} |\n|{'---|' * len(row)}")
+    print(f"| {' | '.join(map(str, row.values()))} |", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    models = sorted({case.model for case in CASES})
+    parser.add_argument("--models", nargs="+", choices=models, default=models, help="(default: all of them)")
+    parser.add_argument("--all", action="store_true", help="also the long cases: small 400+100×1, mini 480+60×1")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: %(default)s)")
+    parser.add_argument("--windows", type=int, help="windows in a batch of ours (default: about the workflows' auto)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of our products (default: %(default)s)")
+    options = parser.parse_args()
+    try:
+        import sktime.libs.kronos  # noqa: F401
+    except ImportError:
+        parser.error("the extra `bench` is not installed: pip install -c constraints.txt -e '.[bench]'")
+    torch.set_num_threads(options.threads)
+    dtype = DTYPES[options.dtype]
+
+    print(describe("sktime"))
+    if options.threads > cores():
+        print(f"caution   {options.threads} threads on {cores()} cores: the figures will be poor")
+    if dtype is torch.bfloat16 and resolve_dtype("auto", torch.device("cpu")) is not dtype:
+        print("caution   this processor does not multiply bfloat16 in hardware: it will be far slower than float32")
+    sampling = ", ".join(f"{name} {value:g}" for name, value in SAMPLING.items())
+    print(f"settings  {options.threads} threads, {options.dtype}, {sampling}, median of {options.rounds} rounds\n")
+    agreed = True
+    with tempfile.TemporaryDirectory() as folder:
+        cases = [case for case in CASES + (LONG_CASES if options.all else []) if case.model in options.models]
+        for number, case in enumerate(cases):
+            windows = options.windows or case.windows
+            case = Case(**vars(case) | {"windows": windows, "reference_windows": min(windows, case.reference_windows)})
+            row = measure(case, dtype, options.rounds, Path(folder))
+            print_row(row, with_heading=number == 0)
+            agreed &= "DIFFERS" not in row["greedy"]
+    if not agreed:
+        print(f"\nThe two sides' greedy forecasts differ by more than {AGREEMENT:g}: the comparison is worth nothing.")
+    return 0 if agreed else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

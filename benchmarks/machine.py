@@ -1,0 +1,55 @@
+"""What a benchmark ran on, in words."""
+
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+
+def cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe(*packages: str) -> str:
+    """Lines that name processor, memory, load and the versions of Python, torch, numpy and further packages."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", *packages))
+    lines = [
+        f"machine   {_processor()}, {cores()} cores, {torch.backends.cpu.get_cpu_capability()}{_memory()}",
+        f"software  Python {platform.python_version()}, {versions}, {platform.system()} {platform.release()}",
+    ]
+    if hasattr(os, "getloadavg"):
+        load = os.getloadavg()[0]
+        busy = "; others are at work here, do not quote these figures" if load > 0.3 else ""
+        lines.append(f"load      {load:.1f} before the start{busy}")
+    return "\n".join(lines)
+
+
+def peak_memory(whose: int) -> float:
+    """The largest resident size so far, in MiB, of RUSAGE_SELF or of the largest of RUSAGE_CHILDREN."""
+    import resource  # POSIX only
+
+    peak = resource.getrusage(whose).ru_maxrss  # KiB, on macOS bytes
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor() or platform.machine()
+    fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    name = fields.get("model name", platform.machine())
+    if "cpu family" in fields:  # virtual machines often hide the rest of the name
+        name += f" (family {fields['cpu family']}, model {fields['model']})"
+    return name
+
+
+def _memory() -> str:
+    try:
+        return f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
+    except (ValueError, OSError, AttributeError):
+        return ""
