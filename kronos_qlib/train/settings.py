@@ -1,6 +1,6 @@
 """The settings of two-stage fine-tuning, as a workflow file gives them; defaults are the published recipe."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -65,9 +65,9 @@ class FinetuneSettings(Settings):
     predictor: Annotated[PredictorSettings | None, Field(strict=False)] = None
     processes: Literal["auto"] | int = "auto"
 
-    @field_validator("processes")
+    @field_validator("processes", mode="before")
     @classmethod
-    def _one_process(cls, processes: str | int) -> str | int:
+    def _one_process(cls, processes: Any) -> str | int:
         if processes not in ("auto", 1):
             raise ValueError("should be auto or 1: training in several processes is not built yet")
         return processes

@@ -71,7 +71,7 @@ class KronosModel(ModelFT):
             **unknown,
         }
         self.settings = read_settings(ModelSettings, "KronosModel", values)
-        self.dtype = resolve_dtype(dtype, resolve_device(device))
+        resolve_dtype(dtype, resolve_device(device))  # an absent device is an error now, not after the data are loaded
         self.tokenizer = _network(KronosTokenizer, "tokenizer", self.settings.tokenizer, seed)
         self.model = _network(Kronos, "model", self.settings.model, seed)
         check_pair(self.tokenizer, self.model)
@@ -84,7 +84,6 @@ class KronosModel(ModelFT):
         """
         if reweighter is not None:
             raise ValueError("KronosModel: a reweighter is not supported")
-        self._check_context(dataset)
         if self.settings.finetune is None:
             new = [name for name in ("tokenizer", "model") if getattr(self, name).source is None]
             if new:
@@ -122,9 +121,11 @@ class KronosModel(ModelFT):
         return pd.Series(values, index=index, name="score").sort_index()
 
     def _train(self, dataset: KLineDataset, settings: FinetuneSettings, folder: Path) -> None:
+        self._check_context(dataset)
         train, valid = dataset.training_windows("train"), dataset.training_windows("valid")
         record_run(self.settings, dataset)
         device = resolve_device(self.settings.device)
+        dtype = resolve_dtype(self.settings.dtype, device)
         stages = []
         if settings.tokenizer:
             stages.append(TokenizerStage(self.tokenizer, settings.tokenizer))
@@ -138,7 +139,7 @@ class KronosModel(ModelFT):
                 folder / stage.name,
                 seed=self.settings.seed,
                 device=device,
-                dtype=self.dtype,
+                dtype=dtype,
                 checkpoint_every=settings.checkpoint_every,
                 log=record_metrics,
             )
@@ -147,12 +148,13 @@ class KronosModel(ModelFT):
 
     def _forecast(self, dataset: KLineDataset, windows: Windows) -> dict[str, np.ndarray]:
         """All scores, float64 [W] each."""
-        device, options = resolve_device(self.settings.device), self.settings.forecast
+        options, device = self.settings.forecast, resolve_device(self.settings.device)
+        dtype = resolve_dtype(self.settings.dtype, device)
         net = prepare(
             self.tokenizer.to(device).eval(),
             self.model.to(device).eval(),
             self.settings.max_context,
-            self.dtype,
+            dtype,
             windows.lookback,
         )
         sampling = Sampling(
@@ -173,7 +175,7 @@ class KronosModel(ModelFT):
                 options.sample_count,
                 dataset.horizon,
                 device,
-                str(self.dtype).removeprefix("torch."),
+                str(dtype).removeprefix("torch."),
             ),
             *(size, torch.get_num_threads()),
         )
@@ -211,7 +213,9 @@ class KronosModel(ModelFT):
     def _check_context(self, dataset: KLineDataset) -> None:
         limit = self.settings.max_context
         if dataset.horizon >= limit:
-            raise ValueError(f"KronosModel: the dataset's horizon ({dataset.horizon}) must be below max_context ({limit})")
+            raise ValueError(
+                f"KronosModel: the dataset's horizon ({dataset.horizon}) must be below max_context ({limit})"
+            )
         if dataset.lookback + dataset.horizon > limit:
             logger.warning(
                 "KronosModel: lookback (%s) + horizon (%s) is above max_context (%s): the window slides and every step "

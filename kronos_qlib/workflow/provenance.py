@@ -3,7 +3,7 @@
 import json
 import platform
 import tempfile
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def record_run(settings: ModelSettings, dataset: KLineDataset) -> None:
             "horizon": dataset.horizon,
             "segments": dataset.segments,
         },
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES},
         "machine": {
             "python": platform.python_version(),
             "processor": platform.processor() or platform.machine(),
@@ -85,6 +85,13 @@ def pretraining_overlap(tokenizer: HubModule, model: HubModule, first: np.dateti
                 f"{entry.trained_until}: up to then they are not out of sample"
             )
     return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # imported from a checkout that is not installed
+        return None
 
 
 def _shape(config: dict[str, Any]) -> dict[str, Any]:

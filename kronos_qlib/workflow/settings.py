@@ -2,12 +2,24 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from kronos_qlib.data.settings import Settings
 from kronos_qlib.forecast.scores import SCORES
 from kronos_qlib.nn.device import DTYPES
 from kronos_qlib.train.settings import FinetuneSettings
+
+
+def _batch_size(value: Any) -> int | str:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError("should be auto or a whole number from 1")
+
+
+def _network(value: Any) -> str | dict[str, Any]:
+    if isinstance(value, (str, dict)) and value:
+        return value
+    raise ValueError("should be a hub id, a folder, a name of the zoo or a mapping of constructor arguments")
 
 
 class ForecastSettings(Settings):
@@ -23,7 +35,7 @@ class ForecastSettings(Settings):
     top_p: float = Field(default=0.9, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
     s2_rotation: Literal["aligned", "reference"] = "aligned"
-    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    batch_size: Annotated[Any, BeforeValidator(_batch_size)] = "auto"
     cache_dir: str | None = None
 
     @field_validator("cache_dir")
@@ -36,8 +48,8 @@ class ForecastSettings(Settings):
 class ModelSettings(Settings):
     """The keyword arguments of `KronosModel`."""
 
-    tokenizer: str | dict[str, Any]
-    model: str | dict[str, Any]
+    tokenizer: Annotated[Any, BeforeValidator(_network)]
+    model: Annotated[Any, BeforeValidator(_network)]
     max_context: int = Field(default=512, ge=2)
     finetune: Annotated[FinetuneSettings | None, Field(strict=False)] = None
     forecast: Annotated[ForecastSettings, Field(strict=False)] = ForecastSettings()

@@ -1,0 +1,219 @@
+"""Laws of the scores: no look-ahead, and nothing but bars, weights, settings and seed decides them.
+
+The networks of these tests have 256 and 16 codes, so that a draw has more candidates than are looked at first.
+"""
+
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from qlib.workflow import R
+from tiny import MODEL, SEGMENTS, STAGE, TOKENIZER, finetune, make_dataset, make_model, use_market
+
+from kronos_qlib import KronosModel
+from kronos_qlib.data.windows import Windows, normalise
+
+BITS = {"s1_bits": 8, "s2_bits": 4}
+WIDE = {"tokenizer": TOKENIZER | BITS, "model": MODEL | BITS}
+LAST_DAY = "2018-07-10"  # nothing after it may be seen; in the middle of the test segment
+PRICES = ("open", "high", "low", "close")
+
+
+def test_bars_to_come_change_what_the_tests_below_change(market):
+    """The tampering is real: it touches every field, and only after the day."""
+    assert day_number(market) < len((market / "calendars" / "day.txt").read_text().split()) - 10
+
+
+def day_number(market: Path) -> int:
+    return (market / "calendars" / "day.txt").read_text().split().index(LAST_DAY)
+
+
+def tampered(market: Path, folder: Path, how: str) -> Path:
+    """A copy of a market that differs in all bars, or in the membership, after LAST_DAY."""
+    shutil.copytree(market, folder)
+    if how == "membership":
+        path = folder / "instruments" / "demo.txt"
+        spans = [line.split("\t") for line in path.read_text().splitlines()]
+        left = [(name, begin, min(end, LAST_DAY)) for name, begin, end in spans if begin <= LAST_DAY]
+        joined = [("DEMO0006", "2018-07-11", "2018-08-13")]  # and the index of members is another
+        path.write_text("".join("\t".join(span) + "\n" for span in [*left, *joined]))
+        return folder
+    rng = np.random.default_rng(0)
+    for path in (folder / "features").glob("*/*.day.bin"):
+        content = np.fromfile(path, "<f4")
+        after = slice(1 + day_number(market) + 1 - int(content[0]), None)  # the first number is the first bar's row
+        field = path.name.split(".")[0]
+        if how == "prices" and field in PRICES:
+            content[after] *= 3
+        elif how == "prices" and field == "volume":
+            content[after] *= rng.uniform(0.1, 10, len(content[after]))
+        elif how == "no volume" and field == "volume":
+            content[after] = 0
+        elif how == "holes":
+            content[after] = np.nan
+        content.tofile(path)
+    return folder
+
+
+def scores_of(market: Path, **changes) -> pd.Series:
+    use_market(market)
+    return make_model(**WIDE | changes).predict(make_dataset())
+
+
+@pytest.mark.filterwarnings("ignore:.*disagree")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("batch_size", ["auto", 7])
+@pytest.mark.parametrize("how", ["prices", "no volume", "holes", "membership"])
+def test_no_score_sees_what_comes_after_it(store, market, tmp_path, how, batch_size, dtype):
+    options = {"dtype": dtype, "forecast": {"batch_size": batch_size}}
+    before = scores_of(market, **options)
+    after = scores_of(tampered(market, tmp_path / "tampered", how), **options)
+    pd.testing.assert_series_equal(before.loc[:LAST_DAY], after.loc[:LAST_DAY], check_exact=True)
+    assert len(before.loc[:LAST_DAY]) > 50
+    assert not before.loc[LAST_DAY:].equals(after.loc[LAST_DAY:]), "scores after the day do change"
+
+
+def test_a_score_does_not_hang_on_how_full_its_batch_is(store):
+    """A row of a batch may be rounded otherwise in a batch of one, and what follows decides how full the last one is."""
+    dataset, model = make_dataset(), make_model(**WIDE, forecast={"batch_size": 6})
+    whole = model.predict(dataset)
+    assert len(whole.loc["2018-06-18":"2018-06-18"]) == 7, "the second batch of that day alone holds one window"
+    cut = model.predict(dataset, ("2018-06-18", "2018-06-18"))
+    pd.testing.assert_series_equal(whole.loc["2018-06-18":"2018-06-18"], cut, check_exact=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*disagree")
+def test_the_test_above_catches_a_normalisation_that_leaks(store, market, tmp_path, monkeypatch):
+    honest = Windows.gather
+
+    def leaking(self: Windows, rows: np.ndarray):
+        """As `gather`, with mean and scale over one bar more than the lookback where there is one."""
+        batch, ends = honest(self, rows), self.ends[rows]
+        beyond = np.minimum(ends + 1, len(self.bars) - 1)[:, None]
+        bars = np.concatenate([ends[:, None] + np.arange(1 - self.lookback, 1), beyond], axis=1)
+        x, mean, scale = normalise(self.bars.values[bars], self.lookback + 1)
+        return type(batch)(x[:, :-1], batch.stamp, mean, scale, batch.last_close)
+
+    monkeypatch.setattr(Windows, "gather", leaking)
+    before, after = scores_of(market), scores_of(tampered(market, tmp_path / "tampered", "prices"))
+    changed = (before != after).groupby("datetime").any()
+    assert not changed.loc[:"2018-07-09"].any() and changed.loc[LAST_DAY], "the last day sees one bar too many"
+
+
+def agreement(one: pd.Series, other: pd.Series) -> float:
+    """The share of equal scores, but for rounding; a single other token moves a score by far more."""
+    assert one.index.equals(other.index)
+    return float(np.isclose(one, other, rtol=1e-4, atol=1e-6).mean())
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_the_batch_size_does_not_matter(store, batch_size):
+    dataset = make_dataset()
+    model = make_model(**WIDE)
+    usual = model.predict(dataset)
+    assert agreement(usual, make_model(**WIDE, forecast={"batch_size": batch_size}).predict(dataset)) >= 0.999
+    assert agreement(usual, make_model(**WIDE, seed=2).predict(dataset)) < 0.1, "agreement is no matter of course"
+
+
+def test_a_segment_that_starts_elsewhere_has_the_same_scores(store):
+    dataset, model = make_dataset(), make_model(**WIDE)
+    whole = model.predict(dataset)
+    later = model.predict(dataset, ("2018-07-04", "2018-07-31"))
+    assert agreement(whole.loc["2018-07-04":], later) >= 0.999
+    assert len(later) > 100
+
+
+def test_other_instruments_do_not_matter(store):
+    model = make_model(**WIDE)
+    few = ["DEMO0001", "DEMO0004", "DEMO0005"]  # members throughout
+    every, alone = model.predict(make_dataset()), model.predict(make_dataset(instruments=few))
+    assert agreement(every[every.index.get_level_values(1).isin(few)], alone) >= 0.999
+
+
+def test_the_same_seed_gives_the_same_scores_and_another_seed_others(store, tmp_path):
+    def fitted(name: str, seed: int) -> pd.Series:
+        stages = {"tokenizer": STAGE | {"epochs": 1}, "predictor": STAGE | {"epochs": 1}}
+        model = make_model(seed=seed, finetune=finetune(tmp_path / name, **stages))
+        dataset = make_dataset()
+        model.fit(dataset)
+        return model.predict(dataset)
+
+    first, again, other = fitted("first", 1), fitted("again", 1), fitted("other", 2)
+    pd.testing.assert_series_equal(first, again, check_exact=True)
+    assert (first != other).mean() > 0.9
+
+
+def test_the_seed_decides_the_draws_of_the_same_weights(run, store):
+    settings = {"tokenizer": str(run.folder / "tokenizer" / "best"), "model": str(run.folder / "predictor" / "best")}
+    same, other = (make_model(**settings, seed=seed).predict(run.dataset) for seed in (1, 2))
+    pd.testing.assert_series_equal(same, run.scores, check_exact=True)
+    assert (other != run.scores).mean() > 0.9
+
+
+def test_asking_twice_gives_the_same(run, store):
+    pd.testing.assert_series_equal(run.model.predict(run.dataset), run.scores, check_exact=True)
+
+
+FRESH_PROCESS = """
+import pickle, sys
+sys.path.insert(0, sys.argv[1])
+from qlib.data.dataset.handler import DataHandlerLP
+from qlib.workflow import R
+from tiny import use_market
+
+if __name__ == "__main__":
+    market, recorder_id, set_up, out = sys.argv[2:]
+    use_market(market)
+    recorder = R.get_recorder(recorder_id=recorder_id, experiment_name="pickled")
+    model, dataset = recorder.load_object("params.pkl"), recorder.load_object("dataset")
+    if set_up == "set up":
+        dataset.setup_data(handler_kwargs={"init_type": DataHandlerLP.IT_LS})
+    scores = model.predict(dataset)
+    assert R.exp_manager.active_experiment is None
+    with open(out, "wb") as file:
+        pickle.dump(scores, file)
+"""
+
+
+@pytest.fixture(scope="module")
+def pickled(market, workplace, tmp_path_factory) -> tuple[str, pd.Series]:
+    """A recorder's id, which holds model and dataset as Qlib's trainer saves them, and the scores before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workplace)
+        use_market(market)
+        folder = tmp_path_factory.mktemp("pickled")
+        start: KronosModel = make_model(**WIDE)
+        start.tokenizer.save_pretrained(folder / "start" / "tokenizer")
+        start.model.save_pretrained(folder / "start" / "model")
+        model = make_model(
+            tokenizer=str(folder / "start" / "tokenizer"),
+            model=str(folder / "start" / "model"),
+            finetune=finetune(folder / "out"),
+        )
+        dataset = make_dataset()
+        with R.start(experiment_name="pickled"):
+            model.fit(dataset)
+            R.save_objects(**{"params.pkl": model})
+            dataset.config(dump_all=False, recursive=True)
+            R.save_objects(**{"dataset": dataset})
+            recorder_id = R.get_recorder().id
+        scores = model.predict(dataset)
+        shutil.rmtree(folder)
+        return recorder_id, scores
+
+
+@pytest.mark.parametrize("set_up", ["as loaded", "set up"])
+def test_a_fresh_process_gives_bitwise_the_same_scores(market, workplace, pickled, tmp_path, set_up):
+    recorder_id, scores = pickled
+    script, out = tmp_path / "fresh.py", tmp_path / "scores.pkl"
+    script.write_text(FRESH_PROCESS)
+    command = [sys.executable, str(script), str(Path(__file__).parent), str(market), recorder_id, set_up, str(out)]
+    done = subprocess.run(command, cwd=workplace, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pd.testing.assert_series_equal(pickle.loads(out.read_bytes()), scores, check_exact=True)
+    assert scores.index.get_level_values(0).min() == pd.Timestamp(SEGMENTS["test"][0])
