@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -232,7 +232,7 @@ def main() -> int:
         cases = [case for case in CASES + (LONG_CASES if options.all else []) if case.model in options.models]
         for number, case in enumerate(cases):
             windows = options.windows or case.windows
-            case = Case(**vars(case) | {"windows": windows, "reference_windows": min(windows, case.reference_windows)})
+            case = replace(case, windows=windows, reference_windows=min(windows, case.reference_windows))
             row = measure(case, dtype, options.rounds, Path(folder))
             print_row(row, with_heading=number == 0)
             agreed &= "DIFFERS" not in row["greedy"]

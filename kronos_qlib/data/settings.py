@@ -2,7 +2,7 @@
 
 import datetime
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import pandas as pd
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
@@ -29,11 +29,20 @@ def read_settings(kind: type[AnySettings], owner: str, values: Mapping[str, Any]
 def _line(problem: Mapping[str, Any], kind: type[Settings]) -> str:
     key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("function-", "list[", "dict[")))
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}; known keys: {', '.join(kind.model_fields)}"
+        return f"unknown key {key!r}; known keys: {', '.join(_settings_at(kind, problem['loc'][:-1]).model_fields)}"
     if problem["type"] == "missing":
         return f"key {key!r} is missing"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{key}: {message}, not {problem['input']!r}" if key else message
+
+
+def _settings_at(kind: type[Settings], keys: tuple[Any, ...]) -> type[Settings]:
+    """The settings that `keys` lead to within a `kind`."""
+    for key in keys:
+        annotation = kind.model_fields[key].annotation
+        parts = (annotation, *get_args(annotation))  # itself, or one of a union
+        kind = next(part for part in parts if isinstance(part, type) and issubclass(part, Settings))
+    return kind
 
 
 def _timestamp(value: Any) -> pd.Timestamp | None:

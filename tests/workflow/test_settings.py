@@ -54,7 +54,9 @@ def test_an_unknown_key_is_named_beside_the_known_ones(settings, key, known):
 
 def test_an_unknown_constructor_argument_of_a_new_network_is_named():
     message = refusal(model=MODEL | {"layers": 3})
-    assert message.startswith("KronosModel: model: unknown key 'layers' for Kronos; known keys:") and "n_layers" in message
+    assert (
+        message.startswith("KronosModel: model: unknown key 'layers' for Kronos; known keys:") and "n_layers" in message
+    )
     missing = {key: value for key, value in TOKENIZER.items() if key != "d_model"}
     assert "tokenizer: KronosTokenizer needs the keys ['d_model']" in refusal(tokenizer=missing)
 
@@ -72,7 +74,10 @@ def test_an_unknown_constructor_argument_of_a_new_network_is_named():
         (stage(epochs=1.5), "finetune.tokenizer.epochs: Input should be a valid integer"),
         ({"finetune": {"tokenizer": None}}, "key 'finetune.output_dir' is missing"),
         ({"forecast": {"sample_count": "5"}}, "forecast.sample_count: Input should be a valid integer"),
-        ({"forecast": {"batch_size": "many"}}, "forecast.batch_size: should be auto or a whole number from 1, not 'many'"),
+        (
+            {"forecast": {"batch_size": "many"}},
+            "forecast.batch_size: should be auto or a whole number from 1, not 'many'",
+        ),
         ({"forecast": {"s2_rotation": "none"}}, "forecast.s2_rotation: Input should be 'aligned' or 'reference'"),
     ],
 )
@@ -95,9 +100,15 @@ def test_a_wrong_type_is_named(settings, message):
         (stage(learning_rate=0.0), "finetune.tokenizer.learning_rate: Input should be greater than 0"),
         (stage(learning_rate=-1e-3), "finetune.tokenizer.learning_rate: Input should be greater than 0"),
         (stage(batch_size=-50), "finetune.tokenizer.batch_size: Input should be greater than or equal to 1"),
-        (stage(windows_per_epoch=0), "finetune.tokenizer.windows_per_epoch: Input should be greater than or equal to 1"),
+        (
+            stage(windows_per_epoch=0),
+            "finetune.tokenizer.windows_per_epoch: Input should be greater than or equal to 1",
+        ),
         (stage(betas=[0.9, 1.0]), "finetune.tokenizer.betas.1: Input should be less than 1"),
-        ({"finetune": {"output_dir": "out", "checkpoint_every": 0}}, "finetune.checkpoint_every: Input should be greater"),
+        (
+            {"finetune": {"output_dir": "out", "checkpoint_every": 0}},
+            "finetune.checkpoint_every: Input should be greater",
+        ),
     ],
 )
 def test_an_impossible_value_is_named(settings, message):
@@ -162,7 +173,9 @@ def checkpoints(tmp_path):
 
 def test_a_missing_checkpoint_folder(tmp_path):
     message = refusal(FileNotFoundError, model=str(tmp_path / "nowhere"))
-    assert message == f"KronosModel: model: {tmp_path / 'nowhere'}: neither a folder nor a hub id of the form owner/name"
+    assert (
+        message == f"KronosModel: model: {tmp_path / 'nowhere'}: neither a folder nor a hub id of the form owner/name"
+    )
 
 
 def test_a_checkpoint_folder_without_weights(checkpoints):
@@ -193,7 +206,8 @@ def test_a_hub_out_of_reach(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     message = refusal(FileNotFoundError, model="nobody-at-all/no-such-kronos")
     assert message.startswith(
-        "KronosModel: model: nobody-at-all/no-such-kronos: not in the local cache and the hub cannot be reached: give a folder"
+        "KronosModel: model: nobody-at-all/no-such-kronos: not in the local cache and the hub cannot be reached: "
+        "give a folder"
     )
 
 

@@ -22,11 +22,18 @@ TOKENIZER = zoo.TOKENIZERS["nano"].config | {
 MODEL = zoo.MODELS["nano"].config | {
     **{"d_model": 16, "ff_dim": 32, "n_heads": 2, "n_layers": 1, "s1_bits": 4, "s2_bits": 4, "ffn_dropout_p": 0.1}
 }
-STAGE = {"epochs": 2, "windows_per_epoch": 96, "batch_size": 32, "learning_rate": 5e-3, "log_every": 2, "valid_windows": 64}
+STAGE = {
+    "epochs": 2,
+    "windows_per_epoch": 96,
+    "batch_size": 32,
+    "learning_rate": 5e-3,
+    "log_every": 2,
+    "valid_windows": 64,
+}
 
 
 def use_market(folder: Path) -> None:
-    """Point Qlib, which is global, at a market, and its recorder at a SQLite file in the working directory."""
+    """Point Qlib, which is global, at a market, and its recorders at mlflow.db in the working directory."""
     qlib.init(
         provider_uri=str(folder),
         region="cn",
@@ -36,14 +43,16 @@ def use_market(folder: Path) -> None:
         exp_manager={
             "class": "MLflowExpManager",
             "module_path": "qlib.workflow.expm",
-            "kwargs": {"uri": "sqlite:///mlflow.db", "default_exp_name": "Experiment"},
+            "kwargs": {"uri": f"sqlite:///{Path.cwd() / 'mlflow.db'}", "default_exp_name": "Experiment"},
         },
     )
 
 
 def make_dataset(**changes: Any) -> KLineDataset:
     handler = KLineHandler(changes.pop("instruments", "demo"))
-    return KLineDataset(**{"handler": handler, "segments": SEGMENTS, "lookback": LOOKBACK, "horizon": HORIZON} | changes)
+    return KLineDataset(
+        **{"handler": handler, "segments": SEGMENTS, "lookback": LOOKBACK, "horizon": HORIZON} | changes
+    )
 
 
 def make_model(**changes: Any) -> KronosModel:
