@@ -105,9 +105,7 @@ def generate(
     batch, length, _ = x.shape
     horizon, samples, limit = y_stamp.shape[1], sampling.sample_count, net.max_context
     x, x_stamp, y_stamp = x.to(net.device, torch.float32), x_stamp.to(net.device), y_stamp.to(net.device)
-    keys = np.arange(batch) if keys is None else np.asarray(keys)
-    if keys.shape != (batch,):
-        raise ValueError(f"keys has shape {keys.shape}; it must hold one integer for each of the {batch} rows")
+    keys = np.arange(batch) if keys is None else _as_integers(keys, batch)
     uniform = torch.from_numpy(uniforms(sampling.seed, keys, samples, horizon)).to(net.device)
 
     s1, s2 = _encode(net.tokenizer, x)
@@ -144,6 +142,14 @@ def _check_shapes(net: Prepared, x: Tensor, x_stamp: Tensor, y_stamp: Tensor) ->
         raise ValueError(f"pred_len ({y_stamp.shape[1]}) must be below max_context ({net.max_context})")
     if not torch.isfinite(x).all():
         raise ValueError("x holds NaN or infinite values")
+
+
+def _as_integers(keys: Sequence[int] | np.ndarray | Tensor, count: int) -> np.ndarray:
+    """The keys modulo 2^64 as int64."""
+    values = keys.tolist() if isinstance(keys, (np.ndarray, Tensor)) else list(keys)
+    if len(values) != count or not all(isinstance(value, (int, np.integer)) for value in values):
+        raise ValueError(f"keys must hold one integer for each of the {count} rows, not {keys!r}")
+    return np.array([int(value) % 2**64 for value in values], np.uint64).view(np.int64)
 
 
 @dataclass

@@ -145,11 +145,15 @@ class KronosPredictor:
         x_stamp, y_stamp = (torch.from_numpy(np.stack([stamps(t) for t in times])) for times in (x_index, y_index))
         net = prepare(self.tokenizer, self.model, self.max_context, self.dtype, rows.shape[1])
         paths = generate(net, torch.from_numpy(x), x_stamp, y_stamp, sampling, progress=progress)
-        return denormalise(paths.double().cpu().numpy(), mean[:, None], scale[:, None])
+        return denormalise(paths.cpu().double().numpy(), mean[:, None], scale[:, None])
 
 
 def _bars(frame: pd.DataFrame, name: str) -> np.ndarray:
     """The six columns [L, 6] of a frame, the missing ones completed."""
+    if not frame.columns.is_unique:
+        raise ValueError(f"KronosPredictor: {name} has a column twice: {list(frame.columns)}")
+    if not len(frame):
+        raise ValueError(f"KronosPredictor: {name} has no bars")
     missing = [column for column in PRICES if column not in frame.columns]
     if missing:
         raise ValueError(f"KronosPredictor: {name} has no column {missing[0]!r}; it needs {PRICES}")

@@ -58,17 +58,17 @@ class KronosTokenizer(HubModule):
             ((recon_s1, recon), bsq_loss, quantized, ids): reconstructions [B, L, d_in] from the coarse bits alone and
             from all bits, the BSQ loss (scalar), ±1/sqrt(bits) [B, L, bits], ids over all bits [B, L].
         """
-        quantized, bsq_loss = self._quantize(x)
+        quantized, bsq_loss = self.tokenizer(self._latent(x))
         recon_s1 = self._decode(self.post_quant_embed_pre(quantized[..., : self.s1_bits]))
         recon = self._decode(self.post_quant_embed(quantized))
         return (recon_s1, recon), bsq_loss, quantized, signs_to_ids(quantized)
 
     def encode(self, x: Tensor, half: bool = False) -> Tensor | list[Tensor]:
         """Ids of normalised bars x [B, L, d_in]: one over all bits [B, L], or with half the list [s1, s2] of them."""
-        quantized, _ = self._quantize(x)
+        signs = torch.where(self._latent(x) > 0, 1.0, -1.0)
         if half:
-            return [signs_to_ids(quantized[..., : self.s1_bits]), signs_to_ids(quantized[..., self.s1_bits :])]
-        return signs_to_ids(quantized)
+            return [signs_to_ids(signs[..., : self.s1_bits]), signs_to_ids(signs[..., self.s1_bits :])]
+        return signs_to_ids(signs)
 
     def decode(self, ids: Tensor | Sequence[Tensor], half: bool = False) -> Tensor:
         """Normalised bars [B, L, d_in] of ids as `encode` gives them. Causal: bar i depends on ids up to i."""
@@ -79,11 +79,12 @@ class KronosTokenizer(HubModule):
             signs = ids_to_signs(ids, self.bits)
         return self._decode(self.post_quant_embed(signs * self.bits**-0.5))
 
-    def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _latent(self, x: Tensor) -> Tensor:
+        """What is quantized, before it is brought to unit length: [B, L, bits]."""
         h = self.embed(x)
         for block in self.encoder:
             h = block(h)
-        return self.tokenizer(self.quant_embed(h))
+        return self.quant_embed(h)
 
     def _decode(self, h: Tensor) -> Tensor:
         for block in self.decoder:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from kronos_qlib.data.settings import Settings
 
@@ -64,6 +64,12 @@ class FinetuneSettings(Settings):
     tokenizer: Annotated[TokenizerSettings | None, Field(strict=False)] = None
     predictor: Annotated[PredictorSettings | None, Field(strict=False)] = None
     processes: Literal["auto"] | int = "auto"
+
+    @model_validator(mode="after")
+    def _trains_something(self) -> "FinetuneSettings":
+        if self.tokenizer is None and self.predictor is None:
+            raise ValueError("gives no stage to train; name tokenizer or predictor, or set finetune to null")
+        return self
 
     @field_validator("processes", mode="before")
     @classmethod
