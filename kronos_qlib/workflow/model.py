@@ -245,8 +245,8 @@ def _warn_of_seen_dates(test: Windows, **trained: Windows) -> None:
         if last >= first:
             days = np.datetime_as_string(np.array([last, first]), unit="D")
             logger.warning(
-                f"KronosModel: the {name} segment has bars to {days[0]} and the test segment starts on {days[1]}: up to "
-                "then its scores are not out of sample"
+                f"KronosModel: the {name} segment has bars to {days[0]} and the test segment starts on {days[1]}: "
+                "up to then its scores are not out of sample"
             )
 
 

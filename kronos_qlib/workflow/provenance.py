@@ -14,6 +14,7 @@ from qlib.config import C
 from qlib.workflow import R
 
 from kronos_qlib.data.dataset import KLineDataset
+from kronos_qlib.data.demo import is_synthetic
 from kronos_qlib.nn import zoo
 from kronos_qlib.nn.checkpoint import HubModule
 from kronos_qlib.workflow.settings import ModelSettings
@@ -31,6 +32,7 @@ def record_run(settings: ModelSettings, dataset: KLineDataset) -> None:
         "model": settings.model_dump(),
         "data": {
             "provider_uri": str(C.dpm.get_data_uri(handler.freq)),
+            "synthetic": is_synthetic(C.dpm.get_data_uri(handler.freq)),
             "universe": handler.instruments,
             "first": handler.dates[0],
             "last": handler.dates[-1],

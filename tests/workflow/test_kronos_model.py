@@ -158,6 +158,7 @@ def test_the_recorder_holds_settings_data_versions_and_seed(run, store):
     assert record["model"]["forecast"]["top_p"] == 0.9, "defaults too"
     data = record["data"]
     assert data["provider_uri"] == str(store) and data["universe"] == "demo"
+    assert data["synthetic"] is True
     assert data["first"].startswith("2018-01-02") and data["last"].startswith("2018-08-13")
     assert (data["lookback"], data["amount"]) == (LOOKBACK, "ohlc")
     assert set(data["segments"]) == set(SEGMENTS)
