@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kronos_qlib.analysis.output import whole_file
 from kronos_qlib.analysis.results import RunResult
+from kronos_qlib.files import whole_file
 
 # Column of the table: heading and format in the terminal.
 _HEADINGS = {

@@ -12,8 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from kronos_qlib.analysis.comparison import synthetic_note
-from kronos_qlib.analysis.output import whole_file
 from kronos_qlib.analysis.results import RunResult
+from kronos_qlib.files import whole_file
 
 # Okabe & Ito (2008), told apart with any colour vision; their yellow is left out, too pale for a line on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")

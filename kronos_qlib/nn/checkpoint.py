@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from kronos_qlib.files import whole_file
 from kronos_qlib.nn import zoo
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -117,11 +118,11 @@ class HubModule(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the checkpoint in hub format into a folder, each file aside first and then renamed."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        _write_whole(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-        text = json.dumps(self.config, indent=2, sort_keys=True) + "\n"
-        _write_whole(folder / CONFIG_FILE, lambda path: path.write_text(text))
+        with whole_file(folder / WEIGHTS_FILE) as draft:
+            save_file(tensors, draft, metadata={"format": "pt"})
+        with whole_file(folder / CONFIG_FILE) as draft:
+            draft.write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n")
 
     @property
     def n_parameters(self) -> int:
@@ -166,12 +167,3 @@ def _locate(dir_or_hub_id: str, name: str, revision: str | None) -> Path:
             f"{dir_or_hub_id}: not in the local cache and the hub cannot be reached: give a folder or fetch it once "
             "on a machine that reaches the hub (hf download) and copy its cache"
         ) from error
-
-
-def _write_whole(path: Path, write: Any) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from kronos_qlib.data.windows import Windows
+from kronos_qlib.files import whole_file
 from kronos_qlib.nn.checkpoint import HubModule
 from kronos_qlib.train.checkpoints import Progress, load_newest, save_checkpoint
 from kronos_qlib.train.settings import StageSettings
@@ -227,12 +228,10 @@ class _History:
         self.rows.append({key: row.get(key, "") for key in HISTORY})
 
     def flush(self) -> None:
-        aside = self.path.with_suffix(".tmp")
-        with aside.open("w", newline="") as file:
+        with whole_file(self.path) as draft, draft.open("w", newline="") as file:
             writer = csv.DictWriter(file, HISTORY)
             writer.writeheader()
             writer.writerows(self.rows)
-        os.replace(aside, self.path)
 
 
 def _identity(stage: Stage, train: Windows, valid: Windows, seed: int, dtype: torch.dtype) -> dict[str, object]:
@@ -268,7 +267,5 @@ def _claim(folder: Path, identity: dict[str, object]) -> None:
                 f"{folder} holds another training ({changes}); choose another output_dir or remove that one"
             )
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(identity, indent=2, default=str) + "\n")
-    os.replace(aside, path)
+    with whole_file(path) as draft:
+        draft.write_text(json.dumps(identity, indent=2, default=str) + "\n")
