@@ -123,6 +123,14 @@ def test_without_keys_rows_are_numbered(small):
     assert not torch.equal(paths(small, **SAMPLING), paths(small, keys=[0, 7, 2], **SAMPLING))
 
 
+def test_keys_are_integers_of_any_size_as_a_list_an_array_or_a_tensor(small):
+    expected = paths(small, keys=[1, 2**64 - 3, 5], **SAMPLING)
+    for keys in (np.array([1, -3, 5]), torch.tensor([1, -3, 5]), [2**64 + 1, -3, 5]):
+        assert torch.equal(paths(small, keys=keys, **SAMPLING), expected)
+    with pytest.raises(ValueError, match="keys must hold one integer"):
+        paths(small, keys=[1.5, 2.0, 3.0])
+
+
 def test_bfloat16_stays_near_float32(small):
     half = paths(small, top_k=1, dtype="bfloat16")
     assert half.dtype == torch.float32 and torch.isfinite(half).all()

@@ -118,3 +118,11 @@ def test_bad_input_is_one_clear_error(predictor, small, change, message):
 def test_an_absent_cuda_device_is_named(small):
     with pytest.raises(ValueError, match="cuda:97.*auto or cpu"):
         KronosPredictor(small.model, small.tokenizer, device="cuda:97")
+
+
+def test_an_empty_frame_and_a_column_that_stands_twice_are_named(predictor, small):
+    frames, x_times, y_times = series(small)
+    twice = pd.concat([frames[0], frames[0][["close"]]], axis=1)
+    for frame, message in ((frames[0].iloc[:0], "has no bars"), (twice, "has a column twice")):
+        with pytest.raises(ValueError, match=message):
+            predictor.predict(frame, x_times[: len(frame)], y_times, len(y_times), verbose=False)

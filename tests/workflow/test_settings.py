@@ -6,7 +6,7 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
-from tiny import MODEL, TOKENIZER, finetune, make_dataset, make_model
+from tiny import MODEL, SEGMENTS, TOKENIZER, finetune, make_dataset, make_model
 
 from kronos_qlib.forecast.scores import SCORES
 from kronos_qlib.nn.checkpoint import CheckpointError
@@ -258,3 +258,26 @@ def test_another_trainings_output_folder_is_refused(run, store):
     model = make_model(seed=2, finetune=finetune(run.folder))
     with pytest.raises(ValueError, match="holds another training .*seed: 1 there, 2 now.*choose another output_dir"):
         model.fit(make_dataset())
+
+
+def test_finetune_without_a_stage_is_refused():
+    assert "finetune: gives no stage to train" in refusal(finetune={"output_dir": "out"})
+
+
+def test_a_dataset_of_another_class_is_refused(store):
+    with pytest.raises(ValueError, match="must be a KLineDataset, not a str"):
+        make_model().predict("csi300")
+
+
+def test_a_test_segment_without_windows_is_refused_before_training(store, tmp_path):
+    segments = SEGMENTS | {"test": ["2018-01-02", "2018-01-05"]}  # no lookback behind it
+    with pytest.raises(ValueError, match="segment 'test'.*has no window"):
+        make_model(finetune=finetune(tmp_path / "out")).fit(make_dataset(segments=segments))
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_on_dates_to_be_scored_is_warned_of(store, tmp_path, warnings_logged):
+    segments = SEGMENTS | {"train": ["2018-01-02", "2018-07-10"]}
+    make_model(finetune=finetune(tmp_path / "out", predictor=None)).fit(make_dataset(segments=segments))
+    assert "the train segment has bars to 2018-07-10 and the test segment starts on 2018-06-18" in warnings_logged.text
+    assert "the valid segment" not in warnings_logged.text
