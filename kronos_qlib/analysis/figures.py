@@ -49,7 +49,7 @@ def plot_excess_return(runs: Sequence[RunResult], path: Path) -> None:
     _legend(upper)
     _title(figure, runs)
     with whole_file(path) as draft:
-        figure.savefig(draft)
+        figure.savefig(draft, format="png")
 
 
 def _draw_run(upper: Axes, lower: Axes, run: RunResult, colour: str) -> None:

@@ -1,5 +1,6 @@
 """KLineHandler: the K-lines of a universe as a Qlib data handler, and as one array of valid bars."""
 
+import warnings
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -71,7 +72,7 @@ class KLineHandler(DataHandlerLP):
     freq: day, or minutes such as 5min.
     label: a Qlib expression or several.
     amount: where the amount comes from: `$amount`, `$vwap × $volume` (vwap), `$volume × mean(OHLC)` (ohlc), or the
-        first of them that all instruments with bars have (auto); one rule for the whole run, logged and kept in
+        first of them that no bar with prices and volume lacks (auto); one rule for the whole run, logged and kept in
         `amount_rule`.
 
     Raises ValueError (FileNotFoundError for a missing store), one line, for wrong settings, an unknown universe, a
@@ -119,6 +120,7 @@ class KLineHandler(DataHandlerLP):
             values = rows.to_numpy(np.float32)
             valid = ~np.isnan(values).any(axis=1) & (values[:, COLUMNS.index("volume")] != 0)
             bars = _bars_of(rows.index, values, valid)
+            _warn_of_left_out(rows, bars.instruments)
             check_bars(bars)
             change = self._change.swaplevel().sort_index().to_numpy()
             warn_of_jumps(bars, _returns(rows.index, values[:, CLOSE])[valid], change[valid])
@@ -185,6 +187,20 @@ def _bars_of(index: pd.MultiIndex, values: np.ndarray, valid: np.ndarray) -> Bar
         offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         instruments=tuple(index.levels[0][names]),
     )
+
+
+def _warn_of_left_out(rows: pd.DataFrame, kept: tuple[str, ...]) -> None:
+    """Warn, once, of instruments in the table without a single valid bar, and of the field that they lack."""
+    names = rows.index.levels[0]
+    left_out = names.difference(kept)
+    if len(left_out):
+        lacking = {name: rows.loc[name].isna().all() for name in left_out[:5]}
+        named = [f"{name} (no {', '.join(f[f].index) if f.any() else 'trade'})" for name, f in lacking.items()]
+        warnings.warn(
+            f"KLineHandler: {len(left_out)} of {len(names)} instruments are left out, they have no valid bar: "
+            f"{', '.join(named)}{', …' if len(left_out) > 5 else ''}",
+            stacklevel=3,
+        )
 
 
 def _returns(index: pd.MultiIndex, close: np.ndarray) -> np.ndarray:

@@ -27,8 +27,8 @@ AMOUNT_RULES = {"amount": "$amount", "vwap": "$vwap × $volume", "ohlc": "$volum
 class KLineLoader(DataLoader):
     """Loads open, high, low, close, volume, amount and labels of every instrument that is ever in a universe.
 
-    `amount` is a rule for the amount (`amount`, `vwap`, `ohlc`) or `auto`: the first of them whose fields every
-    instrument with bars has. The rule found is kept in `amount_rule`, so that a pickled loader never changes it.
+    `amount` is a rule for the amount (`amount`, `vwap`, `ohlc`) or `auto`: the first of them whose fields no bar with
+    prices and volume lacks. The rule found is kept in `amount_rule`, so that a pickled loader never changes it.
     """
 
     def __init__(self, freq: str, label: list[str], amount: str) -> None:
@@ -135,24 +135,35 @@ def _stored(names: list[str], freq: str) -> list[str]:
 
 
 def _first_amount_rule(raw: pd.DataFrame) -> str:
-    return next(rule for rule in AMOUNT_RULES if not len(_without_amount(raw, rule)))
+    return next(rule for rule in AMOUNT_RULES if not _lacks_amount(raw, rule).any())
 
 
 def _check_amount(raw: pd.DataFrame, rule: str, where: str) -> None:
-    missing = _without_amount(raw, rule)
-    if len(missing):
+    lacking = _lacks_amount(raw, rule)
+    per_instrument = pd.DataFrame({"lacking": lacking, "bars": _with_trade(raw)}).groupby(level=0).sum()
+    never = per_instrument.query("lacking == bars and bars > 0").index
+    if len(never):
         raise ValueError(
-            f"KLineHandler: amount = {AMOUNT_RULES[rule]} needs fields that {len(missing)} instruments of {where} "
-            f"do not have, {missing[0]} first; choose another rule for `amount`"
+            f"KLineHandler: amount = {AMOUNT_RULES[rule]} needs fields that {len(never)} instruments of {where} "
+            f"do not have, {never[0]} first; choose another rule for `amount`"
+        )
+    if lacking.any():
+        name, date = lacking.index[lacking.argmax()]
+        warnings.warn(
+            f"KLineHandler: {lacking.sum()} bars of {where} have no amount = {AMOUNT_RULES[rule]} and are dropped, "
+            f"{name} {date.date()} first",
+            stacklevel=3,
         )
 
 
-def _without_amount(raw: pd.DataFrame, rule: str) -> list[str]:
-    """The instruments that have bars but no amount by this rule."""
-    names, codes = raw.index.levels[0], raw.index.codes[0]
-    with_bars = np.unique(codes[raw[list(RAW)].notna().all(axis=1)])
-    with_amount = np.unique(codes[_amount(raw, rule).notna()])
-    return list(names[np.setdiff1d(with_bars, with_amount)])
+def _with_trade(raw: pd.DataFrame) -> pd.Series:
+    """Which bars have all prices and a volume other than zero."""
+    return raw[list(RAW)].notna().all(axis=1) & (raw["$volume"] != 0)
+
+
+def _lacks_amount(raw: pd.DataFrame, rule: str) -> pd.Series:
+    """Which bars with prices and volume have no amount by this rule."""
+    return _with_trade(raw) & _amount(raw, rule).isna()
 
 
 def _amount(raw: pd.DataFrame, rule: str) -> pd.Series:

@@ -4,6 +4,7 @@ import datetime
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar, get_args
 
+import numpy as np
 import pandas as pd
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
@@ -48,7 +49,7 @@ def _settings_at(kind: type[Settings], keys: tuple[Any, ...]) -> type[Settings]:
 def _timestamp(value: Any) -> pd.Timestamp | None:
     if value is None or isinstance(value, pd.Timestamp):
         return value
-    if isinstance(value, (str, datetime.date)):  # a datetime is a date too; YAML gives dates
+    if isinstance(value, (str, datetime.date, np.datetime64)):  # a datetime is a date too; YAML gives dates
         try:
             return pd.Timestamp(value)
         except ValueError:

@@ -7,6 +7,7 @@ softmax; the samples are folded into the query axis, so the prefix is neither co
 Shapes: B windows, S samples, L context bars, P forecast bars, H heads, D coordinates per head.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ from kronos_qlib.forecast.weights import ModelWeights, Prepared, Stack, Tokenize
 from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.nn.device import resolve_dtype
 from kronos_qlib.nn.layers import rotate
-from kronos_qlib.nn.model import S2Rotation
+from kronos_qlib.nn.model import TIME_TABLES, S2Rotation
 from kronos_qlib.nn.quantizer import signs_to_ids
 
 
@@ -85,9 +86,11 @@ def sample_paths(
         ValueError: shapes that do not fit together, NaN in x, an option out of range, networks of different bits.
     """
     sampling = Sampling(sample_count, temperature, top_k, top_p, seed, s2_rotation)
+    x, x_stamp, y_stamp = (torch.as_tensor(values) for values in (x, x_stamp, y_stamp))
     device = next(model.parameters()).device
     net = prepare(tokenizer, model, max_context, resolve_dtype(dtype, device), x.shape[1])
-    return generate(net, x, x_stamp, y_stamp, sampling, keys).to(x.device)
+    paths = generate(net, x, x_stamp, y_stamp, sampling, keys)
+    return paths.to(x.device).clone()  # an ordinary tensor: one made in inference mode cannot be worked on
 
 
 @torch.inference_mode()
@@ -142,14 +145,22 @@ def _check_shapes(net: Prepared, x: Tensor, x_stamp: Tensor, y_stamp: Tensor) ->
         raise ValueError(f"pred_len ({y_stamp.shape[1]}) must be below max_context ({net.max_context})")
     if not torch.isfinite(x).all():
         raise ValueError("x holds NaN or infinite values")
+    for name, stamp in (("x_stamp", x_stamp), ("y_stamp", y_stamp)):
+        for field, (table, column) in zip(TIME_TABLES, zip(net.model.time, stamp.unbind(-1))):
+            if not ((column >= 0) & (column < len(table))).all():
+                raise ValueError(f"{name} has a {field} outside 0 … {len(table) - 1}")
 
 
 def _as_integers(keys: Sequence[int] | np.ndarray | Tensor, count: int) -> np.ndarray:
     """The keys modulo 2^64 as int64."""
-    values = keys.tolist() if isinstance(keys, (np.ndarray, Tensor)) else list(keys)
-    if len(values) != count or not all(isinstance(value, (int, np.integer)) for value in values):
+    values = keys.tolist() if isinstance(keys, (np.ndarray, Tensor)) else keys
+    try:
+        integers = [operator.index(value) % 2**64 for value in values]
+    except TypeError:
+        integers = []
+    if len(integers) != count:
         raise ValueError(f"keys must hold one integer for each of the {count} rows, not {keys!r}")
-    return np.array([int(value) % 2**64 for value in values], np.uint64).view(np.int64)
+    return np.array(integers, np.uint64).view(np.int64)
 
 
 @dataclass
@@ -189,6 +200,11 @@ class _Cache:
         return shared + weights[..., length:] @ self.own_v[:, :, :, :end]
 
 
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` in float32, whatever the compute dtype."""
+    return rotate(x.float(), cos, sin).to(x.dtype)
+
+
 def _prefill(
     stack: Stack, x: Tensor, samples: int, capacity: int, keys_only_last: bool = False
 ) -> tuple[Tensor, list[_Cache]]:
@@ -200,11 +216,11 @@ def _prefill(
     cos, sin = stack.cos[: x.shape[1]], stack.sin[: x.shape[1]]
     for block in stack.blocks:
         q, k, v = block.qkv(block.norm1(x)).unflatten(-1, (3, block.n_heads, -1)).permute(2, 0, 3, 1, 4)
-        k = rotate(k, cos, sin)
+        k = _turn(k, cos, sin)
         caches.append(_Cache.of_prefix(k, v.contiguous(), samples, capacity))
         if keys_only_last and block is stack.blocks[-1]:
             break
-        attended = F.scaled_dot_product_attention(rotate(q, cos, sin), k, v, is_causal=True)
+        attended = F.scaled_dot_product_attention(_turn(q, cos, sin), k, v, is_causal=True)
         x = x + block.out(attended.transpose(1, 2).flatten(-2))
         x = x + block.feed_forward(x)
     return x, caches
@@ -216,7 +232,7 @@ def _extend(stack: Stack, caches: list[_Cache], x: Tensor, filled: int) -> Tenso
         start = cache.k.shape[2] + filled
         cos, sin = stack.cos[start : start + x.shape[2]], stack.sin[start : start + x.shape[2]]
         q, k, v = block.qkv(block.norm1(x)).unflatten(-1, (3, block.n_heads, -1)).permute(3, 0, 4, 1, 2, 5)
-        attended = cache.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, filled)
+        attended = cache.attend(_turn(q, cos, sin), _turn(k, cos, sin), v, filled)
         x = x + block.out(attended.permute(0, 2, 3, 1, 4).flatten(-2))
         x = x + block.feed_forward(x)
     return x
@@ -240,7 +256,7 @@ class _ContextState:
         h = model.norm(h)
         k, v = model.cross_kv(h).unflatten(-1, (2, model.cross_heads, -1)).permute(2, 0, 3, 1, 4)
         if aligned:
-            k = rotate(k, model.cross_cos[: x.shape[1]], model.cross_sin[: x.shape[1]])
+            k = _turn(k, model.cross_cos[: x.shape[1]], model.cross_sin[: x.shape[1]])
         cross = _Cache.of_prefix(k.contiguous(), v.contiguous(), samples, capacity)
         return cls(model, caches, cross, h[:, -1:], prefix=x.shape[1], filled=0, aligned=aligned)
 
@@ -251,7 +267,7 @@ class _ContextState:
         end = self.filled + x.shape[2]
         if self.aligned:
             positions = slice(self.prefix + self.filled, self.prefix + end)
-            k = rotate(k, self.model.cross_cos[positions], self.model.cross_sin[positions])
+            k = _turn(k, self.model.cross_cos[positions], self.model.cross_sin[positions])
         self.cross.own_k[:, :, :, self.filled : end], self.cross.own_v[:, :, :, self.filled : end] = k, v
         self.last, self.filled = h[:, :, -1], end
 

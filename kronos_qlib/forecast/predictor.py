@@ -43,6 +43,7 @@ class KronosPredictor:
         s2_rotation: S2Rotation = "reference",
     ) -> None:
         check_pair(tokenizer, model)
+        Sampling(s2_rotation=s2_rotation)  # an unknown one is an error here, not at the first forecast
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
         self.model, self.tokenizer = model.to(self.device).eval(), tokenizer.to(self.device).eval()
@@ -158,6 +159,9 @@ def _bars(frame: pd.DataFrame, name: str) -> np.ndarray:
     if missing:
         raise ValueError(f"KronosPredictor: {name} has no column {missing[0]!r}; it needs {PRICES}")
     frame = frame[[column for column in COLUMNS if column in frame.columns]]
+    text = [column for column in frame.columns if not pd.api.types.is_numeric_dtype(frame[column].convert_dtypes())]
+    if text:
+        raise ValueError(f"KronosPredictor: column {text[0]!r} of {name} does not hold numbers")
     values = frame.to_numpy(np.float64)
     if not np.isfinite(values).all():
         row, column = np.argwhere(~np.isfinite(values))[0]
@@ -173,7 +177,10 @@ def _bars(frame: pd.DataFrame, name: str) -> np.ndarray:
 
 
 def _times(times: Timestamps, length: int, name: str, counted: str) -> pd.DatetimeIndex:
-    index = pd.DatetimeIndex(times)
+    try:
+        index = pd.DatetimeIndex(times)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"KronosPredictor: {name} must be a Series or an index of times ({error})") from error
     if len(index) != length:
         raise ValueError(f"KronosPredictor: {name} holds {len(index)} times, but {counted} is {length}")
     if index.hasnans:

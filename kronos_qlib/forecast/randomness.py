@@ -1,5 +1,7 @@
 """Counter-based random numbers: each is a function of (seed, key, sample, step) and of nothing else."""
 
+import operator
+
 import numpy as np
 
 _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
@@ -41,7 +43,7 @@ def uniforms(seed: int, keys: np.ndarray, sample_count: int, steps: int) -> np.n
     words = np.asarray(keys, dtype=np.int64).view(np.uint64)[None, :, None]
     sample = np.arange(sample_count, dtype=np.uint32)[None, None, :]
     step = np.arange(steps, dtype=np.uint32)[:, None, None]
-    seed %= 1 << 64
+    seed = operator.index(seed) % (1 << 64)
     counter = ((words & _LOW).astype(np.uint32), _high(words), sample, step)
     first, second, _, _ = philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
     return np.stack([_unit(first), _unit(second)], axis=1)

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -62,12 +62,16 @@ class HubModule(nn.Module):
         Raises:
             CheckpointError: an unknown or a missing key, or a value the constructor refuses.
         """
-        known = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
+        parameters = inspect.signature(cls.__init__).parameters
+        known = [name for name in parameters if name != "self"]
         unknown, missing = sorted(set(config) - set(known)), [key for key in known if key not in config]
         if unknown:
             raise CheckpointError(f"{where}: unknown key {unknown[0]!r} for {cls.__name__}; known keys: {known}")
         if missing:
             raise CheckpointError(f"{where}: {cls.__name__} needs the keys {missing}")
+        for key, value in config.items():
+            if problem := _problem(key, value, parameters[key].annotation):
+                raise CheckpointError(f"{where}: {key} {problem}, not {value!r}")
         try:
             return cls(**config)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -110,8 +114,10 @@ class HubModule(nn.Module):
         """
         try:
             tensors = load_file(path)
-        except (SafetensorError, OSError) as error:
+        except SafetensorError as error:
             raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from error
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error})") from error
         _check_tensors(self.state_dict(), tensors, str(path))
         self.load_state_dict(tensors)
 
@@ -128,6 +134,17 @@ class HubModule(nn.Module):
     def n_parameters(self) -> int:
         """The number of trainable and fixed parameters, buffers not counted."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def _problem(key: str, value: Any, kind: type) -> str | None:
+    """What is wrong with a constructor argument, or None: counts are 1 or more, dropouts in [0, 1)."""
+    if kind is bool:
+        return None if isinstance(value, bool) else "must be true or false"
+    if kind is int:
+        return None if isinstance(value, int) and not isinstance(value, bool) and value >= 1 else "must be 1 or more"
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        return "must be a number"
+    return "must be in [0, 1)" if key.endswith("dropout_p") and not 0 <= value < 1 else None
 
 
 def _check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], where: str) -> None:
@@ -160,7 +177,7 @@ def _locate(dir_or_hub_id: str, name: str, revision: str | None) -> Path:
         raise FileNotFoundError(f"{dir_or_hub_id}: neither a folder nor a hub id of the form owner/name") from error
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise FileNotFoundError(f"{dir_or_hub_id}: no such folder, and the hub has no such open repository") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except Exception as error:  # what a proxy or a broken connection raises depends on the hub library's transport
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise FileNotFoundError(f"{dir_or_hub_id}: the hub's repository has no {name}") from error
         raise FileNotFoundError(

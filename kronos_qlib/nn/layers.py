@@ -24,9 +24,9 @@ class Rotary(nn.Module):
         super().__init__()
         self.register_buffer("inv_freq", base ** (-torch.arange(0, head_dim, 2).float() / head_dim))
 
-    def table(self, length: int, start: int = 0) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [length, head_dim] of positions start … start + length − 1."""
-        positions = torch.arange(start, start + length, device=self.inv_freq.device, dtype=torch.float32)
+    def table(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [length, head_dim] of positions 0 … length − 1."""
+        positions = torch.arange(length, device=self.inv_freq.device, dtype=torch.float32)
         angles = torch.outer(positions, self.inv_freq.float()).repeat(1, 2)
         return angles.cos(), angles.sin()
 

@@ -1,7 +1,7 @@
 """Kronos: the decoder-only transformer that continues a sequence of (s1, s2) codes."""
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +28,6 @@ class FixedEmbedding(nn.Module):
     @property
     def weight(self) -> Tensor:
         return self.emb.weight
-
-    def forward(self, index: Tensor) -> Tensor:
-        return self.emb(index)
 
 
 class TimeEmbedding(nn.Module):
@@ -87,8 +84,8 @@ class DualHead(nn.Module):
         self, s1_logits: Tensor, s2_logits: Tensor, s1_targets: Tensor, s2_targets: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Cross-entropies in nats of logits [B, T, vocabulary] and targets [B, T]: (their mean, that of s1, of s2)."""
-        ce_s1 = F.cross_entropy(s1_logits.flatten(0, -2).float(), s1_targets.flatten())
-        ce_s2 = F.cross_entropy(s2_logits.flatten(0, -2).float(), s2_targets.flatten())
+        ce_s1 = F.cross_entropy(s1_logits.flatten(0, -2).float(), s1_targets.flatten().long())
+        ce_s2 = F.cross_entropy(s2_logits.flatten(0, -2).float(), s2_targets.flatten().long())
         return (ce_s1 + ce_s2) / 2, ce_s1, ce_s2
 
 
@@ -169,6 +166,8 @@ class Kronos(HubModule):
         query per position, causal, as in training. s2_rotation says how the one query sees its keys: unrotated as
         published ("reference") or as in training ("aligned").
         """
+        if s2_rotation not in get_args(S2Rotation):
+            raise ValueError(f"Kronos: s2_rotation is {s2_rotation!r}; it must be one of {get_args(S2Rotation)}")
         query = self.embedding.emb_s1(s1)
         if s1.shape[1] == 1:
             attended = self.dep_layer.cross_attn.last_query(query, context, aligned=s2_rotation == "aligned")

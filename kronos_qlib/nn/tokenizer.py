@@ -81,7 +81,7 @@ class KronosTokenizer(HubModule):
 
     def _latent(self, x: Tensor) -> Tensor:
         """What is quantized, before it is brought to unit length: [B, L, bits]."""
-        h = self.embed(x)
+        h = self.embed(x.to(self.embed.weight.dtype))
         for block in self.encoder:
             h = block(h)
         return self.quant_embed(h)

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kronos_qlib.nn.checkpoint import HubModule
+from kronos_qlib.files import whole_file
+from kronos_qlib.nn.checkpoint import WEIGHTS_FILE, CheckpointError, HubModule
 
 KEPT = 2
+OPTIMIZER_FILE, PROGRESS_FILE = "optimizer.safetensors", "progress.json"
 _ASIDE = ".tmp"
 
 
@@ -39,8 +42,10 @@ def save_checkpoint(
         for index, state in optimizer.state_dict()["state"].items()
         for key, value in state.items()
     }
-    save_file(tensors | {"rng": torch.get_rng_state()}, aside / "optimizer.safetensors")
-    (aside / "progress.json").write_text(json.dumps({**asdict(progress), "schedule": schedule}))
+    with whole_file(aside / OPTIMIZER_FILE) as draft:
+        save_file(tensors | {"rng": torch.get_rng_state()}, draft)
+    with whole_file(aside / PROGRESS_FILE) as draft:
+        draft.write_text(json.dumps({**asdict(progress), "schedule": schedule}))
     shutil.rmtree(folder / name, ignore_errors=True)
     os.replace(aside, folder / name)
     for old in _finished(folder)[:-KEPT]:
@@ -50,21 +55,30 @@ def save_checkpoint(
 def load_newest(
     folder: Path, network: HubModule, optimizer: torch.optim.Optimizer
 ) -> tuple[Progress, dict[str, Any]] | None:
-    """Restore network, optimiser and random state from the newest checkpoint: progress and schedule, or None."""
+    """Restore network, optimiser and random state from the newest checkpoint: progress and schedule, or None.
+
+    Raises:
+        CheckpointError: the newest checkpoint is damaged.
+    """
     found = _finished(folder)
     if not found:
         return None
-    network.load_weights(found[-1] / "model.safetensors")
-    tensors = load_file(found[-1] / "optimizer.safetensors")
+    newest = found[-1]
+    try:
+        tensors = load_file(newest / OPTIMIZER_FILE)
+        saved = json.loads((newest / PROGRESS_FILE).read_text())
+        schedule = saved.pop("schedule")
+        progress = Progress(**saved)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{newest} is damaged ({error}); remove it to go on from the one before") from error
+    network.load_weights(newest / WEIGHTS_FILE)
     torch.set_rng_state(tensors.pop("rng"))
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    saved = json.loads((found[-1] / "progress.json").read_text())
-    schedule = saved.pop("schedule")
-    return Progress(**saved), schedule
+    return progress, schedule
 
 
 def _finished(folder: Path) -> list[Path]:

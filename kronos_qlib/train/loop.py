@@ -62,9 +62,9 @@ def train_stage(
     _claim(folder, _identity(stage, train, valid, seed, dtype))
     plan, judged = _Plan.of(settings, len(train), seed), _evenly_spaced(valid, settings.valid_windows)
     logger.info(
-        "%s: %s parameters on %s (%s), %s windows in %s steps of %s, judged on %s windows",
-        *(stage.name, f"{network.n_parameters:,}", device, str(dtype).removeprefix("torch.")),
-        *(f"{plan.epochs * plan.per_epoch:,}", f"{plan.steps:,}", plan.batch_size, f"{len(judged):,}"),
+        f"{stage.name}: {network.n_parameters:,} parameters on {device} ({str(dtype).removeprefix('torch.')}), "
+        f"{plan.epochs * plan.per_epoch:,} windows in {plan.steps:,} steps of {plan.batch_size}, "
+        f"judged on {len(judged):,} windows"
     )
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -142,7 +142,7 @@ def _evenly_spaced(windows: Windows, count: int) -> Windows:
 def _optimizer(
     network: HubModule, settings: StageSettings, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.OneCycleLR]:
-    """AdamW under a OneCycle schedule with 3 % warm-up from a tenth of the peak, as in the published recipe."""
+    """AdamW under a OneCycle schedule with 3 % warm-up from a tenth of the peak; the betas stay as they are set."""
     optimizer = torch.optim.AdamW(
         network.parameters(),
         lr=settings.learning_rate,
@@ -242,10 +242,20 @@ def _identity(stage: Stage, train: Windows, valid: Windows, seed: int, dtype: to
     if isinstance(stage, PredictorStage):
         identity["tokenizer weights"] = _digest_of_weights(stage.tokenizer)
     for name, windows in (("training windows", train), ("validation windows", valid)):
-        digest = hashlib.blake2b(windows.bars.values.tobytes(), digest_size=16)
-        digest.update(windows.ends.tobytes())
-        identity[name] = f"{len(windows)} × ({windows.lookback} + {windows.future}) {digest.hexdigest()}"
+        identity[name] = f"{len(windows)} × ({windows.lookback} + {windows.future}) {_digest_of_bars(windows)}"
     return identity
+
+
+def _digest_of_bars(windows: Windows) -> str:
+    """A digest of the bars in any of the windows, and of the windows' instruments and dates."""
+    edges = np.zeros(len(windows.bars) + 1, np.int64)
+    np.add.at(edges, windows.ends - windows.lookback + 1, 1)
+    np.add.at(edges, windows.ends + windows.future + 1, -1)
+    used = edges[:-1].cumsum() > 0
+    digest = hashlib.blake2b(windows.keys.tobytes(), digest_size=16)
+    for rows in (windows.bars.values[used], windows.bars.stamp[used]):
+        digest.update(rows.tobytes())
+    return digest.hexdigest()
 
 
 def _digest_of_weights(network: HubModule) -> str:

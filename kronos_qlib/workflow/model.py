@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from kronos_qlib.data.dataset import KLineDataset
 from kronos_qlib.data.settings import read_settings
-from kronos_qlib.data.windows import CLOSE, Windows, denormalise
+from kronos_qlib.data.windows import CLOSE, COLUMNS, Windows, denormalise
 from kronos_qlib.forecast.generate import Sampling, generate
 from kronos_qlib.forecast.scores import scores
 from kronos_qlib.forecast.weights import check_pair, prepare
@@ -28,8 +28,7 @@ from kronos_qlib.workflow.settings import ModelSettings
 
 logger = get_module_logger("KronosModel")
 # What the keys, values and activations of one batch may take. On a CPU a batch that stays near the caches is faster.
-BATCH_BYTES = {"cpu": 128 * 2**20}
-BATCH_BYTES_ELSEWHERE = 2 * 2**30
+CPU_BATCH_BYTES, GPU_BATCH_BYTES = 128 * 2**20, 2 * 2**30
 
 
 class KronosModel(ModelFT):
@@ -77,6 +76,10 @@ class KronosModel(ModelFT):
         self.tokenizer = _network(KronosTokenizer, "tokenizer", self.settings.tokenizer, seed)
         self.model = _network(Kronos, "model", self.settings.model, seed)
         check_pair(self.tokenizer, self.model)
+        if self.tokenizer.d_in != len(COLUMNS):
+            raise ValueError(
+                f"KronosModel: the tokenizer's d_in is {self.tokenizer.d_in}; bars have {len(COLUMNS)} columns"
+            )
 
     def fit(self, dataset: KLineDataset, reweighter: Reweighter | None = None) -> None:
         """Run the stages of `finetune` on the train segment, judged on the valid segment; without it, nothing.
@@ -87,11 +90,10 @@ class KronosModel(ModelFT):
         if reweighter is not None:
             raise ValueError("KronosModel: a reweighter is not supported")
         if self.settings.finetune is None:
+            self._check(dataset)
             new = [name for name in ("tokenizer", "model") if getattr(self, name).source is None]
             if new:
-                logger.warning(
-                    "KronosModel: finetune is null and the %s new: scores of random weights", " and ".join(new)
-                )
+                logger.warning(f"KronosModel: finetune is null and the {' and '.join(new)} new: random weights score")
             record_run(self.settings, dataset)
             return
         self._train(dataset, self.settings.finetune, Path(self.settings.finetune.output_dir))
@@ -125,8 +127,10 @@ class KronosModel(ModelFT):
     def _train(self, dataset: KLineDataset, settings: FinetuneSettings, folder: Path) -> None:
         self._check(dataset)
         train, valid = dataset.training_windows("train"), dataset.training_windows("valid")
-        if "test" in dataset.segments:  # an empty one is an error now, not after the training
-            _warn_of_seen_dates(dataset.score_windows("test"), train=train, valid=valid)
+        if "test" in dataset.segments:  # what is wrong with it is said now, not after the training
+            test = dataset.score_windows("test")
+            _warn_of_seen_dates(test, train=train, valid=valid)
+            self._warn_of_overlap(test)
         record_run(self.settings, dataset)
         device = resolve_device(self.settings.device)
         dtype = resolve_dtype(self.settings.dtype, device)
@@ -148,19 +152,14 @@ class KronosModel(ModelFT):
                 log=record_metrics,
             )
             record_metrics({f"{stage.name}.best_{name}": value for name, value in best.items()}, None)
-        self.tokenizer.cpu(), self.model.cpu()
+        self._to("cpu")
 
     def _forecast(self, dataset: KLineDataset, windows: Windows) -> dict[str, np.ndarray]:
         """All scores, float64 [W] each."""
         options, device = self.settings.forecast, resolve_device(self.settings.device)
         dtype = resolve_dtype(self.settings.dtype, device)
-        net = prepare(
-            self.tokenizer.to(device).eval(),
-            self.model.to(device).eval(),
-            self.settings.max_context,
-            dtype,
-            windows.lookback,
-        )
+        self._to(device)
+        net = prepare(self.tokenizer, self.model, self.settings.max_context, dtype, windows.lookback)
         sampling = Sampling(
             options.sample_count,
             options.temperature,
@@ -173,15 +172,9 @@ class KronosModel(ModelFT):
         if size == "auto":
             size = self._batch_size(windows.lookback, dataset.horizon, device)
         logger.info(
-            "KronosModel: forecasting %s windows × %s samples × %s bars on %s (%s, %s windows a batch, %s threads)",
-            *(
-                f"{len(windows):,}",
-                options.sample_count,
-                dataset.horizon,
-                device,
-                str(dtype).removeprefix("torch."),
-            ),
-            *(size, torch.get_num_threads()),
+            f"KronosModel: forecasting {len(windows):,} windows × {options.sample_count} samples × {dataset.horizon} "
+            f"bars on {device} ({str(dtype).removeprefix('torch.')}, {size} windows a batch, "
+            f"{torch.get_num_threads()} threads)"
         )
         started, parts = time.perf_counter(), []
         with tqdm(total=len(windows), desc="forecast", unit="window") as bar:
@@ -202,9 +195,14 @@ class KronosModel(ModelFT):
                 close = denormalise(close, mean[:, None], scale[:, None])
                 parts.append(scores(close, batch.last_close, scale[:, 0]))
                 bar.update(min(size, len(windows) - start))
-        self.tokenizer.cpu(), self.model.cpu()
+        self._to("cpu")
         record_metrics({"forecast.seconds": time.perf_counter() - started, "forecast.windows": len(windows)}, None)
         return {name: np.concatenate([part[name] for part in parts])[: len(windows)] for name in parts[0]}
+
+    def _to(self, device: torch.device | str) -> None:
+        """Move both networks; they rest on the CPU, where they can be pickled for any machine."""
+        self.tokenizer.to(device).eval()
+        self.model.to(device).eval()
 
     def _batch_size(self, lookback: int, horizon: int, device: torch.device) -> int:
         """Windows whose keys, values and widest activations fit into the budget of the device."""
@@ -212,7 +210,7 @@ class KronosModel(ModelFT):
         cached = config["n_layers"] * 2 * config["d_model"]
         active = 5 * config["d_model"] + 4 * config["ff_dim"]
         positions = lookback + self.settings.forecast.sample_count * horizon
-        budget = BATCH_BYTES.get(device.type, BATCH_BYTES_ELSEWHERE)
+        budget = CPU_BATCH_BYTES if device.type == "cpu" else GPU_BATCH_BYTES
         return max(1, budget // (4 * positions * (cached + active)))
 
     def _check(self, dataset: KLineDataset) -> None:
@@ -223,17 +221,17 @@ class KronosModel(ModelFT):
             raise ValueError(
                 f"KronosModel: the dataset's horizon ({dataset.horizon}) must be below max_context ({limit})"
             )
-        if dataset.lookback + dataset.horizon > limit:
+        lookback, horizon = dataset.lookback, dataset.horizon
+        if lookback + horizon > limit:
             logger.warning(
-                "KronosModel: lookback (%s) + horizon (%s) is above max_context (%s): the window slides and every step "
-                "beyond it is computed anew, which is slow",
-                *(dataset.lookback, dataset.horizon, limit),
+                f"KronosModel: lookback ({lookback}) + horizon ({horizon}) is above max_context ({limit}): the window "
+                "slides and every step beyond max_context is computed anew, which is slow"
             )
 
     def _warn_of_overlap(self, windows: Windows) -> None:
         overlap = pretraining_overlap(self.tokenizer, self.model, windows.dates.min())
         if overlap:
-            logger.warning("KronosModel: %s", overlap)
+            logger.warning(f"KronosModel: {overlap}")
             record_tags({"pretraining_overlap": overlap})
 
 

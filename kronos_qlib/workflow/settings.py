@@ -56,7 +56,7 @@ class ModelSettings(Settings):
     score: str = "mean_return"
     device: str = "auto"
     dtype: str = "auto"
-    seed: int = 100
+    seed: int = Field(default=100, ge=0, lt=2**63)
 
     @field_validator("score")
     @classmethod

@@ -138,6 +138,23 @@ def test_one_amount_rule_holds_for_all_instruments(tmp_path):
         KLineHandler("all", amount="amount")
 
 
+def test_an_amount_that_begins_late_does_not_become_the_rule(tmp_path):
+    late = random_bars(10).assign(amount=[np.nan] * 6 + [123.0] * 4)
+    use_store(write_store(tmp_path / "store", sessions(10), {"AAA": late}))
+    assert KLineHandler("all").amount_rule == "ohlc"
+    with pytest.warns(UserWarning, match=r"6 bars .* have no amount = \$amount and are dropped, AAA 2024-01-02 first"):
+        handler = KLineHandler("all", amount="amount")
+    assert len(handler.bars()) == 4
+
+
+def test_an_instrument_that_lacks_a_field_is_left_out_and_named(tmp_path):
+    bars = {"AAA": random_bars(10), "BBB": random_bars(10).drop(columns="volume")}
+    use_store(write_store(tmp_path / "store", sessions(10), bars))
+    handler = KLineHandler("all")
+    with pytest.warns(UserWarning, match=r"1 of 2 instruments are left out.*: BBB \(no volume, amount\)"):
+        assert handler.bars().instruments == ("AAA",)
+
+
 def test_a_pickled_handler_loads_lazily_and_keeps_its_amount_rule(one):
     one(random_bars(10))
     handler = KLineHandler("all")

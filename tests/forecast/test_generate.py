@@ -169,3 +169,25 @@ def test_networks_with_different_bits_are_refused(small):
     other = Kronos(**(small.model.config | {"s1_bits": 4}))
     with pytest.raises(ValueError, match=r"\(5, 5\) and \(4, 5\)"):
         sample_paths(small.tokenizer, other, *inputs(small))
+
+
+def test_seeds_may_be_numpy_integers_and_inputs_arrays(small):
+    expected = paths(small, **SAMPLING)
+    assert torch.equal(paths(small, **(SAMPLING | {"seed": np.int64(3)})), expected)
+    arrays = [tensor.numpy() for tensor in inputs(small)]
+    assert torch.equal(sample_paths(small.tokenizer, small.model, *arrays, **SAMPLING), expected)
+
+
+def test_paths_are_an_ordinary_tensor(small):
+    result = paths(small, top_k=1)
+    result.mul_(2).requires_grad_()
+    result.sum().backward()
+    assert torch.equal(result.grad, torch.ones_like(result))
+
+
+def test_a_stamp_out_of_range_is_named(small):
+    x, x_stamp, y_stamp = inputs(small)
+    y_stamp = y_stamp.clone()
+    y_stamp[0, 0, 4] = 13
+    with pytest.raises(ValueError, match=r"y_stamp has a month outside 0 … 12"):
+        sample_paths(small.tokenizer, small.model, x, x_stamp, y_stamp)

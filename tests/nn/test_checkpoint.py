@@ -141,3 +141,37 @@ def test_published_entries_name_hub_context_and_cut_off():
         assert entry.trained_until == "2024-06-30"
         assert zoo.TOKENIZERS[entry.tokenizer].hub_id.startswith("NeoQuasar/Kronos-Tokenizer")
     assert {entry.max_context for entry in published} == {512, 2048}
+
+
+@pytest.mark.parametrize("problem", [ConnectionResetError("closed"), RuntimeError("a proxy said 403")])
+def test_whatever_keeps_the_hub_away_is_told_as_such(monkeypatch, problem):
+    def fail(*arguments, **options):
+        raise problem
+
+    monkeypatch.setattr("kronos_qlib.nn.checkpoint.hf_hub_download", fail)
+    with pytest.raises(FileNotFoundError, match="the hub cannot be reached"):
+        Kronos.from_pretrained("NeoQuasar/Kronos-small")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("n_layers", 0, "n_layers must be 1 or more, not 0"),
+        ("n_heads", 2.0, "n_heads must be 1 or more, not 2.0"),
+        ("ffn_dropout_p", 1.0, r"ffn_dropout_p must be in \[0, 1\), not 1.0"),
+        ("resid_dropout_p", True, "resid_dropout_p must be a number, not True"),
+        ("learn_te", "no", "learn_te must be true or false, not 'no'"),
+        ("d_model", 50, r"d_model \(50\) must be a positive multiple of 2 × n_heads"),
+    ],
+)
+def test_an_impossible_constructor_argument_is_named(folder, key, value, message):
+    edit_config(folder, lambda config: config.update({key: value}))
+    with pytest.raises(CheckpointError, match=f"config.json: .*{message}"):
+        Kronos.from_pretrained(folder)
+
+
+def test_a_checkpoint_can_be_read_by_whoever_may_read_its_folder(small, tmp_path):
+    small.model.save_pretrained(tmp_path)
+    modes = {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    (tmp_path / "plain").touch()
+    assert modes == {(tmp_path / "plain").stat().st_mode & 0o777}
