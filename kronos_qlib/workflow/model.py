@@ -93,7 +93,9 @@ class KronosModel(ModelFT):
             self._check(dataset)
             new = [name for name in ("tokenizer", "model") if getattr(self, name).source is None]
             if new:
-                logger.warning(f"KronosModel: finetune is null and the {' and '.join(new)} new: random weights score")
+                logger.warning(
+                    f"KronosModel: finetune is null and the {' and '.join(new)} new: scores of random weights"
+                )
             record_run(self.settings, dataset)
             return
         self._train(dataset, self.settings.finetune, Path(self.settings.finetune.output_dir))
