@@ -11,7 +11,7 @@ CHANGE_TOLERANCE = 0.20
 NAMED = 5  # how many suspicious bars a warning names
 
 
-def check_bars(bars: Bars, owner: str = "KLineHandler") -> None:
+def check_bars(bars: Bars) -> None:
     """Raise a ValueError for infinite values, prices of zero or less, negative volume or amount, high below low.
 
     The message names the first such instrument and date, its values, and how many such bars there are.
@@ -30,13 +30,13 @@ def check_bars(bars: Bars, owner: str = "KLineHandler") -> None:
             first = rows[0]
             values = ", ".join(f"{name} {value:g}" for name, value in zip(COLUMNS, bars.values[first]))
             raise ValueError(
-                f"{owner}: {_name(bars, first)} has {fault}: {values} ({len(rows)} such bars in all, of "
+                f"KLineHandler: {_name(bars, first)} has {fault}: {values} ({len(rows)} such bars in all, of "
                 f"{len(np.unique(bars.codes[rows]))} instruments); correct them in the store, set them to NaN, "
                 "or leave the instrument out"
             )
 
 
-def warn_of_jumps(bars: Bars, returns: np.ndarray, change: np.ndarray, owner: str = "KLineHandler") -> None:
+def warn_of_jumps(bars: Bars, returns: np.ndarray, change: np.ndarray) -> None:
     """Warn, once, of bars whose close-to-close return disagrees with `$change` by over 0.20.
 
     `returns` and `change` are ratios `[N]` (−0.059 is −5.9 %), aligned with `bars`, NaN where unknown. Such a jump is
@@ -48,9 +48,9 @@ def warn_of_jumps(bars: Bars, returns: np.ndarray, change: np.ndarray, owner: st
         worst = rows[np.argsort(-distance[rows], kind="stable")][:NAMED]
         named = "; ".join(f"{_name(bars, row)} ({returns[row]:+.1%} against {change[row]:+.1%})" for row in worst)
         warnings.warn(
-            f"{owner}: the close-to-close return disagrees with $change by over {CHANGE_TOLERANCE:g} on {len(rows)} "
-            f"bars of {len(np.unique(bars.codes[rows]))} instruments, the prices may be unadjusted there: {named}"
-            + ("; …" if len(rows) > NAMED else ""),
+            f"KLineHandler: the close-to-close return disagrees with $change by over {CHANGE_TOLERANCE:g} on "
+            f"{len(rows)} bars of {len(np.unique(bars.codes[rows]))} "
+            f"instruments, the prices may be unadjusted there: {named}" + ("; …" if len(rows) > NAMED else ""),
             stacklevel=3,
         )
 

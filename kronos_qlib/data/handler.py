@@ -72,8 +72,8 @@ class KLineHandler(DataHandlerLP):
     freq: day, or minutes such as 5min.
     label: a Qlib expression or several.
     amount: where the amount comes from: `$amount`, `$vwap × $volume` (vwap), `$volume × mean(OHLC)` (ohlc), or the
-        first of them that no bar with prices and volume lacks (auto); one rule for the whole run, logged and kept in
-        `amount_rule`.
+        first of them that all bars of the first session have (auto: later bars must not decide it); one rule for the
+        whole run, logged and kept in `amount_rule`. Bars without an amount by the rule are dropped, with a warning.
 
     Raises ValueError (FileNotFoundError for a missing store), one line, for wrong settings, an unknown universe, a
     missing field, an empty result; by `bars`, for impossible bars.

@@ -27,8 +27,8 @@ AMOUNT_RULES = {"amount": "$amount", "vwap": "$vwap × $volume", "ohlc": "$volum
 class KLineLoader(DataLoader):
     """Loads open, high, low, close, volume, amount and labels of every instrument that is ever in a universe.
 
-    `amount` is a rule for the amount (`amount`, `vwap`, `ohlc`) or `auto`: the first of them whose fields no bar with
-    prices and volume lacks. The rule found is kept in `amount_rule`, so that a pickled loader never changes it.
+    `amount` is a rule for the amount (`amount`, `vwap`, `ohlc`) or `auto`: the first of them whose fields the bars of
+    the first session have. The rule found is kept in `amount_rule`, so that a pickled loader never changes it.
     """
 
     def __init__(self, freq: str, label: list[str], amount: str) -> None:
@@ -135,7 +135,10 @@ def _stored(names: list[str], freq: str) -> list[str]:
 
 
 def _first_amount_rule(raw: pd.DataFrame) -> str:
-    return next(rule for rule in AMOUNT_RULES if not _lacks_amount(raw, rule).any())
+    """The first rule that serves every bar of the first session with trade; a later bar must not decide it."""
+    dates, traded = raw.index.get_level_values(1), _with_trade(raw)
+    first = raw[traded & (dates == dates[traded].min())]
+    return next(rule for rule in AMOUNT_RULES if not _lacks_amount(first, rule).any())
 
 
 def _check_amount(raw: pd.DataFrame, rule: str, where: str) -> None:

@@ -138,6 +138,20 @@ def test_one_amount_rule_holds_for_all_instruments(tmp_path):
         KLineHandler("all", amount="amount")
 
 
+def test_bars_to_come_do_not_decide_the_amount_rule(tmp_path):
+    whole = random_bars(10).assign(amount=123.0)
+    lost = whole.assign(amount=[123.0] * 6 + [np.nan] * 4)
+    seen = []
+    for name, bars in (("whole", whole), ("lost", lost)):
+        use_store(write_store(tmp_path / name, sessions(10), {"AAA": bars}))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the four bars that are dropped
+            handler = KLineHandler("all")
+        assert handler.amount_rule == "amount"
+        seen.append(handler.bars().values[:6])
+    np.testing.assert_array_equal(*seen)
+
+
 def test_an_amount_that_begins_late_does_not_become_the_rule(tmp_path):
     late = random_bars(10).assign(amount=[np.nan] * 6 + [123.0] * 4)
     use_store(write_store(tmp_path / "store", sessions(10), {"AAA": late}))
