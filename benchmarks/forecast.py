@@ -12,16 +12,16 @@ import contextlib
 import io
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from machine import cores, describe
+from machine import MATRIX, cores, describe, matrix_rate, timed
+from table import print_row, spread
 from torch import Tensor
+from work import attention, linears, triangle
 
 from kronos_qlib import Kronos, KronosTokenizer
 from kronos_qlib.data.stamps import stamps
@@ -34,7 +34,6 @@ MAX_CONTEXT = 512
 SAMPLING = {"temperature": 0.6, "top_p": 0.9, "top_k": 0}  # as in the workflows
 SHARPEN = 5.0  # the heads' weights times this: entropies near those of a trained network instead of near-uniform ones
 AGREEMENT = 1e-3  # greedy outputs in normalised units
-MATRIX = 2048
 
 
 @dataclass(frozen=True)
@@ -60,24 +59,14 @@ LONG_CASES = [Case("small", 400, 100, 1, 16, 1), Case("mini", 480, 60, 1, 16, 2)
 def gflop_per_window(case: Case, max_context: int = MAX_CONTEXT) -> float:
     """Matrix-product work, in 10^9 floating-point operations, that one window needs: a count from shapes.
 
-    A product [m, k] × [k, n] is 2 m k n. What is counted is what the structure of system.md needs and no more: the
-    context once per window, one position per sample and step, causal attention over visible pairs only (2 d each for
-    q·k and for weights·v), keys and values alone in the decoder's last layer over the context, logits of positions
-    that are drawn from. Embeddings, the fusion projection and the cross-attention's query are lookups. Where the
-    window slides, the context and the sample's own positions are run again, as they must be. Work that an
-    implementation does beyond this counts as time lost.
+    What is counted is what the structure of system.md needs and no more: the context once per window, one position per
+    sample and step, causal attention over visible pairs only, keys and values alone in the decoder's last layer over
+    the context, logits of positions that are drawn from. Embeddings, the fusion projection and the cross-attention's
+    query are lookups. Where the window slides, the context and the sample's own positions are run again, as they must
+    be. Work that an implementation does beyond this counts as time lost.
     """
     model, tokenizer = zoo.MODELS[case.model].config, zoo.TOKENIZERS[zoo.MODELS[case.model].tokenizer].config
     length, horizon, samples = case.lookback, case.horizon, case.samples
-
-    def linears(config: dict, positions: int) -> int:  # q, k, v, out and the three of SwiGLU, of one block
-        return 2 * positions * (4 * config["d_model"] ** 2 + 3 * config["d_model"] * config["ff_dim"])
-
-    def attention(config: dict, pairs: int) -> int:
-        return 4 * pairs * config["d_model"]
-
-    def triangle(positions: int) -> int:
-        return positions * (positions + 1) // 2
 
     bits = tokenizer["s1_bits"] + tokenizer["s2_bits"]
     encoder, decoder = tokenizer["n_enc_layers"] - 1, tokenizer["n_dec_layers"] - 1
@@ -105,21 +94,6 @@ def gflop_per_window(case: Case, max_context: int = MAX_CONTEXT) -> float:
     work += samples * decoder * (linears(tokenizer, horizon) + attention(tokenizer, own_pairs))
     work += 2 * samples * horizon * width * d_in  # head
     return work / 1e9
-
-
-def matrix_rate(dtype: torch.dtype, seconds: float = 1.0) -> float:
-    """GFLOP/s of products of two 2048² matrices: the best within about so many seconds."""
-    a, b = torch.randn(2, MATRIX, MATRIX).to(dtype)
-    best, until = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < until or best == float("inf"):
-        best = min(best, timed(lambda: a @ b))
-    return 2 * MATRIX**3 / best / 1e9
-
-
-def timed(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 def save_networks(name: str, folder: Path) -> tuple[Path, Path]:
@@ -184,23 +158,12 @@ def measure(case: Case, dtype: torch.dtype, rounds: int, folder: Path) -> dict[s
         "GFLOP/window": f"{work:.2f}",
         "authors' windows/s": f"{statistics.median(their_rates):.2f}",
         "our windows/s": f"{rate:.1f}",
-        "ratio (min … max)": _spread([ours / theirs for ours, theirs in zip(our_rates, their_rates, strict=True)]),
+        "ratio (min … max)": spread([ours / theirs for ours, theirs in zip(our_rates, their_rates, strict=True)]),
         "GFLOP/s": f"{rate * work:.0f}",
         f"{MATRIX}² GFLOP/s": f"{statistics.median(products):.0f}",
         "share": f"{rate * work / statistics.median(products):.0%}",
         "greedy": f"{distance:.0e}" if distance <= AGREEMENT else f"{distance:.0e} DIFFERS",
     }
-
-
-def _spread(ratios: list[float]) -> str:
-    return f"{statistics.median(ratios):.1f}× ({min(ratios):.1f} … {max(ratios):.1f})"
-
-
-def print_row(row: dict[str, float | str], with_heading: bool) -> None:
-    """A row of a Markdown table, written out at once: later rows take minutes."""
-    if with_heading:
-        print(f"| {' | '.join(row)} |\n|{'---|' * len(row)}")
-    print(f"| {' | '.join(map(str, row.values()))} |", flush=True)
 
 
 def main() -> int:

@@ -1,12 +1,16 @@
-"""What a benchmark ran on, in words."""
+"""What a benchmark ran on, in words and in products per second."""
 
 import os
 import platform
 import sys
+import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+MATRIX = 2048
 
 
 def cores() -> int:
@@ -34,6 +38,22 @@ def peak_memory(whose: int) -> float:
 
     peak = resource.getrusage(whose).ru_maxrss  # KiB, on macOS bytes
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def matrix_rate(dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """GFLOP/s of products of two 2048² matrices: the best within about so many seconds."""
+    a, b = torch.randn(2, MATRIX, MATRIX).to(dtype)
+    best, until = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < until or best == float("inf"):
+        best = min(best, timed(lambda: a @ b))
+    return 2 * MATRIX**3 / best / 1e9
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds that a call takes."""
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
 
 
 def _processor() -> str:

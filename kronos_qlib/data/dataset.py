@@ -12,8 +12,9 @@ from qlib.data.dataset.handler import DataHandler
 from qlib.utils import init_instance_by_config
 
 from kronos_qlib.data.calendar import SessionCalendar, check_exchange, end_of, store_calendar
+from kronos_qlib.data.dates import Date
 from kronos_qlib.data.handler import KLineHandler
-from kronos_qlib.data.settings import Date, Settings, read_settings
+from kronos_qlib.data.settings import Settings, read_settings
 from kronos_qlib.data.windows import Windows
 
 Segment = tuple[pd.Timestamp | None, pd.Timestamp | None]

@@ -11,8 +11,9 @@ from qlib.data.dataset.handler import DataHandlerLP
 
 from kronos_qlib.data.calendar import end_of
 from kronos_qlib.data.checks import check_bars, warn_of_jumps
+from kronos_qlib.data.dates import Date
 from kronos_qlib.data.loader import KLineLoader, Universe, member_spans
-from kronos_qlib.data.settings import Date, Settings, read_settings
+from kronos_qlib.data.settings import Settings, read_settings
 from kronos_qlib.data.stamps import stamps
 from kronos_qlib.data.windows import CLOSE, COLUMNS, Bars
 
@@ -21,7 +22,8 @@ _LOADED = ("_data", "_infer", "_learn", "_change")
 _DERIVED = ("_bars", "_members")
 
 
-def _universe(value: Any) -> Universe:
+def universe(value: Any) -> Universe:
+    """Check what `instruments` says. Raises ValueError."""
     if isinstance(value, dict) and "market" in value:
         return value
     if isinstance(value, (list, tuple)) and value and all(isinstance(name, str) for name in value):
@@ -46,7 +48,7 @@ def _labels(value: Any) -> list[str]:
 class HandlerSettings(Settings):
     """The keyword arguments of `KLineHandler`."""
 
-    instruments: Annotated[Any, BeforeValidator(_universe)]
+    instruments: Annotated[Any, BeforeValidator(universe)]
     start_time: Date = None
     end_time: Date = None
     freq: str = Field(default="day", pattern=r"^(day|\d*min)$")

@@ -1,12 +1,9 @@
 """Configuration checked once, at the edge: one line that names the key, then trusted."""
 
-import datetime
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
-import numpy as np
-import pandas as pd
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class Settings(BaseModel):
@@ -44,18 +41,3 @@ def _settings_at(kind: type[Settings], keys: tuple[Any, ...]) -> type[Settings]:
         parts = (annotation, *get_args(annotation))  # itself, or one of a union
         kind = next(part for part in parts if isinstance(part, type) and issubclass(part, Settings))
     return kind
-
-
-def _timestamp(value: Any) -> pd.Timestamp | None:
-    if value is None or isinstance(value, pd.Timestamp):
-        return value
-    if isinstance(value, (str, datetime.date, np.datetime64)):  # a datetime is a date too; YAML gives dates
-        try:
-            return pd.Timestamp(value)
-        except ValueError:
-            pass
-    raise ValueError("should be a date such as 2015-01-01")
-
-
-Date = Annotated[pd.Timestamp | None, BeforeValidator(_timestamp)]
-"""A date as workflow files write it: a string, a YAML date, a Timestamp, or null for no bound."""

@@ -110,7 +110,8 @@ class Windows:
     @property
     def instruments(self) -> np.ndarray:
         """Instrument names: object `[W]`."""
-        return np.array(self.bars.instruments, object)[self.bars.codes[self.ends]]
+        codes = self.bars.offsets.searchsorted(self.ends, side="right") - 1
+        return np.array(self.bars.instruments, object)[codes]
 
     @cached_property
     def keys(self) -> np.ndarray:
@@ -130,11 +131,15 @@ class Windows:
     def gather(self, rows: np.ndarray) -> Batch:
         """Copy out and normalise the windows at `rows` (int `[B]`), a function of these windows' bars alone."""
         ends = self.ends[rows]
-        starts = ends - (self.lookback - 1)
-        length = self.lookback + self.future
-        x, mean, scale = normalise(_slices(self.bars.values, starts, length), self.lookback, self.clip)
-        stamp = _slices(self.bars.stamp, starts, length).astype(np.int64)
-        return Batch(x, stamp, mean, scale, self.bars.values[ends, CLOSE].astype(np.float64))
+        x, mean, scale = normalise(self._slices(self.bars.values, rows), self.lookback, self.clip)
+        return Batch(x, self.stamps(rows), mean, scale, self.bars.values[ends, CLOSE].astype(np.float64))
+
+    def stamps(self, rows: np.ndarray) -> np.ndarray:
+        """The stamps alone of the windows at `rows` (int `[B]`): int64 `[B, T, 5]`."""
+        return self._slices(self.bars.stamp, rows).astype(np.int64)
+
+    def _slices(self, array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        return _slices(array, self.ends[rows] - (self.lookback - 1), self.lookback + self.future)
 
 
 def _slices(rows: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:

@@ -3,6 +3,9 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from kronos_qlib.nn.dropout import Dropout, dropout, own_generator
 
 
 class RMSNorm(nn.Module):
@@ -14,7 +17,26 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu":
+            return _UnitScale.apply(x.float(), self.eps).type_as(x) * self.weight
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
+
+
+class _UnitScale(torch.autograd.Function):
+    """RMSNorm without its weight: on a CPU, where torch composes it of many passes, in fewer of them."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, eps: float) -> Tensor:
+        factor = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps)
+        y = x * factor
+        ctx.save_for_backward(y, factor)
+        return y
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+        y, factor = ctx.saved_tensors
+        along = (gradient * y).mean(-1, keepdim=True)
+        return torch.addcmul(gradient, y, along, value=-1) * factor, None
 
 
 class Rotary(nn.Module):
@@ -33,8 +55,28 @@ class Rotary(nn.Module):
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (i, i + head_dim / 2) of x [..., T, head_dim] by the angles of the table."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat([-second, first], dim=-1) * sin.to(x.dtype)
+    return _Turn.apply(x, cos.to(x.dtype), sin.to(x.dtype))
+
+
+class _Turn(torch.autograd.Function):
+    """The rotation in three passes, and backward, which is the opposite rotation, in as many."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(gradient, cos, -sin), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    turned, sin = x * cos, sin.chunk(2, dim=-1)[0]
+    for part, other, sign in zip(turned.chunk(2, dim=-1), reversed(x.chunk(2, dim=-1)), (-1, 1), strict=True):
+        part.addcmul_(other, sin, value=sign)
+    return turned
 
 
 class Attention(nn.Module):
@@ -49,7 +91,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(d_model, d_model)
         self.out_proj = nn.Linear(d_model, d_model)
         self.rotary = Rotary(self.head_dim)
-        self.resid_dropout = nn.Dropout(resid_dropout_p)
+        self.resid_dropout = Dropout(resid_dropout_p)
 
     def heads(self, x: Tensor) -> Tensor:
         """[B, T, d_model] → [B, n_heads, T, head_dim]."""
@@ -64,10 +106,7 @@ class Attention(nn.Module):
         q, k, v = self.heads(self.q_proj(query)), self.heads(self.k_proj(context)), self.heads(self.v_proj(context))
         cos, sin = self.rotary.table(context.shape[1])
         dropout_p = self.attn_dropout_p if self.training else 0.0
-        out = F.scaled_dot_product_attention(
-            rotate(q, cos, sin), rotate(k, cos, sin), v, dropout_p=dropout_p, is_causal=True
-        )
-        return self.merge(out)
+        return self.merge(_causal_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, dropout_p))
 
     def last_query(self, query: Tensor, context: Tensor, aligned: bool) -> Tensor:
         """One query [B, 1, d] over the whole context [B, T, d].
@@ -82,6 +121,16 @@ class Attention(nn.Module):
         return self.merge(F.scaled_dot_product_attention(q, k, v))
 
 
+def _causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
+    """Attention of [B, n_heads, T, head_dim], each position to those up to its own."""
+    if not dropout_p or own_generator() is None:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+    length = q.shape[-2]
+    ahead = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+    logits = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    return dropout(logits.masked_fill(ahead, float("-inf")).softmax(-1), dropout_p) @ v
+
+
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2020): w2(silu(w1 x) · w3 x)."""
 
@@ -90,7 +139,7 @@ class FeedForward(nn.Module):
         self.w1 = nn.Linear(d_model, ff_dim, bias=False)
         self.w3 = nn.Linear(d_model, ff_dim, bias=False)
         self.w2 = nn.Linear(ff_dim, d_model, bias=False)
-        self.dropout = nn.Dropout(dropout_p)
+        self.dropout = Dropout(dropout_p)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))

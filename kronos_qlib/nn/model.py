@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kronos_qlib.nn.checkpoint import HubModule
+from kronos_qlib.nn.dropout import Dropout
 from kronos_qlib.nn.layers import Attention, Block, RMSNorm, check_heads, initialise
 
 S2Rotation = Literal["reference", "aligned"]
@@ -115,7 +116,7 @@ class Kronos(HubModule):
         self.s1_bits, self.s2_bits, self.d_model = s1_bits, s2_bits, d_model
         self.embedding = CodeEmbedding(s1_bits, s2_bits, d_model)
         self.time_emb = TimeEmbedding(d_model, learn_te)
-        self.token_drop = nn.Dropout(token_dropout_p)
+        self.token_drop = Dropout(token_dropout_p)
         self.transformer = nn.ModuleList(
             Block(d_model, n_heads, ff_dim, ffn_dropout_p, attn_dropout_p, resid_dropout_p) for _ in range(n_layers)
         )

@@ -1,8 +1,13 @@
 """Binary spherical quantization (Zhao et al. 2024): a unit vector becomes the signs of its coordinates."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+MeanCode = Callable[[Tensor], Tensor]
+"""From the mean code [bits] of a part of a batch to that of the whole batch, of which it is a share."""
 
 
 class BinarySphericalQuantizer(nn.Module):
@@ -23,19 +28,25 @@ class BinarySphericalQuantizer(nn.Module):
         self.register_buffer("basis", 2 ** torch.arange(bits - 1, -1, -1))
         self.register_buffer("group_basis", 2 ** torch.arange(group_size - 1, -1, -1))
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, mean_code: MeanCode | None = None) -> tuple[Tensor, Tensor]:
         """Quantize z [..., bits], already of unit length: ±1/sqrt(bits) [..., bits] and the BSQ loss (scalar).
 
-        The loss is beta · commitment + zeta · (gamma0 · entropy per position − gamma · entropy of the mean code).
+        The loss is beta · commitment + zeta · (gamma0 · entropy per position − gamma · entropy of the mean code). Its
+        last term is no mean over windows: `mean_code` gives the whole batch's mean where z is only a part of it.
         """
         signs = torch.where(z > 0, 1.0, -1.0).to(z.dtype)
         quantized = (z + (signs - z).detach()) * self.bits**-0.5  # the gradient passes the scale too
         commitment = (quantized.detach() - z).square().sum(-1).mean()
-        p = torch.sigmoid(-4 * z.float() / self.bits**0.5)
+        p = self.probabilities(z)
         h_sample = _binary_entropy(p).sum(-1).mean()
-        h_code = _binary_entropy(p.flatten(0, -2).mean(0)).sum()
+        mean = p.flatten(0, -2).mean(0)
+        h_code = _binary_entropy(mean if mean_code is None else mean_code(mean)).sum()
         loss = self.beta * commitment + self.zeta * (self.gamma0 * h_sample - self.gamma * h_code)
         return quantized, loss
+
+    def probabilities(self, z: Tensor) -> Tensor:
+        """How likely each bit of z [..., bits], of unit length, is taken to be 0, for the entropies: float32."""
+        return torch.sigmoid(-4 * z.float() / self.bits**0.5)
 
 
 class SignQuantizer(nn.Module):
@@ -45,9 +56,13 @@ class SignQuantizer(nn.Module):
         super().__init__()
         self.bsq = BinarySphericalQuantizer(bits, beta, gamma0, gamma, zeta, group_size)
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, mean_code: MeanCode | None = None) -> tuple[Tensor, Tensor]:
         """Bring z [..., bits] to unit length and quantize it."""
-        return self.bsq(F.normalize(z, dim=-1))
+        return self.bsq(F.normalize(z, dim=-1), mean_code)
+
+    def mean_code(self, z: Tensor) -> Tensor:
+        """The mean over all positions of z [..., bits], brought to unit length, of the bits' probabilities: [bits]."""
+        return self.bsq.probabilities(F.normalize(z, dim=-1)).flatten(0, -2).mean(0)
 
 
 def signs_to_ids(signs: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kronos_qlib.nn.checkpoint import HubModule
 from kronos_qlib.nn.layers import Block, check_heads, initialise
-from kronos_qlib.nn.quantizer import SignQuantizer, ids_to_signs, signs_to_ids
+from kronos_qlib.nn.quantizer import MeanCode, SignQuantizer, ids_to_signs, signs_to_ids
 
 
 class KronosTokenizer(HubModule):
@@ -58,14 +58,31 @@ class KronosTokenizer(HubModule):
             ((recon_s1, recon), bsq_loss, quantized, ids): reconstructions [B, L, d_in] from the coarse bits alone and
             from all bits, the BSQ loss (scalar), ±1/sqrt(bits) [B, L, bits], ids over all bits [B, L].
         """
-        quantized, bsq_loss = self.tokenizer(self._latent(x))
+        return self.reconstruct(self.latent(x))
+
+    def latent(self, x: Tensor) -> Tensor:
+        """What of normalised bars x [B, L, d_in] is quantized, before it is brought to unit length: [B, L, bits]."""
+        h = self.embed(x.to(self.embed.weight.dtype))
+        for block in self.encoder:
+            h = block(h)
+        return self.quant_embed(h)
+
+    def reconstruct(
+        self, latent: Tensor, mean_code: MeanCode | None = None
+    ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, Tensor]:
+        """The second half of `forward`; where the latent is part of a batch, `mean_code` says what all of it needs."""
+        quantized, bsq_loss = self.tokenizer(latent, mean_code)
         recon_s1 = self._decode(self.post_quant_embed_pre(quantized[..., : self.s1_bits]))
         recon = self._decode(self.post_quant_embed(quantized))
         return (recon_s1, recon), bsq_loss, quantized, signs_to_ids(quantized)
 
+    def mean_code(self, latent: Tensor) -> Tensor:
+        """The mean code of a latent [B, L, bits], as the BSQ loss takes it: [bits], float32."""
+        return self.tokenizer.mean_code(latent)
+
     def encode(self, x: Tensor, half: bool = False) -> Tensor | list[Tensor]:
         """Ids of normalised bars x [B, L, d_in]: one over all bits [B, L], or with half the list [s1, s2] of them."""
-        signs = torch.where(self._latent(x) > 0, 1.0, -1.0)
+        signs = torch.where(self.latent(x) > 0, 1.0, -1.0)
         if half:
             return [signs_to_ids(signs[..., : self.s1_bits]), signs_to_ids(signs[..., self.s1_bits :])]
         return signs_to_ids(signs)
@@ -78,13 +95,6 @@ class KronosTokenizer(HubModule):
         else:
             signs = ids_to_signs(ids, self.bits)
         return self._decode(self.post_quant_embed(signs * self.bits**-0.5))
-
-    def _latent(self, x: Tensor) -> Tensor:
-        """What is quantized, before it is brought to unit length: [B, L, bits]."""
-        h = self.embed(x.to(self.embed.weight.dtype))
-        for block in self.encoder:
-            h = block(h)
-        return self.quant_embed(h)
 
     def _decode(self, h: Tensor) -> Tensor:
         for block in self.decoder:

@@ -1,8 +1,11 @@
 """Training checkpoints: written aside and renamed, the last two kept, safetensors and JSON only."""
 
+import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,69 +21,104 @@ from kronos_qlib.nn.checkpoint import WEIGHTS_FILE, CheckpointError, HubModule
 KEPT = 2
 OPTIMIZER_FILE, PROGRESS_FILE = "optimizer.safetensors", "progress.json"
 _ASIDE = ".tmp"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass
 class Progress:
-    """How far a stage has come: optimiser steps done, the best validation loss, the losses since the last log row."""
+    """How far a stage has come.
+
+    step: optimiser steps done; it is the position in the epoch and, with the seed, the state of every random number.
+    best: the best validation loss. stale: epochs since. losses: those of the steps since the last row of the history.
+    """
 
     step: int = 0
     best: float = float("inf")
+    stale: int = 0
     losses: list[float] = field(default_factory=list)
 
 
 def save_checkpoint(
     folder: Path, network: HubModule, optimizer: torch.optim.Optimizer, schedule: dict[str, Any], progress: Progress
 ) -> None:
-    """Write `folder/step-N` with everything a resumed run needs, then drop all but the last two."""
+    """Write `folder/step-N` with everything a resumed run needs, then drop all but the last two.
+
+    Raises:
+        OSError: the disk is full; the checkpoints before are untouched.
+    """
     name = f"step-{progress.step:08d}"
     aside = folder / (name + _ASIDE)
-    shutil.rmtree(aside, ignore_errors=True)
-    network.save_pretrained(aside)
-    tensors = {
+    with no_space_is_told(folder):
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            network.save_pretrained(aside)
+            with whole_file(aside / OPTIMIZER_FILE) as draft:
+                save_file(_tensors(optimizer), draft)
+            with whole_file(aside / PROGRESS_FILE) as draft:
+                draft.write_text(json.dumps({**asdict(progress), "schedule": schedule}))
+            shutil.rmtree(folder / name, ignore_errors=True)
+            os.replace(aside, folder / name)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    for old in finished(folder)[:-KEPT]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(
+    folder: Path, network: HubModule, optimizer: torch.optim.Optimizer
+) -> tuple[Progress, dict[str, Any]]:
+    """Restore network and optimiser from one checkpoint: how far it had come, and its schedule's state.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        tensors = load_file(folder / OPTIMIZER_FILE)
+        saved = json.loads((folder / PROGRESS_FILE).read_text())
+        schedule = saved.pop("schedule")
+        progress = Progress(**saved)
+        network.load_weights(folder / WEIGHTS_FILE)
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            index, key = name.split(".", 1)
+            state.setdefault(int(index), {})[key] = tensor
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} is damaged ({error}); remove it to go on from the one before") from error
+    return progress, schedule
+
+
+def finished(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if not path.name.endswith(_ASIDE))
+
+
+@contextmanager
+def no_space_is_told(folder: Path) -> Iterator[None]:
+    """Say what a full disk means for a training: nothing is lost, and what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else _errno_told(str(error))
+        if number not in _FULL:
+            raise
+        whole = [path.name for path in finished(folder)]
+        kept = f"the last whole checkpoint is {whole[-1]}" if whole else "there is no checkpoint yet"
+        raise OSError(
+            number,
+            f"{os.strerror(number)} while writing to {folder}; {kept}. Free some space and run the same again: it goes "
+            "on from there",
+        ) from error
+
+
+def _errno_told(message: str) -> int | None:
+    """The error number that safetensors puts into the text of its errors."""
+    return next((number for number in _FULL if f"os error {number}" in message), None)
+
+
+def _tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
         f"{index}.{key}": value.detach().cpu().contiguous()
         for index, state in optimizer.state_dict()["state"].items()
         for key, value in state.items()
     }
-    with whole_file(aside / OPTIMIZER_FILE) as draft:
-        save_file(tensors | {"rng": torch.get_rng_state()}, draft)
-    with whole_file(aside / PROGRESS_FILE) as draft:
-        draft.write_text(json.dumps({**asdict(progress), "schedule": schedule}))
-    shutil.rmtree(folder / name, ignore_errors=True)
-    os.replace(aside, folder / name)
-    for old in _finished(folder)[:-KEPT]:
-        shutil.rmtree(old)
-
-
-def load_newest(
-    folder: Path, network: HubModule, optimizer: torch.optim.Optimizer
-) -> tuple[Progress, dict[str, Any]] | None:
-    """Restore network, optimiser and random state from the newest checkpoint: progress and schedule, or None.
-
-    Raises:
-        CheckpointError: the newest checkpoint is damaged.
-    """
-    found = _finished(folder)
-    if not found:
-        return None
-    newest = found[-1]
-    try:
-        tensors = load_file(newest / OPTIMIZER_FILE)
-        saved = json.loads((newest / PROGRESS_FILE).read_text())
-        schedule = saved.pop("schedule")
-        progress = Progress(**saved)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{newest} is damaged ({error}); remove it to go on from the one before") from error
-    network.load_weights(newest / WEIGHTS_FILE)
-    torch.set_rng_state(tensors.pop("rng"))
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return progress, schedule
-
-
-def _finished(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if not path.name.endswith(_ASIDE))

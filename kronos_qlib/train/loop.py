@@ -1,30 +1,44 @@
-"""The training loop of one stage: data, optimiser, schedule, steps, validation, checkpoints, in that order."""
+"""The training loop of one stage: data, optimiser, steps, validation, checkpoints, in that order."""
 
-import csv
 import hashlib
 import json
+import logging
 import math
 import os
+import signal
 import statistics
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from qlib.log import get_module_logger
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from kronos_qlib.data.windows import Windows
 from kronos_qlib.files import whole_file
-from kronos_qlib.nn.checkpoint import HubModule
-from kronos_qlib.train.checkpoints import Progress, load_newest, save_checkpoint
+from kronos_qlib.nn.checkpoint import WEIGHTS_FILE, HubModule
+from kronos_qlib.train.adapters import add_lora, freeze_blocks, merge_lora, merged
+from kronos_qlib.train.checkpoints import Progress, finished, load_checkpoint, no_space_is_told, save_checkpoint
+from kronos_qlib.train.codes import Codes, encode_windows
+from kronos_qlib.train.compute import Compute
+from kronos_qlib.train.feed import Feed, gather
+from kronos_qlib.train.group import ALONE, Group
+from kronos_qlib.train.history import History
+from kronos_qlib.train.identity import claim, digest_of_weights, digest_of_windows, identity_of
+from kronos_qlib.train.learner import Diverged, Learner
+from kronos_qlib.train.memory import part_size
+from kronos_qlib.train.plan import Plan, Step
+from kronos_qlib.train.seeds import seed_of
 from kronos_qlib.train.settings import StageSettings
 from kronos_qlib.train.stages import PredictorStage, Stage
+from kronos_qlib.train.stopping import StopRequest, TrainingStopped, stop_requests
 
-logger = get_module_logger("KronosTrainer")
-HISTORY = ["step", "epoch", "lr", "train_loss", "val_loss"]
+logger = logging.getLogger("qlib.KronosTrainer")  # Qlib's own, without importing Qlib into every training process
+RESULT = "result.json"
+JUDGED = 64  # windows at a time in validation, whoever judges them
 Log = Callable[[dict[str, float], int], None]
 
 
@@ -38,6 +52,11 @@ def train_stage(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     checkpoint_every: int = 200,
+    micro_batch_size: int | str = "auto",
+    compiled: bool = False,
+    weights: np.ndarray | None = None,
+    group: Group = ALONE,
+    launcher: int | None = None,
     log: Log = lambda metrics, step: None,
 ) -> dict[str, float]:
     """Train a stage's network in place and leave it with the weights of its best validation loss.
@@ -46,236 +65,243 @@ def train_stage(
 
     Args:
         train, valid: windows with their future bars; validation uses a fixed, evenly spaced choice of `valid`.
-        folder: gets history.csv, checkpoints/ and best/ (hub format).
+        folder: gets history.csv, checkpoints/, best/ (hub format) and result.json; all processes see it.
         seed: decides the order of the windows, dropout and sampling.
         dtype: bfloat16 runs the forward pass under autocast.
         checkpoint_every: steps between two checkpoints.
-        log: called with the metrics of a logging step, e.g. to record them.
+        micro_batch_size: windows that a process takes at a time, or auto: what an estimate finds room for.
+        compiled: let torch.compile build the training step.
+        weights: how often each training window is to be drawn, relative to the others: float `[len(train)]`.
+        group: the processes that train together, of which this is one.
+        launcher: the process whose end ends this one.
+        log: called in the first process with the metrics of a logging step, e.g. to record them.
 
     Returns:
         The validation figures of the best weights.
 
     Raises:
-        ValueError: the folder holds another training; FloatingPointError: the loss is not finite.
+        ValueError: the folder holds another training. FloatingPointError: the loss is not finite.
+        OSError: the disk is full. TrainingStopped: by a signal, after a checkpoint. They reach every process.
     """
     folder, settings, network = Path(folder), stage.settings, stage.network.to(device)
-    _claim(folder, _identity(stage, train, valid, seed, dtype))
-    plan, judged = _Plan.of(settings, len(train), seed), _evenly_spaced(valid, settings.valid_windows)
-    logger.info(
-        f"{stage.name}: {network.n_parameters:,} parameters on {device} ({str(dtype).removeprefix('torch.')}), "
-        f"{plan.epochs * plan.per_epoch:,} windows in {plan.steps:,} steps of {plan.batch_size}, "
-        f"judged on {len(judged):,} windows"
-    )
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        optimizer, schedule = _optimizer(network, settings, plan.steps)
-        progress = _resume(folder / "checkpoints", network, optimizer, schedule)
-        history = _History(folder / "history.csv", progress.step)
-        bar = tqdm(total=plan.steps, initial=progress.step, desc=stage.name, unit="step")
-        for epoch, rows in plan.batches(progress.step):
-            loss = _step(stage, *_tensors(train, rows, device), optimizer, dtype)
-            if not math.isfinite(loss):
-                raise FloatingPointError(_divergence(stage, train, rows, progress.step, folder))
-            lr = schedule.get_last_lr()[0]
-            schedule.step()
-            progress.step += 1
-            progress.losses.append(loss)
-            bar.update()
-            ended = progress.step % plan.epoch_steps == 0
-            if ended or progress.step % settings.log_every == 0:
-                row = {"lr": lr, "train_loss": statistics.fmean(progress.losses)}
-                progress.losses.clear()
-                if ended:
-                    row |= _judge(stage, judged, device, dtype)
-                if row.get("val_loss", math.inf) < progress.best:
-                    progress.best = row["val_loss"]
-                    network.save_pretrained(folder / "best")
-                history.append({"step": progress.step, "epoch": epoch, **row})
-                log({f"{stage.name}.{key}": value for key, value in row.items()}, progress.step)
-                bar.set_postfix({key: f"{value:.4g}" for key, value in row.items()})
-            if ended or progress.step % checkpoint_every == 0:
-                history.flush()
-                save_checkpoint(folder / "checkpoints", network, optimizer, schedule.state_dict(), progress)
-        bar.close()
-    network.load_weights(folder / "best" / "model.safetensors")
-    best = _judge(stage, judged, device, dtype)
-    logger.info("%s: best weights %s", stage.name, ", ".join(f"{key} {value:.4f}" for key, value in best.items()))
+    group.once(lambda: claim(folder, identity_of(stage, train, valid, seed, dtype, weights)))
+    plan, judged = Plan.of(settings, len(train), seed, weights), evenly_spaced(valid, settings.valid_windows)
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        Compute.on(device, dtype, group) as compute,
+        stop_requests(launcher) as stop,
+    ):
+        if micro_batch_size == "auto":
+            micro_batch_size = part_size(stage, train, compute)
+        _announce(stage, plan, len(judged), micro_batch_size, compute)
+        feed = Feed(train, plan, micro_batch_size, compute, _codes(stage, train, folder, compute))
+        with _learning_in_part(network, settings, seed_of(seed, stage.name)):
+            learner = Learner(stage, plan.steps, seed, compute, compiled)
+            _Run(stage, plan, learner, feed, judged, folder, checkpoint_every, compute, log, stop).all_steps()
+        network.load_weights(folder / "best" / WEIGHTS_FILE)
+        best = judge(stage, judged, compute)
+    if group.first:
+        with whole_file(folder / RESULT) as draft:
+            draft.write_text(json.dumps(best, indent=2) + "\n")
+        logger.info(f"{stage.name}: best weights {', '.join(f'{key} {value:.4f}' for key, value in best.items())}")
     return best
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Which windows every step learns from: each epoch a draw without replacement that only the seed decides."""
+@dataclass
+class _Run:
+    """The steps of a stage, from where its folder stands to their end."""
 
-    size: int
-    per_epoch: int
-    batch_size: int
-    epochs: int
-    seed: int
+    stage: Stage
+    plan: Plan
+    learner: Learner
+    feed: Feed
+    judged: Windows
+    folder: Path
+    checkpoint_every: int
+    compute: Compute
+    log: Log
+    stop: StopRequest
 
-    @classmethod
-    def of(cls, settings: StageSettings, size: int, seed: int) -> "_Plan":
-        return cls(size, min(settings.windows_per_epoch or size, size), settings.batch_size, settings.epochs, seed)
+    def all_steps(self) -> None:
+        """The story of a stage."""
+        self.progress = self._resume()
+        self.history = History(self.folder / "history.csv", self.progress.step)
+        self.since = time.perf_counter(), self.progress.step
+        if self._ended_early():
+            return
+        with tqdm(
+            total=self.plan.windows(self.plan.steps),
+            initial=self.plan.windows(self.progress.step),
+            desc=self.stage.name,
+            unit="window",
+            disable=not self.compute.group.first,
+        ) as self.bar:
+            self._steps()
 
-    @property
-    def epoch_steps(self) -> int:
-        return math.ceil(self.per_epoch / self.batch_size)
+    def _steps(self) -> None:
+        for step, parts in self.feed.after(self.progress.step):
+            lr = self.learner.schedule.get_last_lr()[0]
+            try:
+                loss, stopped = self.learner.step(step.number, parts, bool(self.stop.asked()))
+            except Diverged:
+                raise FloatingPointError(self._divergence(step)) from None
+            self.progress.step += 1
+            self.progress.losses.append(loss)
+            self.bar.update(len(step.rows))
+            ended = self.progress.step % self.plan.epoch_steps == 0
+            if ended or self.progress.step % self.stage.settings.log_every == 0:
+                self._note(step, lr, ended)
+            if ended or stopped or self.progress.step % self.checkpoint_every == 0:
+                self.compute.group.once(self._save)
+            if stopped:
+                raise TrainingStopped(
+                    f"{self.stage.name}: stopped after step {self.progress.step:,} of {self.plan.steps:,}, which is "
+                    f"saved in {self.folder / 'checkpoints'}; run the same again to go on",
+                    self.stop.signal or signal.SIGTERM,
+                )
+            if ended and self._ended_early():
+                break
 
-    @property
-    def steps(self) -> int:
-        return self.epochs * self.epoch_steps
+    def _note(self, step: Step, lr: float, ended: bool) -> None:
+        """A row of the history; at the end of an epoch with validation, and the best weights kept."""
+        row = {"lr": lr, "train_loss": statistics.fmean(self.progress.losses)} | self._speed()
+        self.progress.losses.clear()
+        if ended:
+            row |= judge(self.stage, self.judged, self.compute)
+            if not math.isfinite(row["val_loss"]):
+                raise FloatingPointError(
+                    f"{self.stage.name}: the validation loss is not finite after step {self.progress.step}; the "
+                    f"checkpoint before is kept in {self.folder / 'checkpoints'}"
+                )
+            self.progress.stale += 1
+            if row["val_loss"] < self.progress.best:
+                self.progress.best, self.progress.stale = row["val_loss"], 0
+                self.compute.group.once(self._keep_as_best)
+            self.since = time.perf_counter(), self.progress.step  # validation is not part of the training's speed
+        self.history.append({"step": self.progress.step, "epoch": step.epoch, **row})
+        if self.compute.group.first:
+            self.log({f"{self.stage.name}.{key}": value for key, value in row.items()}, self.progress.step)
+        shown = {key: f"{row[key]:.4g}" for key in ("train_loss", "val_loss", "lr") if key in row}
+        self.bar.set_postfix(shown)
 
-    def batches(self, done: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Epoch and window rows of every step after the first `done`."""
-        for epoch in range(done // self.epoch_steps, self.epochs):
-            order = np.random.default_rng((self.seed % 2**64, epoch)).permutation(self.size)[: self.per_epoch]
-            skip = done % self.epoch_steps if epoch == done // self.epoch_steps else 0
-            for start in range(skip * self.batch_size, self.per_epoch, self.batch_size):
-                yield epoch, order[start : start + self.batch_size]
+    def _speed(self) -> dict[str, float]:
+        """Windows a second since the last row, over all processes, and the share of the time spent waiting for data."""
+        now, (then, step) = time.perf_counter(), self.since
+        windows = self.plan.windows(self.progress.step) - self.plan.windows(step)
+        waited, self.feed.waited = self.feed.waited, 0.0
+        self.since = now, self.progress.step
+        return {"windows_per_second": windows / (now - then), "data_wait": waited / (now - then)}
+
+    def _resume(self) -> Progress:
+        """Take up the newest checkpoint if there is one, in every process."""
+        found = self.compute.group.once(lambda: finished(self.folder / "checkpoints"))
+        if not found:
+            return Progress()
+        progress, state = load_checkpoint(found[-1], self.stage.network, self.learner.optimizer)
+        self.learner.schedule.load_state_dict(state)
+        for group, lr in zip(self.learner.optimizer.param_groups, self.learner.schedule.get_last_lr(), strict=True):
+            group["lr"] = lr  # loading a schedule does not tell the optimiser
+        if self.compute.group.first:
+            logger.info(f"{self.folder}: resumed after step {progress.step:,} of {self.plan.steps:,}")
+        return progress
+
+    def _save(self) -> None:
+        with no_space_is_told(self.folder / "checkpoints"):
+            self.history.flush()
+        state = self.learner.schedule.state_dict()
+        save_checkpoint(self.folder / "checkpoints", self.stage.network, self.learner.optimizer, state, self.progress)
+
+    def _keep_as_best(self) -> None:
+        with no_space_is_told(self.folder / "checkpoints"):
+            merged(self.stage.network).save_pretrained(self.folder / "best")
+
+    def _ended_early(self) -> bool:
+        patience = self.stage.settings.patience
+        if patience is None or self.progress.stale < patience:
+            return False
+        if self.compute.group.first and self.progress.step < self.plan.steps:
+            logger.info(
+                f"{self.stage.name}: no better validation loss in {patience} epochs, ended after step "
+                f"{self.progress.step:,} of {self.plan.steps:,}"
+            )
+        return True
+
+    def _divergence(self, step: Step) -> str:
+        """What to say of a batch whose loss is not finite; all its windows are in diverged.csv."""
+        windows, path = self.feed.windows, self.folder / "diverged.csv"
+        names, dates = windows.instruments[step.rows], np.datetime_as_string(windows.dates[step.rows], unit="m")
+        lines = [f"{name},{date}" for name, date in zip(names, dates, strict=True)]
+        if self.compute.group.first:
+            with whole_file(path) as draft:
+                draft.write_text("\n".join(["instrument,datetime", *lines]) + "\n")
+        return (
+            f"{self.stage.name}: the loss or its gradient is not finite at step {step.number + 1}; its batch has "
+            f"{len(lines)} windows such as {', '.join(line.replace(',', ' ') for line in lines[:3])} (all are in "
+            f"{path}). The last good checkpoint is kept in {self.folder / 'checkpoints'}; lower learning_rate or look "
+            "at these bars"
+        )
 
 
-def _evenly_spaced(windows: Windows, count: int) -> Windows:
+def judge(stage: Stage, windows: Windows, compute: Compute) -> dict[str, float]:
+    """Validation figures over all windows, each counted once, whatever the number of processes that divide them.
+
+    The batches are the same for any number, and their sums are added exactly.
+    """
+    stage.network.eval()
+    group = compute.group
+    starts = range(group.rank * JUDGED, len(windows), group.size * JUDGED)
+    sums = compute.each(lambda start: _sums(stage, windows, start, compute), starts)
+    everywhere = [part for parts in group.gather(list(sums)) for part in parts]
+    return {name: math.fsum(part[name] for part in everywhere) / len(windows) for name in everywhere[0]}
+
+
+@torch.no_grad()
+def _sums(stage: Stage, windows: Windows, start: int, compute: Compute) -> dict[str, float]:
+    rows = np.arange(start, min(start + JUDGED, len(windows)))
+    with compute.autocast:
+        figures = stage.judge(gather(windows, rows).to(compute.device))
+    return {name: value.item() * len(rows) for name, value in figures.items()}
+
+
+def evenly_spaced(windows: Windows, count: int) -> Windows:
+    """`count` of the windows, or all if there are fewer, from the first to the last."""
     positions = np.linspace(0, len(windows) - 1, min(count, len(windows)))
     return windows.take(np.unique(positions.round().astype(int)))
 
 
-def _optimizer(
-    network: HubModule, settings: StageSettings, steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.OneCycleLR]:
-    """AdamW under a OneCycle schedule with 3 % warm-up from a tenth of the peak; the betas stay as they are set."""
-    optimizer = torch.optim.AdamW(
-        network.parameters(),
-        lr=settings.learning_rate,
-        betas=tuple(settings.betas),
-        weight_decay=settings.weight_decay,
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=steps, pct_start=0.03, div_factor=10, cycle_momentum=False
-    )
-    return optimizer, schedule
+@contextmanager
+def _learning_in_part(network: HubModule, settings: StageSettings, seed: int) -> Iterator[None]:
+    """Freeze blocks or add adapters as the settings say; afterwards the network is plain again and all of it learns."""
+    learning = [parameter.requires_grad for parameter in network.parameters()]
+    try:
+        freeze_blocks(network, settings.freeze_blocks)
+        if settings.lora is not None:
+            torch.manualseed_of(seed)
+            add_lora(network, settings.lora)
+        yield
+    finally:
+        merge_lora(network)
+        for parameter, learns in zip(network.parameters(), learning, strict=True):
+            parameter.requires_grad_(learns)
+            parameter.grad = None
 
 
-def _resume(
-    folder: Path,
-    network: HubModule,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.OneCycleLR,
-) -> Progress:
-    """Take up the newest checkpoint if there is one."""
-    found = load_newest(folder, network, optimizer)
-    if found is None:
-        return Progress()
-    progress, schedule_state = found
-    schedule.load_state_dict(schedule_state)
-    for group, lr in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
-        group["lr"] = lr  # loading a schedule does not tell the optimiser
-    logger.info("%s: resumed after step %s", folder.parent, f"{progress.step:,}")
-    return progress
-
-
-def _step(stage: Stage, x: Tensor, stamp: Tensor, optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> float:
-    """One optimiser step on a batch; nothing is changed if its loss is not finite."""
-    stage.network.train()
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
-        loss = stage.loss(x, stamp)
-    value = loss.item()
-    if math.isfinite(value):
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(stage.network.parameters(), stage.settings.clip_norm)
-        optimizer.step()
-    return value
-
-
-def _tensors(windows: Windows, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    batch = windows.gather(rows)
-    return torch.from_numpy(batch.x).to(device), torch.from_numpy(batch.stamp).to(device)
-
-
-@torch.no_grad()
-def _judge(stage: Stage, windows: Windows, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Validation figures over all windows, each counted once."""
-    stage.network.eval()
-    sums: dict[str, float] = {}
-    for start in range(0, len(windows), stage.settings.batch_size):
-        rows = np.arange(start, min(start + stage.settings.batch_size, len(windows)))
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
-            figures = stage.judge(*_tensors(windows, rows, device))
-        for name, value in figures.items():
-            sums[name] = sums.get(name, 0.0) + value.item() * len(rows)
-    return {name: value / len(windows) for name, value in sums.items()}
-
-
-def _divergence(stage: Stage, train: Windows, rows: np.ndarray, step: int, folder: Path) -> str:
-    names, dates = train.instruments[rows], np.datetime_as_string(train.dates[rows], unit="D")
-    first = ", ".join(f"{name} {date}" for name, date in list(zip(names, dates, strict=True))[:3])
-    return (
-        f"{stage.name}: the loss is not finite at step {step + 1}; its batch has {len(rows)} windows such as {first}. "
-        f"The last good checkpoint is kept in {folder / 'checkpoints'}; lower learning_rate or look at these bars"
-    )
-
-
-class _History:
-    """history.csv: one row per logging step, rewritten whole so that a kill never leaves half a row."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        self.path, self.rows = path, []
-        if step and path.exists():
-            with path.open(newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-
-    def append(self, row: dict[str, float]) -> None:
-        self.rows.append({key: row.get(key, "") for key in HISTORY})
-
-    def flush(self) -> None:
-        with whole_file(self.path) as draft, draft.open("w", newline="") as file:
-            writer = csv.DictWriter(file, HISTORY)
-            writer.writeheader()
-            writer.writerows(self.rows)
-
-
-def _identity(stage: Stage, train: Windows, valid: Windows, seed: int, dtype: torch.dtype) -> dict[str, object]:
-    """What decides the result of a training: two runs with equal identities give equal weights."""
-    identity: dict[str, object] = {f"settings.{key}": value for key, value in stage.settings.model_dump().items()}
-    identity |= {f"network.{key}": value for key, value in stage.network.config.items()}
-    identity |= {"seed": seed, "dtype": str(dtype), "initial weights": _digest_of_weights(stage.network)}
-    if isinstance(stage, PredictorStage):
-        identity["tokenizer weights"] = _digest_of_weights(stage.tokenizer)
-    for name, windows in (("training windows", train), ("validation windows", valid)):
-        identity[name] = f"{len(windows)} × ({windows.lookback} + {windows.future}) {_digest_of_bars(windows)}"
-    return identity
-
-
-def _digest_of_bars(windows: Windows) -> str:
-    """A digest of the bars in any of the windows, and of the windows' instruments and dates."""
-    edges = np.zeros(len(windows.bars) + 1, np.int64)
-    np.add.at(edges, windows.ends - windows.lookback + 1, 1)
-    np.add.at(edges, windows.ends + windows.future + 1, -1)
-    used = edges[:-1].cumsum() > 0
-    digest = hashlib.blake2b(windows.keys.tobytes(), digest_size=16)
-    for rows in (windows.bars.values[used], windows.bars.stamp[used]):
-        digest.update(rows.tobytes())
-    return digest.hexdigest()
-
-
-def _digest_of_weights(network: HubModule) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _claim(folder: Path, identity: dict[str, object]) -> None:
-    """Make the folder this training's own, or refuse one that holds another."""
-    path = folder / "identity.json"
-    if path.exists():
-        theirs = json.loads(path.read_text())
-        differing = [key for key in {**identity, **theirs} if identity.get(key) != theirs.get(key)]
-        if differing:
-            changes = "; ".join(f"{key}: {theirs.get(key)!r} there, {identity.get(key)!r} now" for key in differing)
-            raise ValueError(
-                f"{folder} holds another training ({changes}); choose another output_dir or remove that one"
-            )
+def _announce(stage: Stage, plan: Plan, judged: int, part: int, compute: Compute) -> None:
+    group, device = compute.group, compute.device
+    if not group.first:
         return
-    with whole_file(path) as draft:
-        draft.write_text(json.dumps(identity, indent=2, default=str) + "\n")
+    where = f"{group.size} processes on {device.type}" if group.size > 1 else str(device)
+    logger.info(
+        f"{stage.name}: {stage.network.n_parameters:,} parameters, {compute.precision} on {where}, "
+        f"{plan.windows(plan.steps):,} windows in {plan.steps:,} steps of {plan.batch_size}, in parts of {part}; "
+        f"judged on {judged:,} windows"
+    )
+
+
+def _codes(stage: Stage, train: Windows, folder: Path, compute: Compute) -> Codes | None:
+    """The cache of codes, if the stage wants one."""
+    if not (isinstance(stage, PredictorStage) and stage.settings.cache_codes):
+        return None
+    what = (digest_of_weights(stage.tokenizer), digest_of_windows(train), str(compute.dtype))
+    name = hashlib.blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
+    return encode_windows(folder / "codes" / name, stage.tokenizer, train, compute)

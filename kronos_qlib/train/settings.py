@@ -2,11 +2,38 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from kronos_qlib.data.settings import Settings
+from kronos_qlib.train.adapters import LoraSettings
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _auto_or_count(value: Any) -> int | str:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError("should be auto or a whole number from 1")
+
+
+AutoOrCount = Annotated[Any, BeforeValidator(_auto_or_count)]
+
+
+def _extra_data(value: Any) -> list[Any]:
+    """Checked by the data room, which brings pandas and Qlib: training processes, which need neither, never ask."""
+    if not isinstance(value, (list, tuple)):
+        raise ValueError("should be a list of mappings, each with the key 'instruments'")
+    if not value:
+        return []
+    from kronos_qlib.data.extra import ExtraData
+    from kronos_qlib.data.settings import read_settings
+
+    return [
+        part
+        if isinstance(part, ExtraData)
+        else read_settings(ExtraData, f"extra_data[{index}]", dict(part) if isinstance(part, dict) else {"": part})
+        for index, part in enumerate(value)
+    ]
 
 
 class StageSettings(Settings):
@@ -14,8 +41,12 @@ class StageSettings(Settings):
 
     epochs: each a seeded draw of windows without replacement.
     windows_per_epoch: how many of the training windows; null is all of them.
+    batch_size: windows a step, over all processes together.
     learning_rate: the peak of a OneCycle schedule with 3 % warm-up from a tenth of it.
     valid_windows: fixed windows, evenly spaced over the validation segment, on which every epoch is judged.
+    patience: epochs without a better validation loss after which the stage ends; null never ends it early.
+    freeze_blocks: how many of the first blocks, with the embeddings before them, are left as they are.
+    lora: train low-rank adapters instead of the weights (extra `lora`); they are merged into best/.
     log_every: steps between two rows of history.csv.
     """
 
@@ -27,7 +58,16 @@ class StageSettings(Settings):
     clip_norm: float = Field(gt=0)
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)]
     valid_windows: int = Field(default=2000, ge=1)
+    patience: int | None = Field(default=None, ge=1)
+    freeze_blocks: int = Field(default=0, ge=0)
+    lora: Annotated[LoraSettings | None, Field(strict=False)] = None
     log_every: int = Field(default=20, ge=1)
+
+    @model_validator(mode="after")
+    def _frozen_or_adapted(self) -> "StageSettings":
+        if self.freeze_blocks and self.lora is not None:
+            raise ValueError("has both freeze_blocks and lora; with adapters all other weights are frozen already")
+        return self
 
 
 class TokenizerSettings(StageSettings):
@@ -43,12 +83,15 @@ class PredictorSettings(StageSettings):
 
     s1_query: the s1 that the s2 head is asked about in training: drawn from the model's own logits, as published
         ("sampled"), or the true one ("teacher_forced").
+    cache_codes: encode all training windows once, before the first step, instead of anew whenever one is drawn. It
+        pays when the epochs together draw more windows than there are.
     """
 
     learning_rate: float = Field(default=4e-5, gt=0)
     clip_norm: float = Field(default=3.0, gt=0)
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     s1_query: Literal["sampled", "teacher_forced"] = "sampled"
+    cache_codes: bool = False
 
 
 class FinetuneSettings(Settings):
@@ -57,13 +100,27 @@ class FinetuneSettings(Settings):
     output_dir: gets tokenizer/ and predictor/, each with history.csv, checkpoints/ and best/ (hub format).
     checkpoint_every: steps between two checkpoints; the last two are kept.
     tokenizer, predictor: the stages; null skips one.
+    processes: how many train together; auto is one per GPU, one on a CPU. The result does not depend on it, but for
+        rounding and for dropout.
+    max_restarts: how often dead processes are started again, from the last checkpoint.
+    micro_batch_size: windows a process takes at a time; the gradients of a larger share of the batch are accumulated.
+        auto takes as many as an estimate finds room for.
+    compile: let torch.compile build the training step: minutes at the start, faster steps after.
+    half_life_days: draw older windows less often, half as often for every so many days before the newest.
+    extra_data: further universes or stores to train on, see `kronos_qlib.data.extra.ExtraData`; validation stays with
+        the dataset's own.
     """
 
     output_dir: str = Field(min_length=1)
     checkpoint_every: int = Field(default=200, ge=1)
     tokenizer: Annotated[TokenizerSettings | None, Field(strict=False)] = None
     predictor: Annotated[PredictorSettings | None, Field(strict=False)] = None
-    processes: Literal["auto"] | int = "auto"
+    processes: AutoOrCount = "auto"
+    max_restarts: int = Field(default=3, ge=0)
+    micro_batch_size: AutoOrCount = "auto"
+    compile: bool = False
+    half_life_days: float | None = Field(default=None, gt=0)
+    extra_data: Annotated[list[Any], BeforeValidator(_extra_data)] = []
 
     @model_validator(mode="after")
     def _trains_something(self) -> "FinetuneSettings":
@@ -71,9 +128,13 @@ class FinetuneSettings(Settings):
             raise ValueError("gives no stage to train; name tokenizer or predictor, or set finetune to null")
         return self
 
-    @field_validator("processes", mode="before")
-    @classmethod
-    def _one_process(cls, processes: Any) -> str | int:
-        if processes not in ("auto", 1):
-            raise ValueError("should be auto or 1: training in several processes is not built yet")
-        return processes
+    @model_validator(mode="after")
+    def _draws_fewer_than_all(self) -> "FinetuneSettings":
+        for name in ("tokenizer", "predictor"):
+            stage = getattr(self, name)
+            if self.half_life_days is not None and stage is not None and stage.windows_per_epoch is None:
+                raise ValueError(
+                    f"has half_life_days, which needs {name}.windows_per_epoch: an epoch of all windows draws none "
+                    "more often than another"
+                )
+        return self

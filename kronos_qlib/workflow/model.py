@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from qlib.model.base import ModelFT
 from tqdm.auto import tqdm
 
 from kronos_qlib.data.dataset import KLineDataset
+from kronos_qlib.data.extra import training_set
 from kronos_qlib.data.settings import read_settings
 from kronos_qlib.data.windows import CLOSE, COLUMNS, Windows, denormalise
 from kronos_qlib.forecast.generate import Sampling, generate
@@ -22,11 +24,26 @@ from kronos_qlib.forecast.weights import check_pair, prepare
 from kronos_qlib.nn import Kronos, KronosTokenizer, zoo
 from kronos_qlib.nn.checkpoint import HubModule
 from kronos_qlib.nn.device import resolve_device, resolve_dtype
-from kronos_qlib.train import FinetuneSettings, PredictorStage, TokenizerStage, train_stage
-from kronos_qlib.workflow.provenance import pretraining_overlap, record_metrics, record_run, record_tags
+from kronos_qlib.train import FinetuneSettings, Job
+from kronos_qlib.train.adapters import check_freeze, require_peft
+from kronos_qlib.train.launch import launch, process_count
+from kronos_qlib.train.loop import evenly_spaced
+from kronos_qlib.train.plan import recency
+from kronos_qlib.train.report import write_report
+from kronos_qlib.train.stopping import TrainingStopped
+from kronos_qlib.workflow.provenance import (
+    active_recorder,
+    end_as_failed,
+    pretraining_overlap,
+    record_files,
+    record_metrics,
+    record_run,
+    record_tags,
+)
 from kronos_qlib.workflow.settings import ModelSettings
 
 logger = get_module_logger("KronosModel")
+REPORTED = 1000  # windows of the validation segment on which the report at the end of a training is made
 # What the keys, values and activations of one batch may take. On a CPU a batch that stays near the caches is faster.
 CPU_BATCH_BYTES, GPU_BATCH_BYTES = 128 * 2**20, 2 * 2**30
 
@@ -76,6 +93,8 @@ class KronosModel(ModelFT):
         self.tokenizer = _network(KronosTokenizer, "tokenizer", self.settings.tokenizer, seed)
         self.model = _network(Kronos, "model", self.settings.model, seed)
         check_pair(self.tokenizer, self.model)
+        if self.settings.finetune is not None:
+            self._check_finetune(self.settings.finetune)
         if self.tokenizer.d_in != len(COLUMNS):
             raise ValueError(
                 f"KronosModel: the tokenizer's d_in is {self.tokenizer.d_in}; bars have {len(COLUMNS)} columns"
@@ -84,13 +103,21 @@ class KronosModel(ModelFT):
     def fit(self, dataset: KLineDataset, reweighter: Reweighter | None = None) -> None:
         """Run the stages of `finetune` on the train segment, judged on the valid segment; without it, nothing.
 
+        Ctrl-C and SIGTERM save a checkpoint, end the recorder as failed and the process with status 128 + the signal;
+        the same `fit` then goes on from there.
+
+        Args:
+            reweighter: how often each window is drawn, relative to the others. Its `reweight` gets the bars of the
+                score dates (columns open … amount, price units) by (datetime, instrument).
+
         Raises:
-            ValueError: a reweighter was given, or a segment has no window.
+            ValueError: a segment has no window, `output_dir` holds another training, a reweighter without need.
+            FloatingPointError: the loss is not finite. OSError: the disk is full. RuntimeError: processes died.
         """
-        if reweighter is not None:
-            raise ValueError("KronosModel: a reweighter is not supported")
         if self.settings.finetune is None:
             self._check(dataset)
+            if reweighter is not None:
+                raise ValueError("KronosModel: a reweighter was given, but finetune is null")
             new = [name for name in ("tokenizer", "model") if getattr(self, name).source is None]
             if new:
                 logger.warning(
@@ -98,7 +125,7 @@ class KronosModel(ModelFT):
                 )
             record_run(self.settings, dataset)
             return
-        self._train(dataset, self.settings.finetune, Path(self.settings.finetune.output_dir))
+        self._train(self.job(dataset, reweighter), dataset)
 
     def finetune(self, dataset: KLineDataset, output_dir: str | Path | None = None) -> None:
         """Go on training from the present weights with the settings of `finetune`.
@@ -108,8 +135,41 @@ class KronosModel(ModelFT):
         """
         if self.settings.finetune is None:
             raise ValueError("KronosModel: finetune is null in the settings; give its stages to fine-tune")
+        job = self.job(dataset)
+        job.folder = Path(output_dir) if output_dir else Path(self.settings.finetune.output_dir) / "finetune"
+        self._train(job, dataset)
+
+    def job(self, dataset: KLineDataset, reweighter: Reweighter | None = None) -> Job:
+        """What `fit` would train: networks, windows and settings, ready to run.
+
+        Raises:
+            ValueError: finetune is null, or a segment has no window.
+        """
         settings = self.settings.finetune
-        self._train(dataset, settings, Path(output_dir) if output_dir else Path(settings.output_dir) / "finetune")
+        if settings is None:
+            raise ValueError("KronosModel: finetune is null in the settings: there is nothing to train")
+        self._check(dataset)
+        folder = Path(settings.output_dir)
+        own, valid = dataset.training_windows("train"), dataset.training_windows("valid")
+        if "test" in dataset.segments:  # what is wrong with it is said now, not after the training
+            test = dataset.score_windows("test")
+            _warn_of_seen_dates(test, train=own, valid=valid)
+            self._warn_of_overlap(test)
+        train = training_set(own, dataset, settings.extra_data, folder / "extra_data")
+        device = resolve_device(self.settings.device)
+        return Job(
+            tokenizer=self.tokenizer,
+            model=self.model,
+            train=train,
+            valid=replace(valid, bars=train.bars),
+            settings=settings,
+            folder=folder,
+            seed=self.settings.seed,
+            device=device,
+            dtype=resolve_dtype(self.settings.dtype, device),
+            weights=_window_weights(train, settings, reweighter),
+            recorder=active_recorder(),
+        )
 
     def predict(self, dataset: KLineDataset, segment: str | slice = "test") -> pd.Series:
         """Score every window of a segment.
@@ -126,35 +186,42 @@ class KronosModel(ModelFT):
         index = pd.MultiIndex.from_arrays([windows.dates, windows.instruments], names=["datetime", "instrument"])
         return pd.Series(values, index=index, name="score").sort_index()
 
-    def _train(self, dataset: KLineDataset, settings: FinetuneSettings, folder: Path) -> None:
-        self._check(dataset)
-        train, valid = dataset.training_windows("train"), dataset.training_windows("valid")
-        if "test" in dataset.segments:  # what is wrong with it is said now, not after the training
-            test = dataset.score_windows("test")
-            _warn_of_seen_dates(test, train=train, valid=valid)
-            self._warn_of_overlap(test)
+    def _train(self, job: Job, dataset: KLineDataset) -> None:
         record_run(self.settings, dataset)
-        device = resolve_device(self.settings.device)
-        dtype = resolve_dtype(self.settings.dtype, device)
-        stages = []
-        if settings.tokenizer:
-            stages.append(TokenizerStage(self.tokenizer, settings.tokenizer))
-        if settings.predictor:
-            stages.append(PredictorStage(self.model, self.tokenizer.to(device), settings.predictor))
-        for stage in stages:
-            best = train_stage(
-                stage,
-                train,
-                valid,
-                folder / stage.name,
-                seed=self.settings.seed,
-                device=device,
-                dtype=dtype,
-                checkpoint_every=settings.checkpoint_every,
-                log=record_metrics,
-            )
-            record_metrics({f"{stage.name}.best_{name}": value for name, value in best.items()}, None)
+        processes = process_count(job.settings.processes, job.device)
+        try:
+            if processes == 1:
+                job.run(log=record_metrics)
+            else:
+                launch(job, processes)
+        except TrainingStopped as stopped:
+            logger.warning(str(stopped))
+            end_as_failed()
+            raise SystemExit(128 + stopped.signal) from None
+        self.conclude(job)
+
+    def conclude(self, job: Job) -> None:
+        """Record what came of a job that has run, with its figures, and let the networks rest."""
+        for stage, best in job.results().items():
+            record_metrics({f"{stage}.best_{name}": value for name, value in best.items()}, None)
+        paths, figures = write_report(job.folder, self.tokenizer, evenly_spaced(job.valid, REPORTED), job.device)
+        record_metrics(figures, None)
+        record_files(paths)
+        logger.info(f"KronosModel: curves, use of codes and reconstruction errors are in {job.folder / 'training.png'}")
         self._to("cpu")
+
+    def _check_finetune(self, settings: FinetuneSettings) -> None:
+        process_count(settings.processes, resolve_device(self.settings.device))
+        for name, network in (("tokenizer", self.tokenizer), ("predictor", self.model)):
+            stage = getattr(settings, name)
+            if stage is None:
+                continue
+            try:
+                check_freeze(network, stage.freeze_blocks)
+                if stage.lora is not None:
+                    require_peft()
+            except (ValueError, ModuleNotFoundError) as error:
+                raise type(error)(f"KronosModel: finetune.{name}.{error}") from None
 
     def _forecast(self, dataset: KLineDataset, windows: Windows) -> dict[str, np.ndarray]:
         """All scores, float64 [W] each."""
@@ -248,6 +315,28 @@ def _warn_of_seen_dates(test: Windows, **trained: Windows) -> None:
                 f"KronosModel: the {name} segment has bars to {days[0]} and the test segment starts on {days[1]}: "
                 "up to then its scores are not out of sample"
             )
+
+
+def _window_weights(windows: Windows, settings: FinetuneSettings, reweighter: Reweighter | None) -> np.ndarray | None:
+    """How often each training window is to be drawn, float `[W]`, or None if all alike."""
+    weights = None
+    if settings.half_life_days is not None:
+        weights = recency(windows.dates, settings.half_life_days)
+    if reweighter is not None:
+        if any(
+            stage is not None and stage.windows_per_epoch is None for stage in (settings.tokenizer, settings.predictor)
+        ):
+            raise ValueError(
+                "KronosModel: a reweighter needs windows_per_epoch: an epoch of all windows draws all once"
+            )
+        index = pd.MultiIndex.from_arrays([windows.dates, windows.instruments], names=["datetime", "instrument"])
+        given = reweighter.reweight(pd.DataFrame(windows.bars.values[windows.ends], index, list(COLUMNS)))
+        weights = np.asarray(given, np.float64).reshape(-1) * (1.0 if weights is None else weights)
+        if weights.shape != (len(windows),) or not (np.isfinite(weights).all() and (weights > 0).all()):
+            raise ValueError(
+                f"KronosModel: the reweighter should give a weight above 0 for each of the {len(windows)} windows"
+            )
+    return weights
 
 
 def _network(kind: type[HubModule], key: str, value: str | Mapping[str, Any], seed: int) -> HubModule:

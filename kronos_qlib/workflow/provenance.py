@@ -3,6 +3,7 @@
 import json
 import platform
 import tempfile
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pandas as pd
 import torch
 from qlib.config import C
 from qlib.workflow import R
+from qlib.workflow.recorder import Recorder
 
 from kronos_qlib.data.dataset import KLineDataset
 from kronos_qlib.data.demo import is_synthetic
@@ -59,6 +61,24 @@ def record_metrics(metrics: dict[str, float], step: int | None) -> None:
     """Log metrics to the active recorder, if any."""
     if _recording():
         R.log_metrics(step=step, **metrics)
+
+
+def record_files(paths: Iterable[Path]) -> None:
+    """Save files as artifacts of the active recorder, if any."""
+    if _recording():
+        for path in paths:
+            R.get_recorder().save_objects(local_path=str(path))
+
+
+def active_recorder() -> dict[str, str] | None:
+    """The MLflow store and the run of the active recorder, by which another process can log to it; None without one."""
+    return {"uri": R.get_uri(), "run_id": R.get_recorder().id} if _recording() else None
+
+
+def end_as_failed() -> None:
+    """End the active recorder as failed: a run that was stopped must not pass for a finished one."""
+    if _recording():
+        R.end_exp(recorder_status=Recorder.STATUS_FA)
 
 
 def record_tags(tags: dict[str, str]) -> None:

@@ -7,13 +7,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from kronos_qlib.data.settings import Settings
 from kronos_qlib.forecast.scores import SCORES
 from kronos_qlib.nn.device import DTYPES
-from kronos_qlib.train.settings import FinetuneSettings
-
-
-def _batch_size(value: Any) -> int | str:
-    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-        return value
-    raise ValueError("should be auto or a whole number from 1")
+from kronos_qlib.train.settings import AutoOrCount, FinetuneSettings
 
 
 def _network(value: Any) -> str | dict[str, Any]:
@@ -35,7 +29,7 @@ class ForecastSettings(Settings):
     top_p: float = Field(default=0.9, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
     s2_rotation: Literal["aligned", "reference"] = "aligned"
-    batch_size: Annotated[Any, BeforeValidator(_batch_size)] = "auto"
+    batch_size: AutoOrCount = "auto"
     cache_dir: str | None = None
 
     @field_validator("cache_dir")

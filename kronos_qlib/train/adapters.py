@@ -1,0 +1,156 @@
+"""Training a part of a network: the first blocks frozen, or low-rank adapters (LoRA) beside frozen weights."""
+
+import copy
+from typing import Literal, get_args
+
+from pydantic import Field
+from torch import nn
+
+from kronos_qlib.data.settings import Settings
+from kronos_qlib.nn import Kronos, KronosTokenizer
+from kronos_qlib.nn.checkpoint import HubModule
+from kronos_qlib.nn.dropout import Dropout
+from kronos_qlib.nn.model import FixedEmbedding
+
+Layer = Literal["q_proj", "k_proj", "v_proj", "out_proj", "w1", "w2", "w3"]
+
+
+class LoraSettings(Settings):
+    """The `lora` mapping of a stage (Hu et al. 2021, arXiv 2106.09685): W x becomes W x + alpha / rank · B A x.
+
+    rank: rows of A and columns of B, the weights that learn.
+    alpha: how strongly the adapters count; with alpha / rank kept, another rank needs no other learning rate.
+    dropout: on what enters the adapters, in training.
+    targets: the linear layers that get adapters, wherever their names occur. All by default: adapters on every layer of
+        a block are what it takes to come close to full fine-tuning (Dettmers et al. 2023, arXiv 2305.14314).
+    """
+
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: list[Layer] = Field(default=list(get_args(Layer)), min_length=1)
+
+
+def freeze_blocks(network: HubModule, count: int) -> None:
+    """Stop the first `count` blocks and the embeddings before them from learning; 0 freezes nothing.
+
+    Kronos: embedding, time_emb and transformer[:count]; the s1 embedding also asks the dependency layer, and is frozen
+    there too. KronosTokenizer: embed and encoder[:count]. Frozen blocks keep their dropout in training: it regularises
+    what learns above them as it does without freezing, and they follow `network.train()` like any other part.
+
+    Raises:
+        ValueError: the network has fewer blocks.
+    """
+    check_freeze(network, count)
+    if count:
+        inputs, blocks = _front(network)
+        for part in [*inputs, *blocks[:count]]:
+            part.requires_grad_(False)
+
+
+def check_freeze(network: HubModule, count: int) -> None:
+    """Refuse to freeze more blocks than a network has, without changing it.
+
+    Raises:
+        ValueError: naming `freeze_blocks` and the number of blocks.
+    """
+    kind, available = type(network).__name__, len(_front(network)[1])
+    if count > available:
+        raise ValueError(f"freeze_blocks: should be at most {available}, the blocks of this {kind}, not {count}")
+
+
+def _front(network: HubModule) -> tuple[list[nn.Module], nn.ModuleList]:
+    """The embeddings of a network's input, and the blocks that they feed."""
+    if isinstance(network, Kronos):
+        return [network.embedding, network.time_emb], network.transformer
+    assert isinstance(network, KronosTokenizer)
+    return [network.embed], network.encoder
+
+
+def require_peft() -> None:
+    """Import peft, which takes some seconds, so that a missing or broken one is an error before long work.
+
+    Raises:
+        ModuleNotFoundError: with the line that installs it.
+    """
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"lora needs the package peft, which cannot be imported ({error}); install it with "
+            "pip install -c constraints.txt -e '.[lora]'"
+        ) from error
+
+
+def add_lora(network: HubModule, settings: LoraSettings) -> None:
+    """Put adapters beside a network's linear layers, in place; from then on only they learn.
+
+    The outputs are unchanged at first: A is drawn from torch's global random state, on the CPU for any device, and B is
+    zero. Layers that do not learn, such as those of frozen blocks, get no adapter.
+
+    Raises:
+        ModuleNotFoundError: peft is not installed.
+        ValueError: the network has adapters already, or none of its layers that learn is among the targets.
+    """
+    require_peft()
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if has_lora(network):
+        raise ValueError("lora: the network has adapters already; merge them first")
+    adapted = [
+        name
+        for name, part in network.named_modules()
+        if isinstance(part, nn.Linear) and name.rpartition(".")[2] in settings.targets and part.weight.requires_grad
+    ]
+    if not adapted:
+        raise ValueError(f"lora: no layer that learns is among the targets {settings.targets}; freeze fewer blocks")
+    config = LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=adapted
+    )
+    inject_adapter_in_model(config, network)
+    del network.peft_config  # peft's note for loading its own files
+    for part in network.modules():
+        if type(part) is nn.Dropout:
+            part.__class__ = Dropout  # masks from the same random numbers as the network's own
+
+
+def has_lora(network: HubModule) -> bool:
+    """Whether a network has adapters that are not merged; only `merged` may then be saved for others, or forecast with.
+
+    Generation reads the layers' weights, not their outputs, and would leave the adapters out.
+    """
+    return any(_is_adapted(part) for part in network.modules())
+
+
+def merged(network: HubModule) -> HubModule:
+    """A plain copy with the adapters merged into its weights, or the network itself if it has none.
+
+    The copy's state dict has the published names, and saves and loads as any other; the network and torch's random
+    state are left alone, so that its training goes on as if nothing had been copied.
+    """
+    if not has_lora(network):
+        return network
+    plain = copy.deepcopy(network)
+    merge_lora(plain)
+    return plain
+
+
+def merge_lora(network: HubModule) -> None:
+    """Merge a network's adapters into its weights, in place, so that it is plain again and learns as a new one does.
+
+    A network without adapters is left alone.
+    """
+    adapted = [name for name, part in network.named_modules() if _is_adapted(part)]
+    for name in adapted:
+        layer = network.get_submodule(name)
+        layer.merge()
+        network.set_submodule(name, layer.get_base_layer())
+    if adapted:
+        network.requires_grad_(True)
+        for part in network.modules():
+            if isinstance(part, FixedEmbedding):
+                part.requires_grad_(False)
+
+
+def _is_adapted(part: nn.Module) -> bool:
+    return hasattr(part, "lora_A")  # peft's own class would have to be imported, and that takes seconds

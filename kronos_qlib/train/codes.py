@@ -1,0 +1,64 @@
+"""The codes of all training windows, computed once and kept on disk for the epochs to come."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from kronos_qlib.data.windows import Windows
+from kronos_qlib.files import whole_file
+from kronos_qlib.nn import KronosTokenizer
+from kronos_qlib.train.compute import Compute
+
+CHUNK, BATCH = 32_768, 64  # windows a file and at a time; a killed encoding goes on after the last whole file
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Ids s1 and s2 of every bar of every window: uint16 `[≤ CHUNK, T, 2]` arrays, mapped from files."""
+
+    chunks: list[np.ndarray]
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """The codes of the windows at `rows` (int `[B]`): int32 `[B, T, 2]`."""
+        taken = np.empty((len(rows), *self.chunks[0].shape[1:]), np.int32)
+        for chunk in np.unique(rows // CHUNK):
+            here = rows // CHUNK == chunk
+            taken[here] = self.chunks[chunk][rows[here] % CHUNK]
+        return taken
+
+
+def encode_windows(folder: Path, tokenizer: KronosTokenizer, windows: Windows, compute: Compute) -> Codes:
+    """Encode all windows into `folder`, or take up what is there already; the processes divide the files.
+
+    The folder belongs to this tokenizer and these windows; its caller sees to that.
+    """
+    group = compute.group
+    paths = [folder / f"codes-{number:05d}.npy" for number in range(-(-len(windows) // CHUNK))]
+    missing = group.once(lambda: [number for number, path in enumerate(paths) if not path.exists()])
+    own = missing[group.rank :: group.size]
+    with tqdm(total=len(own) * CHUNK, desc="codes", unit="window", disable=not (group.first and own)) as bar:
+        for number in own:
+            batches = []
+            for codes in compute.each(lambda rows: _encode(tokenizer, windows, rows, compute), _rows(number, windows)):
+                batches.append(codes)
+                bar.update(len(codes))
+            with whole_file(paths[number]) as draft, draft.open("wb") as file:
+                np.save(file, np.concatenate(batches))
+    group.gather(None)  # from here on every file is there
+    return Codes([np.load(path, mmap_mode="r") for path in paths])
+
+
+def _rows(chunk: int, windows: Windows) -> list[np.ndarray]:
+    end = min((chunk + 1) * CHUNK, len(windows))
+    return [np.arange(start, min(start + BATCH, end)) for start in range(chunk * CHUNK, end, BATCH)]
+
+
+@torch.no_grad()
+def _encode(tokenizer: KronosTokenizer, windows: Windows, rows: np.ndarray, compute: Compute) -> np.ndarray:
+    x = torch.from_numpy(windows.gather(rows).x).to(compute.device)
+    with compute.autocast:
+        s1, s2 = tokenizer.encode(x, half=True)
+    return torch.stack([s1, s2], dim=-1).cpu().numpy().astype(np.uint16)

@@ -1,0 +1,78 @@
+"""What decides the result of a training, so that a folder is resumed only by the training it holds."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kronos_qlib.data.windows import Windows
+from kronos_qlib.files import whole_file
+from kronos_qlib.nn.checkpoint import HubModule
+from kronos_qlib.train.stages import PredictorStage, Stage
+
+FILE = "identity.json"
+WITHOUT_EFFECT = {"cache_codes"}  # settings that change how the result is reached, not the result
+
+
+def identity_of(
+    stage: Stage,
+    train: Windows,
+    valid: Windows,
+    seed: int,
+    dtype: torch.dtype,
+    weights: np.ndarray | None = None,
+) -> dict[str, object]:
+    """What decides the result of a training: two runs with equal identities give equal weights."""
+    settings = stage.settings.model_dump(exclude=WITHOUT_EFFECT)
+    identity: dict[str, object] = {f"settings.{key}": value for key, value in settings.items()}
+    identity |= {f"network.{key}": value for key, value in stage.network.config.items()}
+    identity |= {"seed": seed, "dtype": str(dtype), "initial weights": digest_of_weights(stage.network)}
+    if isinstance(stage, PredictorStage):
+        identity["tokenizer weights"] = digest_of_weights(stage.tokenizer)
+    for name, windows in (("training windows", train), ("validation windows", valid)):
+        identity[name] = f"{len(windows)} × ({windows.lookback} + {windows.future}) {digest_of_windows(windows)}"
+    if weights is not None:
+        identity["window weights"] = hashlib.blake2b(weights.tobytes(), digest_size=16).hexdigest()
+    return json.loads(json.dumps(identity, default=str))
+
+
+def claim(folder: Path, identity: dict[str, object]) -> None:
+    """Make the folder this training's own.
+
+    Raises:
+        ValueError: it holds another; the message names every key that differs.
+    """
+    path = folder / FILE
+    if path.exists():
+        theirs = json.loads(path.read_text())
+        differing = [key for key in {**identity, **theirs} if identity.get(key) != theirs.get(key)]
+        if differing:
+            changes = "; ".join(f"{key}: {theirs.get(key)!r} there, {identity.get(key)!r} now" for key in differing)
+            raise ValueError(
+                f"{folder} holds another training ({changes}); choose another output_dir or remove that one"
+            )
+        return
+    with whole_file(path) as draft:
+        draft.write_text(json.dumps(identity, indent=2) + "\n")
+
+
+def digest_of_windows(windows: Windows) -> str:
+    """A digest of the bars in any of the windows, and of the windows' instruments and dates."""
+    edges = np.zeros(len(windows.bars) + 1, np.int64)
+    np.add.at(edges, windows.ends - windows.lookback + 1, 1)
+    np.add.at(edges, windows.ends + windows.future + 1, -1)
+    used = edges[:-1].cumsum() > 0
+    digest = hashlib.blake2b(windows.keys.tobytes(), digest_size=16)
+    for rows in (windows.bars.values[used], windows.bars.stamp[used]):
+        digest.update(rows.tobytes())
+    return digest.hexdigest()
+
+
+def digest_of_weights(network: HubModule) -> str:
+    """A digest of all tensors of a network and their names."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,112 @@
+"""Starting the processes of a training on this machine, and what comes of them."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from kronos_qlib.train.job import Job
+from kronos_qlib.train.stopping import TrainingStopped
+from kronos_qlib.train.worker import FAILURE, FINAL
+
+logger = logging.getLogger("qlib.KronosTrainer")
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # torch's launcher takes these for itself
+
+
+def process_count(processes: int | str, device: torch.device) -> int:
+    """How many processes a training takes: `auto` is one per GPU, and one on a CPU or on a GPU named by its number.
+
+    Raises:
+        ValueError: more than there are GPUs, or several on a device that only one can use.
+    """
+    numbered = device.type == "cuda" and device.index is not None
+    gpus = torch.cuda.device_count() if device.type == "cuda" and not numbered else 1
+    if processes == "auto":
+        return gpus
+    if processes > 1 and device.type == "cuda" and processes > gpus:
+        raise ValueError(f"finetune.processes: {processes} is more than the {gpus} GPU(s) of device {device}")
+    if processes > 1 and device.type not in ("cpu", "cuda"):
+        raise ValueError(f"finetune.processes: several processes need device cpu or cuda, not {device}")
+    return processes
+
+
+def launch(job: Job, processes: int) -> None:
+    """Run a job in several processes of this machine and wait for them; the job's networks end with the best weights.
+
+    A process that dies is started again with all others, from the last checkpoint, `max_restarts` times. Ctrl-C and
+    SIGTERM reach the processes, which save a checkpoint and end.
+
+    Raises:
+        what `Job.run` raises; RuntimeError: the processes died too often.
+    """
+    folder = job.folder / "job"
+    shutil.rmtree(folder, ignore_errors=True)
+    job.save(folder)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=f"kronos-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=job.settings.max_restarts,
+    )
+    logger.info(f"starting {processes} processes; they are started again up to {config.max_restarts} times if one dies")
+    with _handlers_kept():
+        try:
+            elastic_launch(config, sys.executable)("-m", "kronos_qlib.train.worker", str(folder))
+        except SignalException as stopped:
+            raise TrainingStopped(
+                f"stopped by {stopped.sigval.name}; a checkpoint is in {job.folder}, run the same again to go on",
+                stopped.sigval,
+            ) from None
+        except ChildFailedError as error:
+            _raise_failure(folder)
+            raise RuntimeError(
+                f"the training processes died {config.max_restarts + 1} times ({_causes(error)}); the last checkpoint "
+                f"is kept in {job.folder}, and what they said stands above"
+            ) from None
+    _raise_failure(folder)
+    for stage in job.stages():
+        stage.network.load_weights(job.folder / stage.name / "best" / "model.safetensors")
+    shutil.rmtree(folder)
+
+
+def _raise_failure(folder: Path) -> None:
+    """Raise here what a process could not go on for and no restart would mend."""
+    path = folder / FAILURE
+    if path.exists():
+        said = json.loads(path.read_text())
+        raise {kind.__name__: kind for kind in FINAL}[said["kind"]](said["message"])
+
+
+def _causes(error: ChildFailedError) -> str:
+    return ", ".join(
+        f"process {rank}: {failure.signal_name() if failure.exitcode < 0 else f'exit code {failure.exitcode}'}"
+        for rank, failure in error.failures.items()
+    )
+
+
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)

@@ -1,0 +1,71 @@
+"""How much memory a training needs, measured on a window or two instead of guessed from formulas."""
+
+import os
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kronos_qlib.data.windows import Windows
+from kronos_qlib.nn.device import cores
+from kronos_qlib.train.compute import Compute
+from kronos_qlib.train.feed import gather
+from kronos_qlib.train.stages import Stage
+
+ALLOWED = 0.5  # of a device's memory, by activations: the rest is for weights, other programs and what was not foreseen
+PASSING = 1.5  # what backward holds for a moment, relative to what forward leaves behind
+PARTS = 4, 16  # of a batch on a CPU, at least and at most: a part's result must not hang on who takes it
+
+
+def part_size(stage: Stage, windows: Windows, compute: Compute) -> int:
+    """How many windows to take through the network at a time.
+
+    On a CPU a batch has a part for every core of the machine, whatever the number of processes that divide them, and
+    on a GPU one for every process; more if an estimate finds no room for so large ones.
+    """
+    if compute.device.type == "cpu":
+        at_once, parts = cores(), max(PARTS[0], min(cores(), PARTS[1]))
+    else:
+        at_once, parts = 1, 1
+    wanted = -(-stage.settings.batch_size // max(parts, compute.group.size))
+    room = total_memory(compute.device) * ALLOWED / at_once
+    return max(1, min(wanted, int(room / bytes_per_window(stage, windows, compute))))
+
+
+def bytes_per_window(stage: Stage, windows: Windows, compute: Compute) -> int:
+    """What one window more in a pass of a stage takes: the tensors that its forward pass keeps for the backward."""
+    one, two = (_kept(stage, windows, count, compute) for count in (1, 2))
+    return int((two - one) * PASSING)
+
+
+def bytes_of_state(stage: Stage, compute: Compute) -> int:
+    """What weights, gradients and AdamW's two moments take, and the sum of gradients over parts and processes."""
+    values = 4 + (2 if compute.device.type == "cpu" else 1)
+    return stage.network.n_parameters * 4 * values
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory of a GPU, or of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _kept(stage: Stage, windows: Windows, count: int, compute: Compute) -> int:
+    own = {parameter.untyped_storage().data_ptr() for parameter in stage.network.parameters()}
+    kept: dict[int, tuple[int, Tensor]] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes(), tensor  # held, so that no other takes its place
+        return tensor
+
+    rows = np.zeros(count, int)
+    chance = np.full((count, windows.lookback + windows.future - 1), 0.5, np.float32)
+    examples = gather(windows, rows, chance=chance).to(compute.device)
+    with torch.random.fork_rng(devices=[compute.device] if compute.device.type == "cuda" else []):
+        stage.network.train()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), compute.autocast:
+            stage.loss(examples)
+    return sum(size for size, _ in kept.values())

@@ -1,0 +1,59 @@
+"""One process of a training, as the launcher starts it: `python -m kronos_qlib.train.worker FOLDER`."""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+from kronos_qlib.files import whole_file
+from kronos_qlib.nn.checkpoint import CheckpointError
+from kronos_qlib.train.group import joined, own_device
+from kronos_qlib.train.job import Job
+from kronos_qlib.train.stopping import TrainingStopped
+
+FAILURE = "failure.json"
+# What running again would not mend. A process that meets one ends in peace, or the launcher would try again.
+FINAL = (CheckpointError, ValueError, FloatingPointError, FileNotFoundError, TimeoutError, OSError)
+
+
+def main(folder: Path) -> int:
+    """Take part in the job in `folder`: the exit status, 0 also where `folder`/failure.json says why it failed."""
+    launcher = os.getppid()
+    log_as_qlib_does()
+    (folder / FAILURE).unlink(missing_ok=True)  # of a life before the launcher's restart
+    try:
+        job = Job.load(folder)
+        job.device = own_device(job.device)
+        with joined() as group:
+            job.run(group, launcher)
+    except TrainingStopped as stopped:
+        return 128 + stopped.signal
+    except FINAL as error:
+        tell(folder, error)
+    return 0
+
+
+def tell(folder: Path, error: Exception) -> None:
+    """Leave word of an error for the launcher."""
+    kind = next(kind for kind in FINAL if isinstance(error, kind))
+    message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    with whole_file(folder / FAILURE) as draft:
+        draft.write_text(json.dumps({"kind": kind.__name__, "message": message}) + "\n")
+
+
+def log_as_qlib_does() -> None:
+    """Show this room's messages in the form of Qlib's own, which is not imported here: it takes memory and time."""
+    handler = logging.StreamHandler()
+    form = (
+        "[%(process)s:%(threadName)s](%(asctime)s) %(levelname)s - %(name)s - [%(filename)s:%(lineno)d] - %(message)s"
+    )
+    handler.setFormatter(logging.Formatter(form))
+    log = logging.getLogger("qlib")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
