@@ -1,6 +1,7 @@
 """The command `kronos-qlib`: what stands before and after Qlib's own `qrun workflows/X.yaml`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -30,6 +31,26 @@ _DEMO_DATA_EXAMPLES = """\
       kronos-qlib demo-data runs/demo/market                 60 instruments, 900 days, in about a second
       kronos-qlib demo-data /tmp/noise --signal 0 --seed 3   nothing to find: a model that finds something cheats
       kronos-qlib demo-data /tmp/large --instruments 300 --days 2000
+"""
+
+_FINETUNE = """\
+    Run the two stages of fine-tuning of a workflow file, and nothing else of it: the tokenizer learns to reconstruct
+    bars, then the model to continue their codes. The weights are left in output_dir/tokenizer/best and
+    output_dir/predictor/best, in hub format; a workflow with `finetune: null` and these folders as its `tokenizer` and
+    `model` uses them. Started again, a training that was stopped or killed goes on from its last checkpoint.
+
+    finetune.processes says how many processes of this machine train together. For several machines, start the same
+    command on each with torchrun; output_dir must lie on a file system that they share. Metrics and figures go to the
+    recorder, experiment NAME_finetune.
+"""
+
+_FINETUNE_EXAMPLES = """\
+    examples:
+      kronos-qlib finetune workflows/kronos_csi300_nano.yaml --dry-run    sizes, steps, memory; trains nothing
+      kronos-qlib finetune workflows/kronos_csi300_nano.yaml
+      torchrun --nproc-per-node 8 -m kronos_qlib.train workflows/kronos_csi300.yaml
+      torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint first-machine:29400 \\
+          -m kronos_qlib.train workflows/kronos_csi300.yaml               the same line on both machines
 """
 
 _COMPARE = """\
@@ -76,6 +97,39 @@ def _demo_data(options: argparse.Namespace) -> int:
     return 0
 
 
+def _finetune(options: argparse.Namespace) -> int:
+    from kronos_qlib.train.group import launched
+
+    if launched() and options.dry_run:
+        return _fail("finetune", ValueError("--dry-run needs no torchrun; run it alone"))
+    if launched() and os.environ["RANK"] != "0":
+        from kronos_qlib.train.worker import together
+
+        return together()[0]  # what is to be said, the first process says
+
+    from kronos_qlib.train.worker import together
+    from kronos_qlib.workflow.finetuning import Finetuning
+
+    try:
+        if launched():
+            ours: list[Finetuning] = []
+
+            def prepare() -> Path:
+                ours.append(Finetuning(options.workflow))
+                return ours[0].prepare()
+
+            status, said = together(prepare, lambda: ours[0].conclude())
+            return _fail("finetune", ValueError(said), status) if status else 0
+        finetuning = Finetuning(options.workflow)
+        if options.dry_run:
+            print(finetuning.foretell())
+        else:
+            finetuning.run()
+    except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
+        return _fail("finetune", error)
+    return 0
+
+
 def _compare(options: argparse.Namespace) -> int:
     from kronos_qlib.analysis.comparison import terminal_text, write_csv
     from kronos_qlib.analysis.figures import plot_excess_return
@@ -93,21 +147,22 @@ def _compare(options: argparse.Namespace) -> int:
     return 0
 
 
-def _fail(command: str, error: Exception) -> int:
+def _fail(command: str, error: Exception, status: int = 2) -> int:
     print(f"kronos-qlib {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kronos-qlib",
-        description="Kronos, the foundation model for K-lines, in Qlib: data to try it on, and runs side by side.",
+        description="Kronos, the foundation model for K-lines, in Qlib: what stands before and after a `qrun`.",
         epilog=dedent(_EPILOG),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo_data(commands)
+    _add_finetune(commands)
     _add_compare(commands)
     return parser
 
@@ -137,6 +192,23 @@ def _add_demo_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser
     )
     command.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random numbers (default: 0)")
     command.set_defaults(run=_demo_data)
+
+
+def _add_finetune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser(
+        "finetune",
+        help="run a workflow's fine-tuning alone, or foretell it",
+        description=dedent(_FINETUNE),
+        epilog=dedent(_FINETUNE_EXAMPLES),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("workflow", metavar="WORKFLOW.yaml", type=Path, help="a file for qrun with a KronosModel")
+    command.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="load the data, print sizes, windows, steps, memory and the first batch; train nothing, write nothing",
+    )
+    command.set_defaults(run=_finetune)
 
 
 def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -44,18 +44,22 @@ def claim(folder: Path, identity: dict[str, object]) -> None:
     Raises:
         ValueError: it holds another; the message names every key that differs.
     """
+    found = differences(folder, identity)
+    if found:
+        raise ValueError(f"{folder} holds another training ({found}); choose another output_dir or remove that one")
+    if found is None:
+        with whole_file(folder / FILE) as draft:
+            draft.write_text(json.dumps(identity, indent=2) + "\n")
+
+
+def differences(folder: Path, identity: dict[str, object]) -> str | None:
+    """In what a folder's training differs, in words: "" in nothing, None if there is no training."""
     path = folder / FILE
-    if path.exists():
-        theirs = json.loads(path.read_text())
-        differing = [key for key in {**identity, **theirs} if identity.get(key) != theirs.get(key)]
-        if differing:
-            changes = "; ".join(f"{key}: {theirs.get(key)!r} there, {identity.get(key)!r} now" for key in differing)
-            raise ValueError(
-                f"{folder} holds another training ({changes}); choose another output_dir or remove that one"
-            )
-        return
-    with whole_file(path) as draft:
-        draft.write_text(json.dumps(identity, indent=2) + "\n")
+    if not path.exists():
+        return None
+    theirs = json.loads(path.read_text())
+    differing = [key for key in {**identity, **theirs} if identity.get(key) != theirs.get(key)]
+    return "; ".join(f"{key}: {theirs.get(key)!r} there, {identity.get(key)!r} now" for key in differing)
 
 
 def digest_of_windows(windows: Windows) -> str:

@@ -17,6 +17,7 @@ from kronos_qlib.data.arrays import map_windows, save_windows
 from kronos_qlib.data.windows import Windows
 from kronos_qlib.files import whole_file
 from kronos_qlib.nn import Kronos, KronosTokenizer
+from kronos_qlib.nn.checkpoint import WEIGHTS_FILE
 from kronos_qlib.train.checkpoints import no_space_is_told
 from kronos_qlib.train.group import ALONE, Group
 from kronos_qlib.train.loop import RESULT, Log, train_stage
@@ -82,6 +83,11 @@ class Job:
                     launcher=launcher,
                     log=log or recorder_log(self.recorder if group.first else None),
                 )
+
+    def load_best(self) -> None:
+        """Give the networks the best weights of a training that other processes have done."""
+        for stage in self.stages():
+            stage.network.load_weights(self.folder / stage.name / "best" / WEIGHTS_FILE)
 
     def results(self) -> dict[str, dict[str, float]]:
         """The validation figures of the best weights of every stage that was trained, by the stage's name."""

@@ -79,8 +79,7 @@ def launch(job: Job, processes: int) -> None:
                 f"is kept in {job.folder}, and what they said stands above"
             ) from None
     _raise_failure(folder)
-    for stage in job.stages():
-        stage.network.load_weights(job.folder / stage.name / "best" / "model.safetensors")
+    job.load_best()
     shutil.rmtree(folder)
 
 

@@ -276,7 +276,7 @@ def _learning_in_part(network: HubModule, settings: StageSettings, seed: int) ->
     try:
         freeze_blocks(network, settings.freeze_blocks)
         if settings.lora is not None:
-            torch.manualseed_of(seed)
+            torch.manual_seed(seed)
             add_lora(network, settings.lora)
         yield
     finally:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from kronos_qlib.files import whole_file
@@ -32,6 +33,33 @@ def main(folder: Path) -> int:
     except FINAL as error:
         tell(folder, error)
     return 0
+
+
+def together(prepare: Callable[[], Path] | None = None, conclude: Callable[[], None] = lambda: None) -> tuple[int, str]:
+    """Take part in a training whose processes somebody else has started, on one machine or several.
+
+    Args:
+        prepare: makes the job in a folder that all machines share, in the first process; the others wait for it.
+        conclude: what the first process does when all is trained.
+
+    Returns:
+        The exit status (0, 2 for an error that a restart would not mend, 128 + signal) and what is to be said.
+    """
+    launcher = os.getppid()
+    if prepare is None:
+        log_as_qlib_does()
+    try:
+        with joined() as group:
+            job = Job.load(group.once(prepare))
+            job.device = own_device(job.device)
+            job.run(group, launcher)
+            if group.first:
+                conclude()
+    except TrainingStopped as stopped:
+        return 128 + stopped.signal, str(stopped)
+    except FINAL as error:
+        return 2, str(error)
+    return 0, ""
 
 
 def tell(folder: Path, error: Exception) -> None:

@@ -139,8 +139,11 @@ class KronosModel(ModelFT):
         job.folder = Path(output_dir) if output_dir else Path(self.settings.finetune.output_dir) / "finetune"
         self._train(job, dataset)
 
-    def job(self, dataset: KLineDataset, reweighter: Reweighter | None = None) -> Job:
+    def job(self, dataset: KLineDataset, reweighter: Reweighter | None = None, scratch: Path | None = None) -> Job:
         """What `fit` would train: networks, windows and settings, ready to run.
+
+        Args:
+            scratch: where windows of other stores are left; by default in output_dir.
 
         Raises:
             ValueError: finetune is null, or a segment has no window.
@@ -155,7 +158,7 @@ class KronosModel(ModelFT):
             test = dataset.score_windows("test")
             _warn_of_seen_dates(test, train=own, valid=valid)
             self._warn_of_overlap(test)
-        train = training_set(own, dataset, settings.extra_data, folder / "extra_data")
+        train = training_set(own, dataset, settings.extra_data, (scratch or folder) / "extra_data")
         device = resolve_device(self.settings.device)
         return Job(
             tokenizer=self.tokenizer,

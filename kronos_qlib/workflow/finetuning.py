@@ -1,0 +1,187 @@
+"""A workflow's two stages of fine-tuning without its forecasts: what `kronos-qlib finetune` runs and foretells."""
+
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from textwrap import indent
+from typing import Any
+
+import numpy as np
+import qlib
+import torch
+from qlib.cli.run import render_template, sys_config
+from qlib.config import C
+from qlib.utils import init_instance_by_config
+from qlib.utils.data import update_config
+from qlib.workflow import R
+from ruamel.yaml import YAML, YAMLError
+
+from kronos_qlib.data.dataset import KLineDataset
+from kronos_qlib.train.compute import Compute
+from kronos_qlib.train.feed import Feed
+from kronos_qlib.train.identity import differences, identity_of
+from kronos_qlib.train.job import Job
+from kronos_qlib.train.launch import process_count
+from kronos_qlib.train.memory import bytes_of_state, bytes_per_window, part_size
+from kronos_qlib.train.plan import Plan
+from kronos_qlib.train.stages import Stage
+from kronos_qlib.workflow.model import KronosModel
+from kronos_qlib.workflow.provenance import record_run
+
+MIB = 2**20
+
+
+class Finetuning:
+    """The fine-tuning of a workflow file, with Qlib initialised and the data loaded.
+
+    Raises:
+        ValueError, FileNotFoundError: one line, for a file that is no workflow with a KronosModel to fine-tune, and
+            for whatever the model, the handler and the dataset refuse.
+    """
+
+    def __init__(self, workflow: Path) -> None:
+        config = read_workflow(workflow)
+        self.name = config.get("experiment_name", workflow.stem)
+        qlib.init(**config["qlib_init"])
+        self.model = init_instance_by_config(config["task"]["model"], accept_types=KronosModel)
+        if not isinstance(self.model, KronosModel):
+            raise ValueError(f"{workflow}: task.model is a {type(self.model).__name__}, not a KronosModel")
+        if self.model.settings.finetune is None:
+            raise ValueError(f"{workflow}: finetune is null: there is nothing to train")
+        self.dataset: KLineDataset = init_instance_by_config(config["task"]["dataset"])
+        self._recording = ExitStack()
+        self._job: Job | None = None
+
+    @property
+    def experiment(self) -> str:
+        """The recorder's experiment: not the workflow's own, whose newest run should have scores."""
+        return f"{self.name}_finetune"
+
+    def run(self) -> None:
+        """Train as `qrun` would."""
+        with R.start(experiment_name=self.experiment):
+            self.model.fit(self.dataset)
+
+    def prepare(self) -> Path:
+        """Write the job for processes that a launcher has started: its folder."""
+        self._recording.enter_context(R.start(experiment_name=self.experiment))
+        record_run(self.model.settings, self.dataset)
+        self._job = self.model.job(self.dataset)
+        folder = self._job.folder.resolve() / "job"
+        self._job.save(folder)
+        return folder
+
+    def conclude(self) -> None:
+        """Record what came of the job."""
+        self._job.load_best()
+        self.model.conclude(self._job)
+        self._recording.close()
+
+    def foretell(self) -> str:
+        """What `run` would do, in words; nothing is trained and nothing is written."""
+        with tempfile.TemporaryDirectory() as scratch:
+            job = self.model.job(self.dataset, scratch=Path(scratch))
+            return "\n".join(self._told(job))
+
+    def _told(self, job: Job) -> list[str]:
+        handler, processes = self.dataset.handler, process_count(job.settings.processes, job.device)
+        threads = f", {torch.get_num_threads()} threads in all" if job.device.type == "cpu" else ""
+        bars, score = job.train.bars, self.dataset
+        test = f"   test {len(score.score_windows('test')):,}" if "test" in score.segments else ""
+        lines = [f"{self.name}: dry run, nothing is trained and nothing is written", ""]
+        for name, network in (("tokenizer", job.tokenizer), ("model", job.model)):
+            lines.append(_line(name, f"{network.n_parameters:,} parameters, {network.source or 'new'}"))
+        lines += [
+            _line("data", f"{C.dpm.get_data_uri(handler.freq)}, universe {handler.instruments}"),
+            _line("", f"{len(bars):,} bars of {len(bars.instruments):,} instruments, to {handler.dates[-1].date()}"),
+            _line(
+                "windows",
+                f"train {len(job.train):,}   valid {len(job.valid):,}{test}   of {job.train.lookback} + "
+                f"{job.train.future} bars",
+            ),
+            _line(
+                "runs on",
+                f"{job.device}, {str(job.dtype).removeprefix('torch.')}, {processes} process"
+                f"{'es' if processes > 1 else ''}{threads}",
+            ),
+        ]
+        at_once = torch.get_num_threads() if job.device.type == "cpu" else 1
+        with Compute.on(job.device, job.dtype) as compute:
+            for number, stage in enumerate(job.stages()):
+                lines += ["", *_stage(stage, job, compute, at_once, first=number == 0)]
+        return lines
+
+
+def _stage(stage: Stage, job: Job, compute: Compute, parts_at_once: int, first: bool) -> list[str]:
+    plan = Plan.of(stage.settings, len(job.train), job.seed, job.weights)
+    size = job.settings.micro_batch_size
+    size = part_size(stage, job.train, compute) if size == "auto" else min(size, plan.batch_size)
+    state, window = bytes_of_state(stage, compute), bytes_per_window(stage, job.train, compute)
+    at_once = min(plan.batch_size, size * parts_at_once)
+    _, parts = next(Feed(job.train, plan, plan.batch_size, compute).after(0))
+    shapes = ", ".join(
+        f"{name} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+        for name, tensor in vars(parts[0].examples).items()
+        if tensor is not None and name != "chance"
+    )
+    rows = next(plan.after(0)).rows[:2]
+    names = [f"{i} {np.datetime_as_string(d, 'D')}" for i, d in zip(job.train.instruments[rows], job.train.dates[rows])]
+    weights = stage.network.n_parameters * 4
+    lines = [
+        _line(
+            stage.name,
+            f"{plan.windows(plan.steps):,} windows in {plan.steps:,} steps of {plan.batch_size}: {plan.epochs} epoch"
+            f"{'s' if plan.epochs > 1 else ''} of {plan.epoch_steps:,} steps; judged on "
+            f"{min(stage.settings.valid_windows, len(job.valid)):,} windows",
+        ),
+        _line(
+            "",
+            f"memory about {(state + at_once * window) / MIB:,.0f} MiB beside torch and the data: {state / MIB:,.0f} "
+            f"for weights, gradients and moments, {window / MIB:,.1f} for each of {at_once} windows at a time",
+        ),
+        _line("", f"disk up to {(weights + 3 * 3 * weights) / MIB:,.0f} MiB for best/ and checkpoints/"),
+        _line("", f"first batch: {shapes}; {', '.join(names)}, …"),
+    ]
+    folder = job.folder / stage.name
+    if first:
+        lines.append(_line("", _state(stage, job, folder)))
+    return lines
+
+
+def _state(stage: Stage, job: Job, folder: Path) -> str:
+    """Whether a training in the folder would be gone on with."""
+    found = differences(folder, identity_of(stage, job.train, job.valid, job.seed, job.dtype, job.weights))
+    if found is None:
+        return f"{folder} holds no training yet"
+    return f"REFUSED: {folder} holds another training ({found})" if found else f"goes on with the training in {folder}"
+
+
+def _line(title: str, text: str) -> str:
+    return f"{title:<11}" + indent(text, "")
+
+
+def read_workflow(path: Path) -> dict[str, Any]:
+    """A workflow file as `qrun` reads it: templates filled from the environment, laid over its BASE_CONFIG_PATH.
+
+    Raises:
+        FileNotFoundError: there is no such file, or not the base that it names. ValueError: it is no workflow.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such workflow file")
+    yaml = YAML(typ="safe", pure=True)
+    try:
+        config = yaml.load(render_template(str(path)))
+        base = config.get("BASE_CONFIG_PATH") if isinstance(config, dict) else None
+        if base is not None:
+            places = [Path(base), path.absolute().parent / base]
+            found = next((place for place in places if place.is_file()), None)
+            if found is None:
+                raise FileNotFoundError(f"{path}: BASE_CONFIG_PATH {base} is neither here nor beside the workflow")
+            config = update_config(yaml.load(found.read_text()), config)
+    except YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML ({error})") from error
+    task = config.get("task") if isinstance(config, dict) else None
+    if not isinstance(task, dict) or not {"model", "dataset"} <= task.keys() or "qlib_init" not in config:
+        raise ValueError(f"{path}: no workflow: it needs qlib_init, task.model and task.dataset")
+    sys_config(config, str(path))
+    return config
