@@ -37,8 +37,16 @@ class Dropout(nn.Dropout):
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """Zero each element of x with probability p and scale the others by 1 / (1 − p)."""
+    """Zero each element of x with probability p and scale the others by 1 / (1 − p).
+
+    From a generator of one's own p is taken to the next 1/65536: four elements share the 64 bits of one draw, which is
+    three times as fast as a draw for each.
+    """
     generator = own_generator()
     if not p or generator is None:
         return F.dropout(x, p)
-    return x * torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+    bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()].view(x.shape)
+    dropped = round(p * 2**16)
+    keep = bits >= dropped - 2**15
+    return x * keep.to(x.dtype).mul_(2**16 / (2**16 - dropped))

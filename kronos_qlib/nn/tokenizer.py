@@ -72,8 +72,8 @@ class KronosTokenizer(HubModule):
     ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, Tensor]:
         """The second half of `forward`; where the latent is part of a batch, `mean_code` says what all of it needs."""
         quantized, bsq_loss = self.tokenizer(latent, mean_code)
-        recon_s1 = self._decode(self.post_quant_embed_pre(quantized[..., : self.s1_bits]))
-        recon = self._decode(self.post_quant_embed(quantized))
+        coarse, full = self.post_quant_embed_pre(quantized[..., : self.s1_bits]), self.post_quant_embed(quantized)
+        recon_s1, recon = self._decode(torch.cat([coarse, full])).chunk(2)  # one pass with twice the rows is faster
         return (recon_s1, recon), bsq_loss, quantized, signs_to_ids(quantized)
 
     def mean_code(self, latent: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kronos_qlib.train.group import ALONE, Group
+from kronos_qlib.train.heap import memory_kept
 
 Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 """As `map`: a function of each of some pieces of work, the results in the order of the pieces."""
@@ -48,10 +49,11 @@ class Compute:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            if threads == 1:
-                yield cls(device, dtype, group)
-            else:
-                with ThreadPoolExecutor(threads, "core", initializer=lambda: torch.set_num_threads(1)) as pool:
-                    yield cls(device, dtype, group, pool.map)
+            with memory_kept():
+                if threads == 1:
+                    yield cls(device, dtype, group)
+                else:
+                    with ThreadPoolExecutor(threads, "core", initializer=lambda: torch.set_num_threads(1)) as pool:
+                        yield cls(device, dtype, group, pool.map)
         finally:
             torch.set_num_threads(threads)

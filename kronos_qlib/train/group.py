@@ -74,7 +74,12 @@ def launched() -> bool:
 @contextmanager
 def joined() -> Iterator[Group]:
     """Join the group that the launcher's environment names: NCCL between GPUs, gloo between CPUs."""
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # The launcher keeps one store for all its restarts: the dead must not be found there under the old addresses.
+        store = dist.PrefixStore(f"life {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     try:
         yield Group(dist.get_rank(), dist.get_world_size())
     finally:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,21 +65,21 @@ def launch(job: Job, processes: int) -> None:
         max_restarts=job.settings.max_restarts,
     )
     logger.info(f"starting {processes} processes; they are started again up to {config.max_restarts} times if one dies")
-    with _handlers_kept():
+    with _handlers_kept(), tempfile.TemporaryDirectory(prefix="kronos-") as told:  # output_dir's disk may be full
         try:
-            elastic_launch(config, sys.executable)("-m", "kronos_qlib.train.worker", str(folder))
+            elastic_launch(config, sys.executable)("-m", "kronos_qlib.train.worker", str(folder), told)
         except SignalException as stopped:
             raise TrainingStopped(
                 f"stopped by {stopped.sigval.name}; a checkpoint is in {job.folder}, run the same again to go on",
                 stopped.sigval,
             ) from None
         except ChildFailedError as error:
-            _raise_failure(folder)
+            _raise_failure(Path(told))
             raise RuntimeError(
                 f"the training processes died {config.max_restarts + 1} times ({_causes(error)}); the last checkpoint "
                 f"is kept in {job.folder}, and what they said stands above"
             ) from None
-    _raise_failure(folder)
+        _raise_failure(Path(told))
     job.load_best()
     shutil.rmtree(folder)
 

@@ -100,10 +100,16 @@ def train_stage(
             _Run(stage, plan, learner, feed, judged, folder, checkpoint_every, compute, log, stop).all_steps()
         network.load_weights(folder / "best" / WEIGHTS_FILE)
         best = judge(stage, judged, compute)
+        stopped = any(group.gather(bool(stop.asked())))  # after the last step: the stages to come would not know
     if group.first:
         with whole_file(folder / RESULT) as draft:
             draft.write_text(json.dumps(best, indent=2) + "\n")
         logger.info(f"{stage.name}: best weights {', '.join(f'{key} {value:.4f}' for key, value in best.items())}")
+    if stopped:
+        raise TrainingStopped(
+            f"{stage.name}: stopped after its last step, with all saved in {folder}; run the same again to go on",
+            stop.signal or signal.SIGTERM,
+        )
     return best
 
 

@@ -31,7 +31,7 @@ def _extra_data(value: Any) -> list[Any]:
     return [
         part
         if isinstance(part, ExtraData)
-        else read_settings(ExtraData, f"extra_data[{index}]", dict(part) if isinstance(part, dict) else {"": part})
+        else read_settings(ExtraData, f"entry {index}", dict(part) if isinstance(part, dict) else {"": part})
         for index, part in enumerate(value)
     ]
 

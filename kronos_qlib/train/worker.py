@@ -1,4 +1,4 @@
-"""One process of a training, as the launcher starts it: `python -m kronos_qlib.train.worker FOLDER`."""
+"""One process of a training, as the launcher starts it: `python -m kronos_qlib.train.worker FOLDER TOLD`."""
 
 import json
 import logging
@@ -18,11 +18,11 @@ FAILURE = "failure.json"
 FINAL = (CheckpointError, ValueError, FloatingPointError, FileNotFoundError, TimeoutError, OSError)
 
 
-def main(folder: Path) -> int:
-    """Take part in the job in `folder`: the exit status, 0 also where `folder`/failure.json says why it failed."""
+def main(folder: Path, told: Path) -> int:
+    """Take part in the job in `folder`: the exit status, 0 also where `told`/failure.json says why it failed."""
     launcher = os.getppid()
     log_as_qlib_does()
-    (folder / FAILURE).unlink(missing_ok=True)  # of a life before the launcher's restart
+    (told / FAILURE).unlink(missing_ok=True)  # of a life before the launcher's restart
     try:
         job = Job.load(folder)
         job.device = own_device(job.device)
@@ -31,7 +31,7 @@ def main(folder: Path) -> int:
     except TrainingStopped as stopped:
         return 128 + stopped.signal
     except FINAL as error:
-        tell(folder, error)
+        tell(told, error)
     return 0
 
 
@@ -84,4 +84,4 @@ def log_as_qlib_does() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))

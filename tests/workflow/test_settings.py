@@ -31,7 +31,8 @@ def stage(**changes):
         (
             {"finetune": {"output_dir": "out", "epochs": 3}},
             "finetune.epochs",
-            "output_dir, checkpoint_every, tokenizer, predictor, processes",
+            "output_dir, checkpoint_every, tokenizer, predictor, processes, max_restarts, micro_batch_size, compile, "
+            "half_life_days, extra_data",
         ),
         (stage(lr=1e-3), "finetune.tokenizer.lr", "epochs, windows_per_epoch, batch_size, learning_rate"),
         (
@@ -126,20 +127,48 @@ def test_return_to_risk_needs_a_spread_of_samples():
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("changes", "message"),
     [
+        ({"processes": 0}, "finetune.processes: should be auto or a whole number from 1, not 0"),
+        ({"max_restarts": -1}, "finetune.max_restarts: Input should be greater than or equal to 0, not -1"),
+        ({"micro_batch_size": "all"}, "finetune.micro_batch_size: should be auto or a whole number from 1, not 'all'"),
+        ({"compile": 1}, "finetune.compile: Input should be a valid boolean, not 1"),
+        ({"half_life_days": 0.0}, "finetune.half_life_days: Input should be greater than 0, not 0.0"),
         (
-            {"finetune": {"output_dir": "out", "processes": 2}},
-            "finetune.processes: should be auto or 1: training in several processes is not built yet, not 2",
+            {"half_life_days": 365},
+            "finetune: has half_life_days, which needs tokenizer.windows_per_epoch: an epoch of all windows draws none "
+            "more often than another",
+        ),
+        ({"tokenizer": {"epochs": 1, "patience": 0}}, "finetune.tokenizer.patience: Input should be greater than or"),
+        (
+            {"tokenizer": {"epochs": 1, "freeze_blocks": 9}},
+            "finetune.tokenizer.freeze_blocks: should be at most 1, the blocks of this KronosTokenizer, not 9",
         ),
         (
-            {"forecast": {"cache_dir": "cache"}},
-            "forecast.cache_dir: should be null: resumable forecasts are not built yet, not 'cache'",
+            {"tokenizer": {"epochs": 1, "freeze_blocks": 1, "lora": {}}},
+            "finetune.tokenizer: has both freeze_blocks and lora",
+        ),
+        (
+            {"tokenizer": {"epochs": 1, "lora": {"targets": ["fc1"]}}},
+            "finetune.tokenizer.lora.targets.0: Input should be 'q_proj', 'k_proj'",
+        ),
+        ({"extra_data": {"instruments": "csi500"}}, "finetune.extra_data: should be a list of mappings"),
+        (
+            {"extra_data": [{"universe": "csi500"}]},
+            "finetune.extra_data: entry 0: key 'instruments' is missing; unknown key 'universe'",
         ),
     ],
 )
-def test_what_is_not_built_yet_says_so(settings, message):
-    assert refusal(**settings) == f"KronosModel: {message}"
+def test_an_impossible_way_to_train_is_refused_before_any_work(changes, message):
+    settings = {"finetune": {"output_dir": "out", "tokenizer": {"epochs": 1}} | changes}
+    assert refusal(**settings).startswith(f"KronosModel: {message}")
+
+
+def test_what_is_not_built_yet_says_so():
+    message = refusal(forecast={"cache_dir": "cache"})
+    assert message == (
+        "KronosModel: forecast.cache_dir: should be null: resumable forecasts are not built yet, not 'cache'"
+    )
 
 
 def test_several_mistakes_are_named_together():
@@ -212,13 +241,6 @@ def test_a_hub_out_of_reach(monkeypatch, tmp_path):
 
 
 # What only shows when model and dataset meet
-
-
-def test_a_reweighter_is_refused(store, tmp_path):
-    model = make_model(finetune=finetune(tmp_path / "out"))
-    with pytest.raises(ValueError, match="^KronosModel: a reweighter is not supported$"):
-        model.fit(make_dataset(), reweighter=object())
-    assert not (tmp_path / "out").exists()
 
 
 def test_finetune_without_settings_says_what_is_missing(store):
