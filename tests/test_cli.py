@@ -50,7 +50,9 @@ def test_compare_without_a_database_says_so_and_makes_none(tmp_path: Path, capsy
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("arguments", [[], ["train"], ["demo-data"], ["compare"], ["demo-data", "x", "--days", "many"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["train"], ["demo-data"], ["compare"], ["finetune"], ["demo-data", "x", "--days", "many"]]
+)
 def test_wrong_usage_ends_with_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(arguments)

@@ -189,3 +189,32 @@ def test_metrics_are_logged_as_they_come(tmp_path):
     assert [step for step, _ in logged] == [int(row["step"]) for row in history(tmp_path)]
     names = ("lr", "train_loss", "val_loss", "val_mse_s1", "windows_per_second", "data_wait")
     assert set(logged[-1][1]) == {f"tokenizer.{name}" for name in names}
+
+
+@STAGES
+def test_bfloat16_trains_float32_weights(make, tmp_path):
+    stage = make()
+    best = run(stage, tmp_path, dtype=torch.bfloat16)
+    assert np.isfinite(best["val_loss"])
+    assert best["val_loss"] < judge(make(), VALID, COMPUTE)["val_loss"]
+    assert {tensor.dtype for tensor in stage.network.parameters()} == {torch.float32}
+
+
+@STAGES
+def test_threads_share_a_batch_without_changing_it(make, tmp_path):
+    one, three = make(), make()
+    for stage in (one, three):
+        for part in stage.network.modules():
+            if isinstance(part, torch.nn.Dropout):
+                part.p = 0.2
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        run(one, tmp_path / "one")
+        torch.set_num_threads(3)
+        run(three, tmp_path / "three")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert history(tmp_path / "one") == history(tmp_path / "three")
+    assert_same_weights(weights(one), weights(three))

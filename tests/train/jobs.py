@@ -1,0 +1,131 @@
+"""Jobs so small that they train in a second or two, the processes that do so, and what they leave on disk."""
+
+import os
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from small import CPU, SMALL_MODEL, SMALL_TOKENIZER, TRAIN, VALID
+
+from kronos_qlib import Kronos, KronosTokenizer
+from kronos_qlib.nn import zoo
+from kronos_qlib.train import FinetuneSettings, Job
+
+WINDOWS = TRAIN, replace(VALID, bars=TRAIN.bars)  # of one market, as processes share them
+STAGES = ("tokenizer", "predictor")
+STAGE = {"epochs": 2, "windows_per_epoch": 160, "batch_size": 8, "learning_rate": 5e-3, "valid_windows": 40}
+DROPOUT = {"ffn_dropout_p": 0.1, "attn_dropout_p": 0.1, "resid_dropout_p": 0.1}
+STEPS = 40  # of a stage with these settings: 20 an epoch
+
+
+def job(folder, tokenizer=STAGE, predictor=STAGE, windows=WINDOWS, weights=None, seed=1, **settings):
+    """New networks with dropout, and what to do with them; a stage's mapping is laid over STAGE, None skips it."""
+    torch.manual_seed(0)
+    settings = {
+        "output_dir": str(folder),
+        "checkpoint_every": 5,
+        "tokenizer": tokenizer and STAGE | tokenizer,
+        "predictor": predictor and STAGE | predictor,
+    } | settings
+    return Job(
+        tokenizer=KronosTokenizer(**(zoo.TOKENIZERS["nano"].config | SMALL_TOKENIZER | DROPOUT)),
+        model=Kronos(**(zoo.MODELS["nano"].config | SMALL_MODEL | DROPOUT)),
+        train=windows[0],
+        valid=windows[1],
+        settings=FinetuneSettings(**settings),
+        folder=Path(folder),
+        seed=seed,
+        device=CPU,
+        dtype=torch.float32,
+        weights=weights,
+    )
+
+
+def results(folder):
+    """Every byte of what a training is for: history, best weights and their figures, of both stages."""
+    files = ("history.csv", "best/model.safetensors", "best/config.json", "result.json")
+    paths = [Path(folder) / stage / name for stage in STAGES for name in files]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.exists()}
+
+
+def assert_same_results(folder, other):
+    one, two = results(folder), results(other)
+    assert one and one.keys() == two.keys()
+    for name in one:
+        assert one[name] == two[name], name
+
+
+def checkpoints(folder, stage):
+    """The steps of a stage's checkpoints, oldest first."""
+    return sorted(
+        int(path.name.removeprefix("step-")) for path in (Path(folder) / stage / "checkpoints").glob("step-????????")
+    )
+
+
+def steps_done(folder):
+    """How many steps of both stages together are in a checkpoint."""
+    return sum(max(checkpoints(folder, stage), default=0) for stage in STAGES)
+
+
+def children(pid):
+    """The processes that one has started and that live, by their ids."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(parent) == pid and state != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+def workers(launcher=None):
+    """The training processes of a launcher, by default of this process."""
+    return [pid for pid in children(launcher or os.getpid()) if "kronos_qlib.train.worker" in command(pid)]
+
+
+def command(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def wait_for(condition, seconds=60):
+    """Come back as soon as a condition holds, with its value."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.002)
+    return value
+
+
+@contextmanager
+def meanwhile(act):
+    """Do something in a thread while the block runs; it must have come to its end with the block."""
+    failed = []
+
+    def run():
+        try:
+            act()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    yield
+    thread.join(5)
+    assert not thread.is_alive()
+    if failed:
+        raise failed[0]
+
+
+def environment():
+    """The environment of a Python that finds these modules, and the package as these tests do."""
+    here = Path(__file__).parent
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parents[1]), *sys.path])}

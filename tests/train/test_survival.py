@@ -1,0 +1,266 @@
+"""Killed, stopped or out of space, a training goes on where it was and ends as if nothing had happened."""
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from jobs import (
+    STEPS,
+    assert_same_results,
+    checkpoints,
+    environment,
+    job,
+    meanwhile,
+    results,
+    steps_done,
+    wait_for,
+    workers,
+)
+
+from kronos_qlib.nn import KronosTokenizer
+from kronos_qlib.train import job as jobs_of_training
+from kronos_qlib.train.launch import launch
+from kronos_qlib.train.stopping import TrainingStopped
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+
+
+def started(folder, processes):
+    """A process of its own that trains the job, alone or as the launcher of others."""
+    how = "the_job.run()" if processes == 1 else f"launch(the_job, {processes})"
+    program = (
+        f"from jobs import job; from kronos_qlib.train.launch import launch; the_job = job({str(folder)!r}); {how}"
+    )
+    with (Path(folder) / "said.txt").open("w") as said:
+        return subprocess.Popen([sys.executable, "-c", program], env=environment(), stdout=said, stderr=said)
+
+
+def alive(pids):
+    """Those of some processes that still run."""
+    return [pid for pid in pids if Path(f"/proc/{pid}/stat").exists() and "\nState:\tZ" not in status(pid)]
+
+
+def status(pid):
+    try:
+        return Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return "\nState:\tZ"
+
+
+def test_a_killed_process_is_started_again_and_nothing_is_lost(whole, tmp_path):
+    killed = []
+
+    def kill():
+        wait_for(lambda: steps_done(tmp_path) >= 10)
+        killed.extend(workers())
+        os.kill(killed[-1], signal.SIGKILL)
+
+    trained = job(tmp_path, max_restarts=1)
+    with meanwhile(kill):
+        launch(trained, 2)
+    assert len(killed) == 2
+    assert_same_results(tmp_path, whole)
+
+
+def test_without_restarts_a_killed_process_ends_the_training_and_the_same_again_goes_on(whole, tmp_path):
+    def kill():
+        wait_for(lambda: steps_done(tmp_path) >= STEPS + 10)  # in stage 2
+        os.kill(workers()[0], signal.SIGKILL)
+
+    with (
+        meanwhile(kill),
+        pytest.raises(RuntimeError, match=r"died 1 times \(process 0: SIGKILL.*checkpoint is kept in"),
+    ):
+        launch(job(tmp_path, max_restarts=0), 2)
+    assert not workers()
+    assert STEPS < steps_done(tmp_path) < 2 * STEPS
+    job(tmp_path).run()  # by one process: their number does not matter
+    assert_same_results(tmp_path, whole)
+
+
+def test_the_processes_of_a_killed_launcher_end_and_the_same_again_goes_on(whole, tmp_path):
+    launcher = started(tmp_path, 2)
+    wait_for(lambda: steps_done(tmp_path) >= 15)
+    left = workers(launcher.pid)
+    launcher.kill()
+    launcher.wait()
+    assert len(left) == 2
+    wait_for(lambda: not alive(left))
+    assert steps_done(tmp_path) < 2 * STEPS  # ended before their work was done
+    job(tmp_path).run()
+    assert_same_results(tmp_path, whole)
+
+
+@pytest.mark.parametrize(("seed", "processes"), [(1, 1), (2, 2), (3, 1)])
+def test_everything_killed_at_any_moment_resumes_bitwise(whole, tmp_path, seed, processes):
+    moment = random.Random(seed).randrange(2 * STEPS - 15)
+    delay = random.Random(seed).uniform(0, 0.05)  # also between two checkpoints, or while one is written
+    first = started(tmp_path, processes)
+    wait_for(lambda: steps_done(tmp_path) >= moment and checkpoints(tmp_path, "tokenizer"))
+    time.sleep(delay)
+    for pid in [first.pid, *workers(first.pid)]:
+        os.kill(pid, signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL
+    assert steps_done(tmp_path) < 2 * STEPS
+    wait_for(lambda: not workers(first.pid))
+    job(tmp_path).run()
+    assert_same_results(tmp_path, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_after_the_step_at_hand_which_is_saved(whole, tmp_path, number):
+    def stop(metrics, step):
+        if "predictor.lr" in metrics:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(TrainingStopped, match="predictor: stopped after step 21 of 40.*run the same again") as stopped:
+        job(tmp_path, checkpoint_every=1000).run(log=stop)
+    assert stopped.value.signal == number
+    assert checkpoints(tmp_path, "predictor") == [20, 21]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    job(tmp_path).run()
+    assert_same_results(tmp_path, whole)
+
+
+def test_a_signal_at_the_end_of_a_stage_is_not_lost(whole, tmp_path):
+    def stop(metrics, step):
+        if step == STEPS:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(TrainingStopped):
+        job(tmp_path).run(log=stop)
+    assert not (tmp_path / "predictor").exists()
+    job(tmp_path).run()
+    assert_same_results(tmp_path, whole)
+
+
+def test_a_signal_while_the_best_weights_are_judged_is_not_lost(whole, tmp_path, monkeypatch):
+    stopped_in = job(tmp_path)
+    load, calls = stopped_in.tokenizer.load_weights, []
+
+    def load_weights(path):
+        calls.append(path)
+        os.kill(os.getpid(), signal.SIGTERM)
+        load(path)
+
+    stopped_in.tokenizer.load_weights = load_weights
+    with pytest.raises(TrainingStopped):
+        stopped_in.run()
+    assert calls and not (tmp_path / "predictor").exists()
+    job(tmp_path).run()
+    assert_same_results(tmp_path, whole)
+
+
+def test_a_signal_to_the_launcher_stops_its_processes_after_a_step_which_is_saved(whole, tmp_path):
+    def stop():
+        wait_for(lambda: steps_done(tmp_path) >= 10)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    with meanwhile(stop), pytest.raises(TrainingStopped, match="stopped by SIGINT.*run the same again") as stopped:
+        launch(job(tmp_path, checkpoint_every=10), 2)
+    assert stopped.value.signal == signal.SIGINT
+    assert not workers()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] == handlers
+    assert steps_done(tmp_path) < 2 * STEPS
+    assert not list(tmp_path.glob("*/checkpoints/*.tmp"))
+    job(tmp_path).run()
+    assert_same_results(tmp_path, whole)
+
+
+@contextmanager
+def largest_file(size):
+    """A limit on the size of files of this process, as of a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_no_space_for_a_checkpoint_leaves_the_one_before_and_says_so(whole, tmp_path):
+    limited = job(tmp_path)
+    size = sum(tensor.nbytes for tensor in limited.tokenizer.state_dict().values())
+    limits = []
+
+    def limit(metrics, step):
+        if step == 20:
+            limits.append(largest_file(size))  # the weights alone fit no more, with their header
+            limits[0].__enter__()
+
+    try:
+        with pytest.raises(
+            OSError, match="the last whole checkpoint is step-00000015. Free some space and run the same"
+        ):
+            limited.run(log=limit)
+    finally:
+        limits[0].__exit__(None, None, None)
+    assert checkpoints(tmp_path, "tokenizer") == [10, 15]
+    assert not list(tmp_path.glob("tokenizer/checkpoints/*.tmp"))
+    KronosTokenizer.from_pretrained(tmp_path / "tokenizer" / "checkpoints" / "step-00000015")
+    job(tmp_path).run()
+    assert_same_results(tmp_path, whole)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 8 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"no right to mount a disk here: {made.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_is_told_by_the_processes_and_lost_is_nothing(whole, small_disk):
+    def fill():
+        wait_for(lambda: steps_done(small_disk) >= 10)
+        with (small_disk / "filler").open("wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(65536))
+            except OSError:
+                pass
+            try:
+                while True:
+                    file.write(bytes(512))
+            except OSError:
+                pass
+
+    with (
+        meanwhile(fill),
+        pytest.raises(OSError, match="No space left on device.*last whole checkpoint is.*run the same"),
+    ):
+        launch(job(small_disk, max_restarts=0), 2)
+    newest = checkpoints(small_disk, "tokenizer")[-1]
+    KronosTokenizer.from_pretrained(small_disk / "tokenizer" / "checkpoints" / f"step-{newest:08d}")
+    (small_disk / "filler").unlink()
+    job(small_disk).run()
+    assert_same_results(small_disk, whole)
+
+
+def test_a_second_training_in_the_folder_is_turned_away(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs_of_training, "LOCK_SECONDS", 0.1)
+    short = {"epochs": 1, "windows_per_epoch": 8}
+    refused = []
+
+    def second(metrics, step):
+        with pytest.raises(TimeoutError, match="another training is at work in .*choose another output_dir"):
+            job(tmp_path, short, None).run()
+        refused.append(step)
+
+    job(tmp_path, short, None).run(log=second)
+    assert refused
+    assert results(tmp_path)
