@@ -119,13 +119,15 @@ def _finetune(options: argparse.Namespace) -> int:
                 return ours[0].prepare()
 
             status, said = together(prepare, lambda: ours[0].conclude())
+            if status and ours:
+                ours[0].give_up()
             return _fail("finetune", ValueError(said), status) if status else 0
         finetuning = Finetuning(options.workflow)
         if options.dry_run:
             print(finetuning.foretell())
         else:
             finetuning.run()
-    except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
+    except (ValueError, FloatingPointError, ImportError, OSError, RuntimeError) as error:
         return _fail("finetune", error)
     return 0
 

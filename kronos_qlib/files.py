@@ -1,9 +1,12 @@
 """Files that appear whole or not at all."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
 
 
 @contextmanager
@@ -19,6 +22,26 @@ def whole_file(path: Path) -> Iterator[Path]:
         mode = draft.stat().st_mode  # the user's own; some writers make files that only they can read
         yield draft
         draft.chmod(mode)
+        _to_disk(draft)
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write an array as a whole .npy file. A full disk is an OSError with its number, which numpy's own save loses."""
+    array = np.ascontiguousarray(array)
+    with whole_file(path) as draft, draft.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.reshape(-1).view(np.uint8))
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file's content has left the system's memory: a rename may reach the disk before it."""
+    if sys.platform == "win32":  # no flush for a file opened to read
+        return
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kronos_qlib.data.windows import Bars, Windows
-from kronos_qlib.files import whole_file
+from kronos_qlib.files import save_array, whole_file
 
 # Neither pandas nor Qlib in this file: the processes that map windows stay small.
 MANIFEST = "windows.json"
@@ -40,8 +40,7 @@ def save_windows(folder: Path, windows: Mapping[str, Windows]) -> None:
         return
     (folder / MANIFEST).unlink(missing_ok=True)  # from here to the end the folder is not whole
     for name, array in arrays.items():
-        with whole_file(_file(folder, name)) as draft, draft.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
+        save_array(_file(folder, name), array)
     with whole_file(folder / MANIFEST) as draft:
         draft.write_text(json.dumps(manifest) + "\n")
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,7 +19,9 @@ from torch import Tensor
 from kronos_qlib.files import whole_file
 from kronos_qlib.nn.checkpoint import WEIGHTS_FILE, CheckpointError, HubModule
 
+logger = logging.getLogger("qlib.KronosTrainer")
 KEPT = 2
+CHECKPOINTS = "checkpoints"
 OPTIMIZER_FILE, PROGRESS_FILE = "optimizer.safetensors", "progress.json"
 _ASIDE = ".tmp"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -30,12 +33,14 @@ class Progress:
 
     step: optimiser steps done; it is the position in the epoch and, with the seed, the state of every random number.
     best: the best validation loss. stale: epochs since. losses: those of the steps since the last row of the history.
+    part_size: windows that go through the network at a time; with another size a resumed run would round otherwise.
     """
 
     step: int = 0
     best: float = float("inf")
     stale: int = 0
     losses: list[float] = field(default_factory=list)
+    part_size: int = 0
 
 
 def save_checkpoint(
@@ -72,11 +77,9 @@ def load_checkpoint(
     Raises:
         CheckpointError: it is damaged.
     """
+    progress, schedule = read_progress(folder)
     try:
         tensors = load_file(folder / OPTIMIZER_FILE)
-        saved = json.loads((folder / PROGRESS_FILE).read_text())
-        schedule = saved.pop("schedule")
-        progress = Progress(**saved)
         network.load_weights(folder / WEIGHTS_FILE)
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
@@ -84,8 +87,40 @@ def load_checkpoint(
             state.setdefault(int(index), {})[key] = tensor
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} is damaged ({error}); remove it to go on from the one before") from error
+        raise CheckpointError(f"{folder} is damaged ({error})") from error
     return progress, schedule
+
+
+def read_progress(folder: Path) -> tuple[Progress, dict[str, Any]]:
+    """How far a checkpoint had come, and its schedule's state.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        saved = json.loads((folder / PROGRESS_FILE).read_text())
+        schedule = saved.pop("schedule")
+        return Progress(**saved), schedule
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} is damaged ({error})") from error
+
+
+def newest_whole(folder: Path, network: HubModule, optimizer: torch.optim.Optimizer) -> Path | None:
+    """The newest checkpoint that can be loaded, into these; None if there is none yet. Damaged ones are told of.
+
+    Raises:
+        CheckpointError: all there are are damaged.
+    """
+    found = finished(folder)
+    for path in reversed(found):
+        try:
+            load_checkpoint(path, network, optimizer)
+            return path
+        except CheckpointError as error:
+            logger.warning(f"{error}; the one before is tried")
+    if found:
+        raise CheckpointError(f"{folder}: all checkpoints are damaged; remove the folder above to train anew")
+    return None
 
 
 def finished(folder: Path) -> list[Path]:
@@ -95,12 +130,12 @@ def finished(folder: Path) -> list[Path]:
 
 @contextmanager
 def no_space_is_told(folder: Path) -> Iterator[None]:
-    """Say what a full disk means for a training: nothing is lost, and what to do."""
+    """Say what a full disk means for the training whose checkpoints are in `folder`: nothing is lost, what to do."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         number = error.errno if isinstance(error, OSError) else _errno_told(str(error))
-        if number not in _FULL:
+        if number not in _FULL or isinstance(error.__cause__, (OSError, SafetensorError)):  # told already
             raise
         whole = [path.name for path in finished(folder)]
         kept = f"the last whole checkpoint is {whole[-1]}" if whole else "there is no checkpoint yet"

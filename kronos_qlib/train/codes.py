@@ -1,5 +1,6 @@
 """The codes of all training windows, computed once and kept on disk for the epochs to come."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 
 from kronos_qlib.data.windows import Windows
-from kronos_qlib.files import whole_file
+from kronos_qlib.files import save_array
 from kronos_qlib.nn import KronosTokenizer
 from kronos_qlib.train.compute import Compute
 
@@ -30,24 +31,49 @@ class Codes:
         return taken
 
 
-def encode_windows(folder: Path, tokenizer: KronosTokenizer, windows: Windows, compute: Compute) -> Codes:
+def encode_windows(
+    folder: Path,
+    tokenizer: KronosTokenizer,
+    windows: Windows,
+    compute: Compute,
+    stopped: Callable[[], int] = lambda: 0,
+) -> Codes | None:
     """Encode all windows into `folder`, or take up what is there already; the processes divide the files.
 
     The folder belongs to this tokenizer and these windows; its caller sees to that.
+
+    Args:
+        stopped: asked before each file; None is returned, in every process, if it has said so in one.
+
+    Raises:
+        ValueError: codes of more than 16 bits. OSError: in every process, if one cannot write.
     """
-    group = compute.group
+    if max(tokenizer.s1_bits, tokenizer.s2_bits) > 16:
+        raise ValueError(f"cache_codes: codes of {tokenizer.s1_bits} and {tokenizer.s2_bits} bits do not fit into 16")
+    group, error, ended = compute.group, None, False
     paths = [folder / f"codes-{number:05d}.npy" for number in range(-(-len(windows) // CHUNK))]
     missing = group.once(lambda: [number for number, path in enumerate(paths) if not path.exists()])
     own = missing[group.rank :: group.size]
     with tqdm(total=len(own) * CHUNK, desc="codes", unit="window", disable=not (group.first and own)) as bar:
         for number in own:
+            ended = bool(stopped())
+            if ended:
+                break
             batches = []
             for codes in compute.each(lambda rows: _encode(tokenizer, windows, rows, compute), _rows(number, windows)):
                 batches.append(codes)
                 bar.update(len(codes))
-            with whole_file(paths[number]) as draft, draft.open("wb") as file:
-                np.save(file, np.concatenate(batches))
-    group.gather(None)  # from here on every file is there
+            try:
+                save_array(paths[number], np.concatenate(batches))
+            except OSError as failed:  # told to the others below: they wait there
+                error = failed
+                break
+    for failed, left in group.gather((error, ended)):
+        if failed is not None:
+            raise failed
+        ended |= left
+    if ended:
+        return None
     return Codes([np.load(path, mmap_mode="r") for path in paths])
 
 

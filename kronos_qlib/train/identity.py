@@ -10,10 +10,10 @@ import torch
 from kronos_qlib.data.windows import Windows
 from kronos_qlib.files import whole_file
 from kronos_qlib.nn.checkpoint import HubModule
+from kronos_qlib.train.checkpoints import CHECKPOINTS, finished
 from kronos_qlib.train.stages import PredictorStage, Stage
 
 FILE = "identity.json"
-WITHOUT_EFFECT = {"cache_codes"}  # settings that change how the result is reached, not the result
 
 
 def identity_of(
@@ -23,31 +23,39 @@ def identity_of(
     seed: int,
     dtype: torch.dtype,
     weights: np.ndarray | None = None,
+    micro_batch_size: int | str = "auto",
+    compiled: bool = False,
 ) -> dict[str, object]:
-    """What decides the result of a training: two runs with equal identities give equal weights."""
-    settings = stage.settings.model_dump(exclude=WITHOUT_EFFECT)
+    """What decides the result of a training: two runs of equal identities, in the same parts, give equal weights.
+
+    The size of the parts under `micro_batch_size: auto` follows from the machine. A training keeps to it when resumed.
+    """
+    settings = stage.settings.model_dump()
     identity: dict[str, object] = {f"settings.{key}": value for key, value in settings.items()}
     identity |= {f"network.{key}": value for key, value in stage.network.config.items()}
-    identity |= {"seed": seed, "dtype": str(dtype), "initial weights": digest_of_weights(stage.network)}
+    identity |= {"micro_batch_size": micro_batch_size, "compile": compiled, "seed": seed, "dtype": str(dtype)}
+    identity |= {"initial weights": digest_of_weights(stage.network)}
     if isinstance(stage, PredictorStage):
         identity["tokenizer weights"] = digest_of_weights(stage.tokenizer)
     for name, windows in (("training windows", train), ("validation windows", valid)):
         identity[name] = f"{len(windows)} × ({windows.lookback} + {windows.future}) {digest_of_windows(windows)}"
     if weights is not None:
-        identity["window weights"] = hashlib.blake2b(weights.tobytes(), digest_size=16).hexdigest()
+        identity["window weights (half_life_days, reweighter)"] = hashlib.blake2b(
+            weights.tobytes(), digest_size=16
+        ).hexdigest()
     return json.loads(json.dumps(identity, default=str))
 
 
 def claim(folder: Path, identity: dict[str, object]) -> None:
-    """Make the folder this training's own.
+    """Make the folder this training's own; one that has not come to a checkpoint has nothing to lose.
 
     Raises:
         ValueError: it holds another; the message names every key that differs.
     """
     found = differences(folder, identity)
-    if found:
+    if found and finished(folder / CHECKPOINTS):
         raise ValueError(f"{folder} holds another training ({found}); choose another output_dir or remove that one")
-    if found is None:
+    if found is None or found:
         with whole_file(folder / FILE) as draft:
             draft.write_text(json.dumps(identity, indent=2) + "\n")
 

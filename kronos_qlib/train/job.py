@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +16,10 @@ from filelock import FileLock, Timeout
 
 from kronos_qlib.data.arrays import map_windows, save_windows
 from kronos_qlib.data.windows import Windows
-from kronos_qlib.files import whole_file
+from kronos_qlib.files import save_array, whole_file
 from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.nn.checkpoint import WEIGHTS_FILE
-from kronos_qlib.train.checkpoints import no_space_is_told
+from kronos_qlib.train.checkpoints import CHECKPOINTS, no_space_is_told
 from kronos_qlib.train.group import ALONE, Group
 from kronos_qlib.train.loop import RESULT, Log, train_stage
 from kronos_qlib.train.settings import FinetuneSettings
@@ -81,8 +82,9 @@ class Job:
                     weights=self.weights,
                     group=group,
                     launcher=launcher,
-                    log=log or recorder_log(self.recorder if group.first else None),
+                    log=tolerant(log or recorder_log(self.recorder if group.first else None)),
                 )
+            group.gather(None)  # nobody leaves before all are done
 
     def load_best(self) -> None:
         """Give the networks the best weights of a training that other processes have done."""
@@ -99,16 +101,15 @@ class Job:
 
     def save(self, folder: Path) -> None:
         """Write what other processes need to take part: networks, windows (to be mapped, not copied) and settings."""
-        with no_space_is_told(folder):
+        with no_space_is_told(self.folder / STAGES[0] / CHECKPOINTS):
             self.tokenizer.save_pretrained(folder / "tokenizer")
             self.model.save_pretrained(folder / "model")
             save_windows(folder / "windows", {"train": self.train, "valid": self.valid})
             if self.weights is not None:
-                with whole_file(folder / WEIGHTS) as draft, draft.open("wb") as file:
-                    np.save(file, self.weights)
+                save_array(folder / WEIGHTS, self.weights)
             said: dict[str, Any] = {
                 "settings": self.settings.model_dump(exclude={"extra_data"}),
-                "folder": str(self.folder),
+                "folder": str(self.folder.resolve()),
                 "seed": self.seed,
                 "device": self.device.type,
                 "dtype": str(self.dtype).removeprefix("torch."),
@@ -117,6 +118,10 @@ class Job:
             }
             with whole_file(folder / JOB) as draft:
                 draft.write_text(json.dumps(said, indent=2) + "\n")
+
+    def remove_saved(self) -> None:
+        """Remove what `save` has written for other processes in `folder`/job."""
+        shutil.rmtree(self.folder / "job", ignore_errors=True)
 
     @classmethod
     def load(cls, folder: Path) -> "Job":
@@ -144,6 +149,21 @@ class Job:
             weights=np.load(folder / WEIGHTS, mmap_mode="r") if said["weights"] else None,
             recorder=said["recorder"],
         )
+
+
+def tolerant(log: Log) -> Log:
+    """A log whose failures are told, once, and end no training: a store of metrics may be busy or out of reach."""
+    failed: list[Exception] = []
+
+    def log_if_it_can(metrics: dict[str, float], step: int) -> None:
+        try:
+            log(metrics, step)
+        except Exception as error:
+            if not failed:
+                logger.warning(f"the metrics of step {step} could not be recorded ({error}); the training goes on")
+            failed.append(error)
+
+    return log_if_it_can
 
 
 def recorder_log(recorder: dict[str, str] | None) -> Log:
@@ -179,6 +199,9 @@ def _locked(folder: Path, group: Group) -> Iterator[None]:
                 raise TimeoutError(
                     f"another training is at work in {folder}; wait for its end, stop it, or choose another output_dir"
                 ) from None
+
+        for left in [*folder.glob("*/**/*.tmp")]:  # by a training that was killed while it wrote
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
     group.once(acquire)
     try:

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -17,12 +16,15 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from kronos_qlib.train.checkpoints import CHECKPOINTS, finished
 from kronos_qlib.train.job import Job
 from kronos_qlib.train.stopping import TrainingStopped
 from kronos_qlib.train.worker import FAILURE, FINAL
 
 logger = logging.getLogger("qlib.KronosTrainer")
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # torch's launcher takes these for itself
+# torch's launcher takes these for itself, those that the system has.
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
+PATIENCE = 300  # seconds that a process has for its step and a checkpoint when it is to stop
 
 
 def process_count(processes: int | str, device: torch.device) -> int:
@@ -51,9 +53,12 @@ def launch(job: Job, processes: int) -> None:
     Raises:
         what `Job.run` raises; RuntimeError: the processes died too often.
     """
-    folder = job.folder / "job"
-    shutil.rmtree(folder, ignore_errors=True)
+    folder = job.folder / "job" / str(os.getpid())  # its own: a training that runs here already still needs the other
     job.save(folder)
+    heeded = [
+        number.name for number in SIGNALS if number.name != "SIGQUIT" and signal.getsignal(number) != signal.SIG_IGN
+    ]
+    options = {"shutdown_timeout": PATIENCE, "signals_to_handle": ",".join(heeded)}
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -63,25 +68,27 @@ def launch(job: Job, processes: int) -> None:
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=job.settings.max_restarts,
+        **{key: value for key, value in options.items() if key in LaunchConfig.__dataclass_fields__},  # not in 2.7
     )
     logger.info(f"starting {processes} processes; they are started again up to {config.max_restarts} times if one dies")
     with _handlers_kept(), tempfile.TemporaryDirectory(prefix="kronos-") as told:  # output_dir's disk may be full
         try:
-            elastic_launch(config, sys.executable)("-m", "kronos_qlib.train.worker", str(folder), told)
+            arguments = [str(folder), told, str(os.getpid())]
+            elastic_launch(config, sys.executable)("-m", "kronos_qlib.train.worker", *arguments)
         except SignalException as stopped:
+            _raise_failure(Path(told))
             raise TrainingStopped(
-                f"stopped by {stopped.sigval.name}; a checkpoint is in {job.folder}, run the same again to go on",
-                stopped.sigval,
+                f"stopped by {stopped.sigval.name}; {_newest(job)}; run the same again to go on", stopped.sigval
             ) from None
         except ChildFailedError as error:
             _raise_failure(Path(told))
             raise RuntimeError(
-                f"the training processes died {config.max_restarts + 1} times ({_causes(error)}); the last checkpoint "
-                f"is kept in {job.folder}, and what they said stands above"
+                f"the training processes died {config.max_restarts + 1} times ({_causes(error)}); {_newest(job)}; what "
+                "they said stands above"
             ) from None
         _raise_failure(Path(told))
     job.load_best()
-    shutil.rmtree(folder)
+    job.remove_saved()
 
 
 def _raise_failure(folder: Path) -> None:
@@ -90,6 +97,13 @@ def _raise_failure(folder: Path) -> None:
     if path.exists():
         said = json.loads(path.read_text())
         raise {kind.__name__: kind for kind in FINAL}[said["kind"]](said["message"])
+
+
+def _newest(job: Job) -> str:
+    """The newest checkpoint there is, in words."""
+    folders = [job.folder / stage.name / CHECKPOINTS for stage in job.stages()]
+    found = [path for folder in folders for path in finished(folder)]
+    return f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
 
 
 def _causes(error: ChildFailedError) -> str:

@@ -1,8 +1,8 @@
 """One optimiser step over a global batch, whichever processes and threads share its parts."""
 
 import math
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -28,12 +28,18 @@ class Learner:
 
     Args:
         steps: of the whole training, for the schedule.
+        held: where the loss needs all parts half the way, keep what their first halves leave behind; else it is made
+            again, part by part, which takes longer and less memory. The result is the same.
         compiled: let torch.compile build the forward and backward pass.
     """
 
-    def __init__(self, stage: Stage, steps: int, seed: int, compute: Compute, compiled: bool = False) -> None:
-        self._stage, self._seed, self._compute = stage, seed, compute
-        self._loss = torch.compile(stage.loss) if compiled else stage.loss
+    def __init__(
+        self, stage: Stage, steps: int, seed: int, compute: Compute, *, held: bool = True, compiled: bool = False
+    ) -> None:
+        self._stage, self._seed, self._compute, self._held = stage, seed, compute, held
+        self._loss, self._latent = stage.loss, stage.latent
+        if compiled:
+            self._loss, self._latent = torch.compile(stage.loss), stage.latent and torch.compile(stage.latent)
         self._parameters = [parameter for parameter in stage.network.parameters() if parameter.requires_grad]
         count = sum(parameter.numel() for parameter in self._parameters)
         device = compute.device
@@ -71,48 +77,62 @@ class Learner:
         self.schedule.step()
         return loss, asked > 0
 
+    def align(self) -> bool:
+        """Give all processes the first one's weights and moments if they differ, as machines of several kinds may make
+        them: whether they did."""
+        own = [float(parameter.detach().double().sum()) for parameter in self._parameters]
+        sums = self._compute.group.gather(own)
+        if all(theirs == sums[0] for theirs in sums):
+            return False
+        moments = [value for state in self.optimizer.state.values() for value in state.values() if value.dim()]
+        for tensor in (*self._parameters, *moments):
+            self._compute.group.copy(tensor.data)
+        return True
+
     def _passes(self, number: int, parts: list[Part]) -> Iterable[tuple[Tensor, tuple[Tensor, ...]]]:
         """Loss and gradients of every part, weighted by its share of the batch."""
-        chances = [self._chance(number, part) for part in parts]
-        if self._stage.latent is None:
-            return self._compute.each(lambda pair: self._pass(*pair), list(zip(parts, chances)))
+        if self._latent is None:
+            return self._compute.each(lambda part: self._pass(number, part), parts)
         # The loss needs the mean code of the whole batch: all parts go half the way, and on when it is known.
-        latents = list(self._compute.each(lambda pair: self._latent(*pair), list(zip(parts, chances))))
+        halves = list(self._compute.each(lambda part: self._first_half(number, part), parts))
         mean = torch.zeros(self._stage.code_length, device=self._compute.device, dtype=self._shared.dtype)
-        for part, (_, own) in zip(parts, latents):
+        for part, (_, own) in zip(parts, halves):
             mean += part.weight * own
         self._compute.group.sum(mean)
-        known = [(part, chance, latent, mean.float()) for part, chance, (latent, _) in zip(parts, chances, latents)]
-        return self._compute.each(lambda all_of_it: self._pass(*all_of_it), known)
+        latents = [latent if self._held else None for latent, _ in halves]
+        del halves
+        return self._compute.each(lambda pair: self._pass(number, *pair, mean.float()), list(zip(parts, latents)))
 
-    def _latent(self, part: Part, chance: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        with self._circumstances(chance):
-            latent = self._stage.latent(part.examples)
-            return latent, self._stage.mean_code(latent).detach()
+    def _first_half(self, number: int, part: Part) -> tuple[Tensor | None, Tensor]:
+        with torch.set_grad_enabled(self._held), self._circumstances("first half", number, part):
+            latent = self._latent(part.examples)
+            return (latent if self._held else None), self._stage.mean_code(latent).detach()
 
     def _pass(
-        self, part: Part, chance: torch.Generator | None, latent: Tensor | None = None, mean: Tensor | None = None
+        self, number: int, part: Part, latent: Tensor | None = None, mean: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        with self._circumstances(chance):
+        halfway = ()
+        if mean is not None:
+            if latent is None:
+                with self._circumstances("first half", number, part):
+                    latent = self._latent(part.examples)
             # Of the whole batch's mean this part's own share has the gradient.
-            halfway = () if latent is None else (latent, lambda own: own + (mean - own.detach()))
+            halfway = latent, lambda own: own + (mean - own.detach())
+        with self._circumstances("loss", number, part):
             loss = self._loss(part.examples, *halfway) * part.weight
         return loss.detach(), torch.autograd.grad(loss, self._parameters)
 
-    def _chance(self, number: int, part: Part) -> torch.Generator | None:
-        """A part's random numbers. On a GPU they are torch's own, for it takes the parts one after another."""
-        seed = seed_of(self._seed, self._stage.name, number, part.number)
+    @contextmanager
+    def _circumstances(self, half: str, number: int, part: Part) -> Iterator[None]:
+        """Precision, and random numbers that follow from what they are for, in the thread that works on a part."""
+        seed = seed_of(self._seed, self._stage.name, half, number, part.number)
         if self._compute.device.type == "cpu":
-            return torch.Generator().manual_seed(seed)
-        torch.manual_seed(seed)
-        return None
-
-    def _circumstances(self, chance: torch.Generator | None) -> ExitStack:
-        """Precision and random numbers of a thread's pass."""
-        stack = ExitStack()
-        stack.enter_context(self._compute.autocast)
-        stack.enter_context(drawn_from(chance))
-        return stack
+            chance = torch.Generator().manual_seed(seed)
+        else:  # one thread takes the parts one after another, with torch's own
+            chance = None
+            torch.manual_seed(seed)
+        with self._compute.autocast, drawn_from(chance):
+            yield
 
     def _split(self, flat: Tensor) -> list[Tensor]:
         """A buffer as one view per parameter."""

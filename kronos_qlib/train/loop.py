@@ -21,7 +21,16 @@ from kronos_qlib.data.windows import Windows
 from kronos_qlib.files import whole_file
 from kronos_qlib.nn.checkpoint import WEIGHTS_FILE, HubModule
 from kronos_qlib.train.adapters import add_lora, freeze_blocks, merge_lora, merged
-from kronos_qlib.train.checkpoints import Progress, finished, load_checkpoint, no_space_is_told, save_checkpoint
+from kronos_qlib.train.checkpoints import (
+    CHECKPOINTS,
+    Progress,
+    finished,
+    load_checkpoint,
+    newest_whole,
+    no_space_is_told,
+    read_progress,
+    save_checkpoint,
+)
 from kronos_qlib.train.codes import Codes, encode_windows
 from kronos_qlib.train.compute import Compute
 from kronos_qlib.train.feed import Feed, gather
@@ -29,7 +38,7 @@ from kronos_qlib.train.group import ALONE, Group
 from kronos_qlib.train.history import History
 from kronos_qlib.train.identity import claim, digest_of_weights, digest_of_windows, identity_of
 from kronos_qlib.train.learner import Diverged, Learner
-from kronos_qlib.train.memory import part_size
+from kronos_qlib.train.memory import part_size, room
 from kronos_qlib.train.plan import Plan, Step
 from kronos_qlib.train.seeds import seed_of
 from kronos_qlib.train.settings import StageSettings
@@ -69,7 +78,8 @@ def train_stage(
         seed: decides the order of the windows, dropout and sampling.
         dtype: bfloat16 runs the forward pass under autocast.
         checkpoint_every: steps between two checkpoints.
-        micro_batch_size: windows that a process takes at a time, or auto: what an estimate finds room for.
+        micro_batch_size: windows that go through the network at a time (on a CPU in each thread), or auto: a part for
+            every core, or what an estimate finds room for. A resumed training keeps to what it began with.
         compiled: let torch.compile build the training step.
         weights: how often each training window is to be drawn, relative to the others: float `[len(train)]`.
         group: the processes that train together, of which this is one.
@@ -84,32 +94,31 @@ def train_stage(
         OSError: the disk is full. TrainingStopped: by a signal, after a checkpoint. They reach every process.
     """
     folder, settings, network = Path(folder), stage.settings, stage.network.to(device)
-    group.once(lambda: claim(folder, identity_of(stage, train, valid, seed, dtype, weights)))
     plan, judged = Plan.of(settings, len(train), seed, weights), evenly_spaced(valid, settings.valid_windows)
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         Compute.on(device, dtype, group) as compute,
         stop_requests(launcher) as stop,
+        no_space_is_told(folder / CHECKPOINTS),
     ):
-        if micro_batch_size == "auto":
-            micro_batch_size = part_size(stage, train, compute)
-        _announce(stage, plan, len(judged), micro_batch_size, compute)
-        feed = Feed(train, plan, micro_batch_size, compute, _codes(stage, train, folder, compute))
+        what = stage, train, valid, seed, dtype, weights, micro_batch_size, compiled
+        group.once(lambda: claim(folder, identity_of(*what)))
+        size, held = _parts(stage, train, folder, micro_batch_size, compute)
+        _announce(stage, plan, len(judged), size, compute)
+        feed = Feed(train, plan, size, compute, _codes(stage, train, folder, compute, stop))
         with _learning_in_part(network, settings, seed_of(seed, stage.name)):
-            learner = Learner(stage, plan.steps, seed, compute, compiled)
+            learner = Learner(stage, plan.steps, seed, compute, held=held, compiled=compiled)
             _Run(stage, plan, learner, feed, judged, folder, checkpoint_every, compute, log, stop).all_steps()
         network.load_weights(folder / "best" / WEIGHTS_FILE)
         best = judge(stage, judged, compute)
-        stopped = any(group.gather(bool(stop.asked())))  # after the last step: the stages to come would not know
-    if group.first:
-        with whole_file(folder / RESULT) as draft:
-            draft.write_text(json.dumps(best, indent=2) + "\n")
-        logger.info(f"{stage.name}: best weights {', '.join(f'{key} {value:.4f}' for key, value in best.items())}")
-    if stopped:
-        raise TrainingStopped(
-            f"{stage.name}: stopped after its last step, with all saved in {folder}; run the same again to go on",
-            stop.signal or signal.SIGTERM,
-        )
+        if group.first:
+            logger.info(f"{stage.name}: best weights {', '.join(f'{key} {value:.4f}' for key, value in best.items())}")
+        group.once(lambda: _write_result(folder, best))
+        if any(group.gather(bool(stop.asked()))):  # after the last step: the stages to come would not know
+            raise TrainingStopped(
+                f"{stage.name}: stopped after its last step, with all saved in {folder}; run the same again to go on",
+                stop.signal or signal.SIGTERM,
+            )
     return best
 
 
@@ -158,11 +167,13 @@ class _Run:
             if ended or self.progress.step % self.stage.settings.log_every == 0:
                 self._note(step, lr, ended)
             if ended or stopped or self.progress.step % self.checkpoint_every == 0:
+                if self.learner.align() and self.compute.group.first:
+                    logger.warning(f"{self.stage.name}: the processes' weights differed by rounding; the first's count")
                 self.compute.group.once(self._save)
             if stopped:
                 raise TrainingStopped(
                     f"{self.stage.name}: stopped after step {self.progress.step:,} of {self.plan.steps:,}, which is "
-                    f"saved in {self.folder / 'checkpoints'}; run the same again to go on",
+                    f"saved in {self.folder / CHECKPOINTS}; run the same again to go on",
                     self.stop.signal or signal.SIGTERM,
                 )
             if ended and self._ended_early():
@@ -177,7 +188,7 @@ class _Run:
             if not math.isfinite(row["val_loss"]):
                 raise FloatingPointError(
                     f"{self.stage.name}: the validation loss is not finite after step {self.progress.step}; the "
-                    f"checkpoint before is kept in {self.folder / 'checkpoints'}"
+                    f"checkpoint before is kept in {self.folder / CHECKPOINTS}"
                 )
             self.progress.stale += 1
             if row["val_loss"] < self.progress.best:
@@ -200,10 +211,11 @@ class _Run:
 
     def _resume(self) -> Progress:
         """Take up the newest checkpoint if there is one, in every process."""
-        found = self.compute.group.once(lambda: finished(self.folder / "checkpoints"))
-        if not found:
-            return Progress()
-        progress, state = load_checkpoint(found[-1], self.stage.network, self.learner.optimizer)
+        ours = self.stage.network, self.learner.optimizer
+        found = self.compute.group.once(lambda: newest_whole(self.folder / CHECKPOINTS, *ours))
+        if found is None:
+            return Progress(part_size=self.feed.part_size)
+        progress, state = load_checkpoint(found, *ours)
         self.learner.schedule.load_state_dict(state)
         for group, lr in zip(self.learner.optimizer.param_groups, self.learner.schedule.get_last_lr(), strict=True):
             group["lr"] = lr  # loading a schedule does not tell the optimiser
@@ -212,14 +224,12 @@ class _Run:
         return progress
 
     def _save(self) -> None:
-        with no_space_is_told(self.folder / "checkpoints"):
-            self.history.flush()
+        self.history.flush()
         state = self.learner.schedule.state_dict()
-        save_checkpoint(self.folder / "checkpoints", self.stage.network, self.learner.optimizer, state, self.progress)
+        save_checkpoint(self.folder / CHECKPOINTS, self.stage.network, self.learner.optimizer, state, self.progress)
 
     def _keep_as_best(self) -> None:
-        with no_space_is_told(self.folder / "checkpoints"):
-            merged(self.stage.network).save_pretrained(self.folder / "best")
+        merged(self.stage.network).save_pretrained(self.folder / "best")
 
     def _ended_early(self) -> bool:
         patience = self.stage.settings.patience
@@ -243,7 +253,7 @@ class _Run:
         return (
             f"{self.stage.name}: the loss or its gradient is not finite at step {step.number + 1}; its batch has "
             f"{len(lines)} windows such as {', '.join(line.replace(',', ' ') for line in lines[:3])} (all are in "
-            f"{path}). The last good checkpoint is kept in {self.folder / 'checkpoints'}; lower learning_rate or look "
+            f"{path}). The last good checkpoint is kept in {self.folder / CHECKPOINTS}; lower learning_rate or look "
             "at these bars"
         )
 
@@ -304,10 +314,37 @@ def _announce(stage: Stage, plan: Plan, judged: int, part: int, compute: Compute
     )
 
 
-def _codes(stage: Stage, train: Windows, folder: Path, compute: Compute) -> Codes | None:
+def _parts(
+    stage: Stage, train: Windows, folder: Path, micro_batch_size: int | str, compute: Compute
+) -> tuple[int, bool]:
+    """Windows to take through the network at a time, the same in every process, and if a whole share of them fits."""
+    group = compute.group
+    share = -(-stage.settings.batch_size // group.size)
+    if compute.device.type == "cpu":
+        share *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # they share this machine's memory
+    size, held = micro_batch_size, share <= room(stage, train, compute)
+    if size == "auto":
+        before = group.once(lambda: finished(folder / CHECKPOINTS))
+        size = read_progress(before[-1])[0].part_size if before else part_size(stage, train, compute)
+    told = group.gather((size, held))
+    return min(size for size, _ in told), all(held for _, held in told)
+
+
+def _write_result(folder: Path, best: dict[str, float]) -> None:
+    with whole_file(folder / RESULT) as draft:
+        draft.write_text(json.dumps(best, indent=2) + "\n")
+
+
+def _codes(stage: Stage, train: Windows, folder: Path, compute: Compute, stop: StopRequest) -> Codes | None:
     """The cache of codes, if the stage wants one."""
     if not (isinstance(stage, PredictorStage) and stage.settings.cache_codes):
         return None
     what = (digest_of_weights(stage.tokenizer), digest_of_windows(train), str(compute.dtype))
     name = hashlib.blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
-    return encode_windows(folder / "codes" / name, stage.tokenizer, train, compute)
+    codes = encode_windows(folder / "codes" / name, stage.tokenizer, train, compute, stop.asked)
+    if codes is None:
+        raise TrainingStopped(
+            f"{stage.name}: stopped while windows were encoded, the files so far kept; run the same again to go on",
+            stop.signal or signal.SIGTERM,
+        )
+    return codes

@@ -1,8 +1,7 @@
 """How much memory a training needs, measured on a window or two instead of guessed from formulas."""
 
-import os
-
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -28,8 +27,12 @@ def part_size(stage: Stage, windows: Windows, compute: Compute) -> int:
     else:
         at_once, parts = 1, 1
     wanted = -(-stage.settings.batch_size // max(parts, compute.group.size))
-    room = total_memory(compute.device) * ALLOWED / at_once
-    return max(1, min(wanted, int(room / bytes_per_window(stage, windows, compute))))
+    return max(1, min(wanted, room(stage, windows, compute) // at_once))
+
+
+def room(stage: Stage, windows: Windows, compute: Compute) -> int:
+    """How many windows may be half the way through the network at a time, on a GPU or in all of a machine's memory."""
+    return int(total_memory(compute.device) * ALLOWED / bytes_per_window(stage, windows, compute))
 
 
 def bytes_per_window(stage: Stage, windows: Windows, compute: Compute) -> int:
@@ -39,8 +42,8 @@ def bytes_per_window(stage: Stage, windows: Windows, compute: Compute) -> int:
 
 
 def bytes_of_state(stage: Stage, compute: Compute) -> int:
-    """What weights, gradients and AdamW's two moments take, and the sum of gradients over parts and processes."""
-    values = 4 + (2 if compute.device.type == "cpu" else 1)
+    """What weights, gradients, AdamW's two moments, the parts' gradients and their sum take."""
+    values = 4 + (2 + PARTS[0] if compute.device.type == "cpu" else 2)
     return stage.network.n_parameters * 4 * values
 
 
@@ -48,7 +51,7 @@ def total_memory(device: torch.device) -> int:
     """Bytes of memory of a GPU, or of this machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return psutil.virtual_memory().total
 
 
 def _kept(stage: Stage, windows: Windows, count: int, compute: Compute) -> int:

@@ -47,14 +47,16 @@ class Stage(Protocol):
     """What the loop needs to know of a stage.
 
     A loss that is no mean over windows is reached in two halves: `latent` of each part of a batch, `mean_code` of the
-    latent, from which that of the batch follows, and `loss` with both. For other losses `latent` is None.
+    latent (of `code_length` numbers), from which that of the batch follows, and `loss` with both. For other losses
+    `latent` is None and the rest is not there.
     """
 
     name: str
     network: HubModule
     settings: StageSettings
+    latent: Callable[[Examples], Tensor] | None
 
-    def loss(self, examples: Examples, latent: Tensor | None = None, mean_code: MeanCode | None = None) -> Tensor: ...
+    def loss(self, examples: Examples) -> Tensor: ...
 
     def judge(self, examples: Examples) -> dict[str, Tensor]: ...
 

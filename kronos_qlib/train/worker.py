@@ -1,4 +1,4 @@
-"""One process of a training, as the launcher starts it: `python -m kronos_qlib.train.worker FOLDER TOLD`."""
+"""One process of a training, as the launcher starts it: `python -m kronos_qlib.train.worker FOLDER TOLD LAUNCHER`."""
 
 import json
 import logging
@@ -18,15 +18,14 @@ FAILURE = "failure.json"
 FINAL = (CheckpointError, ValueError, FloatingPointError, FileNotFoundError, TimeoutError, OSError)
 
 
-def main(folder: Path, told: Path) -> int:
+def main(folder: Path, told: Path, launcher: int) -> int:
     """Take part in the job in `folder`: the exit status, 0 also where `told`/failure.json says why it failed."""
-    launcher = os.getppid()
     log_as_qlib_does()
-    (told / FAILURE).unlink(missing_ok=True)  # of a life before the launcher's restart
     try:
-        job = Job.load(folder)
-        job.device = own_device(job.device)
         with joined() as group:
+            group.once(lambda: (told / FAILURE).unlink(missing_ok=True))  # of a life before the launcher's restart
+            job = Job.load(folder)
+            job.device = own_device(job.device)
             job.run(group, launcher)
     except TrainingStopped as stopped:
         return 128 + stopped.signal
@@ -65,7 +64,7 @@ def together(prepare: Callable[[], Path] | None = None, conclude: Callable[[], N
 def tell(folder: Path, error: Exception) -> None:
     """Leave word of an error for the launcher."""
     kind = next(kind for kind in FINAL if isinstance(error, kind))
-    message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    message = error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else str(error)
     with whole_file(folder / FAILURE) as draft:
         draft.write_text(json.dumps({"kind": kind.__name__, "message": message}) + "\n")
 
@@ -84,4 +83,4 @@ def log_as_qlib_does() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])))

@@ -1,5 +1,6 @@
 """A workflow's two stages of fine-tuning without its forecasts: what `kronos-qlib finetune` runs and foretells."""
 
+import os
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,12 +12,14 @@ import qlib
 import torch
 from qlib.cli.run import render_template, sys_config
 from qlib.config import C
+from qlib.data.dataset.weight import Reweighter
 from qlib.utils import init_instance_by_config
 from qlib.utils.data import update_config
 from qlib.workflow import R
 from ruamel.yaml import YAML, YAMLError
 
 from kronos_qlib.data.dataset import KLineDataset
+from kronos_qlib.train.checkpoints import CHECKPOINTS, finished
 from kronos_qlib.train.compute import Compute
 from kronos_qlib.train.feed import Feed
 from kronos_qlib.train.identity import differences, identity_of
@@ -26,7 +29,7 @@ from kronos_qlib.train.memory import bytes_of_state, bytes_per_window, part_size
 from kronos_qlib.train.plan import Plan
 from kronos_qlib.train.stages import Stage
 from kronos_qlib.workflow.model import KronosModel
-from kronos_qlib.workflow.provenance import record_run
+from kronos_qlib.workflow.provenance import end_as_failed, record_run
 
 MIB = 2**20
 
@@ -49,6 +52,8 @@ class Finetuning:
         if self.model.settings.finetune is None:
             raise ValueError(f"{workflow}: finetune is null: there is nothing to train")
         self.dataset: KLineDataset = init_instance_by_config(config["task"]["dataset"])
+        reweighter = config["task"].get("reweighter")
+        self.reweighter = reweighter and init_instance_by_config(reweighter, accept_types=Reweighter)
         self._recording = ExitStack()
         self._job: Job | None = None
 
@@ -60,27 +65,32 @@ class Finetuning:
     def run(self) -> None:
         """Train as `qrun` would."""
         with R.start(experiment_name=self.experiment):
-            self.model.fit(self.dataset)
+            self.model.fit(self.dataset, self.reweighter)
 
     def prepare(self) -> Path:
         """Write the job for processes that a launcher has started: its folder."""
         self._recording.enter_context(R.start(experiment_name=self.experiment))
         record_run(self.model.settings, self.dataset)
-        self._job = self.model.job(self.dataset)
-        folder = self._job.folder.resolve() / "job"
+        self._job = self.model.job(self.dataset, self.reweighter)
+        folder = self._job.folder.resolve() / "job" / str(os.getpid())
         self._job.save(folder)
         return folder
 
     def conclude(self) -> None:
         """Record what came of the job."""
         self._job.load_best()
+        self._job.remove_saved()
         self.model.conclude(self._job)
         self._recording.close()
+
+    def give_up(self) -> None:
+        """Record that the job has failed or was stopped."""
+        end_as_failed()
 
     def foretell(self) -> str:
         """What `run` would do, in words; nothing is trained and nothing is written."""
         with tempfile.TemporaryDirectory() as scratch:
-            job = self.model.job(self.dataset, scratch=Path(scratch))
+            job = self.model.job(self.dataset, self.reweighter, Path(scratch))
             return "\n".join(self._told(job))
 
     def _told(self, job: Job) -> list[str]:
@@ -108,6 +118,7 @@ class Finetuning:
         at_once = torch.get_num_threads() if job.device.type == "cpu" else 1
         with Compute.on(job.device, job.dtype) as compute:
             for number, stage in enumerate(job.stages()):
+                stage.network.to(job.device)
                 lines += ["", *_stage(stage, job, compute, at_once, first=number == 0)]
         return lines
 
@@ -150,9 +161,11 @@ def _stage(stage: Stage, job: Job, compute: Compute, parts_at_once: int, first: 
 
 def _state(stage: Stage, job: Job, folder: Path) -> str:
     """Whether a training in the folder would be gone on with."""
-    found = differences(folder, identity_of(stage, job.train, job.valid, job.seed, job.dtype, job.weights))
-    if found is None:
+    how = job.settings.micro_batch_size, job.settings.compile
+    what = stage, job.train, job.valid, job.seed, job.dtype, job.weights, *how
+    if not finished(folder / CHECKPOINTS):
         return f"{folder} holds no training yet"
+    found = differences(folder, identity_of(*what))
     return f"REFUSED: {folder} holds another training ({found})" if found else f"goes on with the training in {folder}"
 
 
