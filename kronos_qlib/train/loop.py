@@ -38,7 +38,7 @@ from kronos_qlib.train.group import ALONE, Group
 from kronos_qlib.train.history import History
 from kronos_qlib.train.identity import claim, digest_of_weights, digest_of_windows, identity_of
 from kronos_qlib.train.learner import Diverged, Learner
-from kronos_qlib.train.memory import part_size, room
+from kronos_qlib.train.memory import bytes_per_window, part_size, room_for
 from kronos_qlib.train.plan import Plan, Step
 from kronos_qlib.train.seeds import seed_of
 from kronos_qlib.train.settings import StageSettings
@@ -312,6 +312,9 @@ def _announce(stage: Stage, plan: Plan, judged: int, part: int, compute: Compute
         f"{plan.windows(plan.steps):,} windows in {plan.steps:,} steps of {plan.batch_size}, in parts of {part}; "
         f"judged on {judged:,} windows"
     )
+    parts = math.ceil(plan.batch_size / part)
+    if parts < group.size:
+        logger.warning(f"{stage.name}: a batch has {parts} parts for {group.size} processes: some have nothing to do")
 
 
 def _parts(
@@ -322,10 +325,11 @@ def _parts(
     share = -(-stage.settings.batch_size // group.size)
     if compute.device.type == "cpu":
         share *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # they share this machine's memory
-    size, held = micro_batch_size, share <= room(stage, train, compute)
+    room = room_for(bytes_per_window(stage, train, compute), compute.device)
+    size, held = micro_batch_size, share <= room
     if size == "auto":
         before = group.once(lambda: finished(folder / CHECKPOINTS))
-        size = read_progress(before[-1])[0].part_size if before else part_size(stage, train, compute)
+        size = read_progress(before[-1])[0].part_size if before else part_size(stage.settings.batch_size, room, compute)
     told = group.gather((size, held))
     return min(size for size, _ in told), all(held for _, held in told)
 

@@ -16,8 +16,8 @@ PASSING = 1.5  # what backward holds for a moment, relative to what forward leav
 PARTS = 4, 16  # of a batch on a CPU, at least and at most: a part's result must not hang on who takes it
 
 
-def part_size(stage: Stage, windows: Windows, compute: Compute) -> int:
-    """How many windows to take through the network at a time.
+def part_size(batch_size: int, room: int, compute: Compute) -> int:
+    """How many windows to take through the network at a time, where `room` fit into the memory.
 
     On a CPU a batch has a part for every core of the machine, whatever the number of processes that divide them, and
     on a GPU one for every process; more if an estimate finds no room for so large ones.
@@ -26,13 +26,13 @@ def part_size(stage: Stage, windows: Windows, compute: Compute) -> int:
         at_once, parts = cores(), max(PARTS[0], min(cores(), PARTS[1]))
     else:
         at_once, parts = 1, 1
-    wanted = -(-stage.settings.batch_size // max(parts, compute.group.size))
-    return max(1, min(wanted, room(stage, windows, compute) // at_once))
+    wanted = -(-batch_size // max(parts, compute.group.size))
+    return max(1, min(wanted, room // at_once))
 
 
-def room(stage: Stage, windows: Windows, compute: Compute) -> int:
-    """How many windows may be half the way through the network at a time, on a GPU or in all of a machine's memory."""
-    return int(total_memory(compute.device) * ALLOWED / bytes_per_window(stage, windows, compute))
+def room_for(window_bytes: int, device: torch.device) -> int:
+    """How many windows may be on their way through the network at a time, on a GPU or in all of a machine's memory."""
+    return int(total_memory(device) * ALLOWED / window_bytes)
 
 
 def bytes_per_window(stage: Stage, windows: Windows, compute: Compute) -> int:

@@ -25,7 +25,7 @@ from kronos_qlib.train.feed import Feed
 from kronos_qlib.train.identity import differences, identity_of
 from kronos_qlib.train.job import Job
 from kronos_qlib.train.launch import process_count
-from kronos_qlib.train.memory import bytes_of_state, bytes_per_window, part_size
+from kronos_qlib.train.memory import bytes_of_state, bytes_per_window, part_size, room_for
 from kronos_qlib.train.plan import Plan
 from kronos_qlib.train.stages import Stage
 from kronos_qlib.workflow.model import KronosModel
@@ -125,9 +125,10 @@ class Finetuning:
 
 def _stage(stage: Stage, job: Job, compute: Compute, parts_at_once: int, first: bool) -> list[str]:
     plan = Plan.of(stage.settings, len(job.train), job.seed, job.weights)
-    size = job.settings.micro_batch_size
-    size = part_size(stage, job.train, compute) if size == "auto" else min(size, plan.batch_size)
     state, window = bytes_of_state(stage, compute), bytes_per_window(stage, job.train, compute)
+    size = job.settings.micro_batch_size
+    if size == "auto":
+        size = part_size(plan.batch_size, room_for(window, compute.device), compute)
     at_once = min(plan.batch_size, size * parts_at_once)
     _, parts = next(Feed(job.train, plan, plan.batch_size, compute).after(0))
     shapes = ", ".join(

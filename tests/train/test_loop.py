@@ -171,7 +171,8 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_windows(tmp_path):
     learn, done = stage.loss, []
 
     def diverge(examples, *halfway):
-        done.append(1)
+        if len(examples.stamp) > 2:  # a step's, not one by which the memory is estimated
+            done.append(1)
         return learn(examples, *halfway) * (torch.nan if len(done) == 6 * PARTS else 1)
 
     stage.loss = diverge

@@ -3,16 +3,19 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import pytest
 import yaml
 from qlib.data.dataset.weight import Reweighter
 from qlib.workflow import R
-from tiny import MODEL, SEGMENTS, TOKENIZER, finetune, make_dataset, make_model, same_weights, weights
+from tiny import MODEL, SEGMENTS, STAGE, TOKENIZER, finetune, make_dataset, make_model, same_weights, weights
 
 from kronos_qlib import Kronos, KronosTokenizer
 from kronos_qlib.cli import main
@@ -75,6 +78,9 @@ def test_a_reweighter_decides_which_windows_are_drawn(store, tmp_path):
 
 
 class Nonsense(Reweighter):
+    def __init__(self):
+        """Qlib's own refuses to be called."""
+
     def reweight(self, data):
         return np.full(len(data), np.nan)
 
@@ -96,7 +102,7 @@ def test_recent_windows_weigh_more(store, tmp_path):
 
 
 def test_another_store_joins_the_training_but_not_the_validation(store, tmp_path):
-    other = write_demo_market(tmp_path / "other", instruments=3, days=160, seed=9)
+    other = write_demo_market(tmp_path / "other", instruments=4, days=160, seed=9)
     extra = [{"instruments": "demo", "provider_uri": str(other)}]
     dataset = make_dataset()
     job = make_model(finetune=finetune(tmp_path / "out", extra_data=extra)).job(dataset)
@@ -200,12 +206,52 @@ def test_torchrun_leaves_what_the_recorder_and_a_later_run_need(workflow, run, t
     ):
         assert same_weights(weights(kind.from_pretrained(tmp_path / "out" / name / "best")), weights(theirs))
     assert (tmp_path / "out" / "training.png").exists()
-    mlflow = pytest.importorskip("mlflow")
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     experiment = client.get_experiment_by_name("tiny_finetune")
     (record,) = client.search_runs([experiment.experiment_id])
     assert record.info.status == "FINISHED"
     assert "predictor.best_val_loss" in record.data.metrics
+
+
+def statuses(folder: Path) -> list[str]:
+    """How the recorder says that the runs of the command have ended."""
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    experiment = client.get_experiment_by_name("tiny_finetune")
+    return [record.info.status for record in client.search_runs([experiment.experiment_id])]
+
+
+def test_a_stopped_training_ends_as_failed_with_the_signal_s_status_and_goes_on(workflow, tmp_path):
+    config = yaml.safe_load(workflow.read_text())
+    long = STAGE | {"epochs": 300}
+    config["task"]["model"]["kwargs"]["finetune"] = finetune(tmp_path / "out", tokenizer=long, predictor=None)
+    workflow.write_text(yaml.safe_dump(config))
+    program = [sys.executable, "-m", "kronos_qlib.cli", "finetune", str(workflow)]
+    with (tmp_path / "said.txt").open("w") as said:
+        training = subprocess.Popen(program, cwd=tmp_path, stdout=said, stderr=said)
+        while not list((tmp_path / "out").glob("tokenizer/checkpoints/step-????????")):
+            assert training.poll() is None, (tmp_path / "said.txt").read_text()
+            time.sleep(0.01)
+        training.terminate()
+        assert training.wait(60) == 128 + signal.SIGTERM
+    said = (tmp_path / "said.txt").read_text()
+    assert "run the same again to go on" in said
+    assert "Traceback" not in said
+    assert statuses(tmp_path) == ["FAILED"]
+    steps = [int(path.name[5:]) for path in (tmp_path / "out").glob("tokenizer/checkpoints/step-????????")]
+    assert 0 < max(steps) < 900
+
+
+def test_an_error_under_torchrun_is_said_once_and_recorded_as_failed(workflow, run, tmp_path):
+    config = yaml.safe_load(workflow.read_text())
+    kwargs = config["task"]["model"]["kwargs"]
+    kwargs["finetune"]["output_dir"], kwargs["seed"] = str(run.folder), 2
+    workflow.write_text(yaml.safe_dump(config))
+    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "-m", "kronos_qlib.train", str(workflow)]
+    done = command(tmp_path, sys.executable, "-m", *torchrun)
+    assert done.returncode != 0
+    assert done.stderr.count("kronos-qlib finetune: error: ") == 1
+    assert "another training (seed: 1 there, 2 now" in done.stderr
+    assert statuses(tmp_path) == ["FAILED"]
 
 
 @pytest.mark.parametrize(
