@@ -32,6 +32,16 @@ from kronos_qlib.train.stopping import TrainingStopped
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 
 
+@pytest.fixture(autouse=True)
+def signals_as_in_a_terminal():
+    """A shell that starts the tests in the background lets them ignore Ctrl-C, and so would the trainings."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def started(folder, processes):
     """A process of its own that trains the job, alone or as the launcher of others."""
     how = "the_job.run()" if processes == 1 else f"launch(the_job, {processes})"
