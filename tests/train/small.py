@@ -57,32 +57,20 @@ def make_windows(first, last):
 
 TRAIN, VALID = make_windows(20, 120), make_windows(130, 190)
 
+SETTINGS = {"epochs": 3, "batch_size": 32, "learning_rate": 5e-3, "windows_per_epoch": 200, "log_every": 3}
+
 
 def tokenizer_stage(**settings):
     torch.manual_seed(0)
     network = KronosTokenizer(**(zoo.TOKENIZERS["nano"].config | SMALL_TOKENIZER))
-    settings = {
-        "epochs": 3,
-        "batch_size": 32,
-        "learning_rate": 5e-3,
-        "windows_per_epoch": 200,
-        "log_every": 3,
-    } | settings
-    return TokenizerStage(network, TokenizerSettings(**settings))
+    return TokenizerStage(network, TokenizerSettings(**SETTINGS | settings))
 
 
 def predictor_stage(**settings):
     torch.manual_seed(0)
     tokenizer = KronosTokenizer(**(zoo.TOKENIZERS["nano"].config | SMALL_TOKENIZER))
     network = Kronos(**(zoo.MODELS["nano"].config | SMALL_MODEL))
-    settings = {
-        "epochs": 3,
-        "batch_size": 32,
-        "learning_rate": 5e-3,
-        "windows_per_epoch": 200,
-        "log_every": 3,
-    } | settings
-    return PredictorStage(network, tokenizer, PredictorSettings(**settings))
+    return PredictorStage(network, tokenizer, PredictorSettings(**SETTINGS | settings))
 
 
 def run(stage, folder, **options):
