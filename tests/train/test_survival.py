@@ -64,18 +64,26 @@ def status(pid):
         return "\nState:\tZ"
 
 
-def test_a_killed_process_is_started_again_and_nothing_is_lost(whole, tmp_path):
+def moments(seed, last):
+    """Three moments at random, by the steps done, the first before stage 1 is half done."""
+    rng = random.Random(seed)
+    return [rng.randrange(first + 1, first + last // 3) for first in range(0, last, last // 3)][:3]
+
+
+def test_processes_killed_at_three_moments_are_started_again_and_nothing_is_lost(whole, tmp_path):
     killed = []
 
     def kill():
-        wait_for(lambda: steps_done(tmp_path) >= 10)
-        killed.extend(workers())
-        os.kill(killed[-1], signal.SIGKILL)
+        for number, moment in enumerate(moments(4, 2 * STEPS - 10)):
+            wait_for(lambda moment=moment: steps_done(tmp_path) >= moment and set(workers()) - set(killed))
+            killed.append(sorted(set(workers()) - set(killed))[number % 2])
+            os.kill(killed[-1], signal.SIGKILL)
+            wait_for(lambda: not alive(killed))
 
-    trained = job(tmp_path, max_restarts=1)
+    trained = job(tmp_path, max_restarts=3)
     with meanwhile(kill):
         launch(trained, 2)
-    assert len(killed) == 2
+    assert len(killed) == 3
     assert_same_results(tmp_path, whole)
 
 
@@ -95,14 +103,14 @@ def test_without_restarts_a_killed_process_ends_the_training_and_the_same_again_
     assert_same_results(tmp_path, whole)
 
 
-def test_the_processes_of_a_killed_launcher_end_and_the_same_again_goes_on(whole, tmp_path):
-    launcher = started(tmp_path, 2)
-    wait_for(lambda: steps_done(tmp_path) >= 15)
-    left = workers(launcher.pid)
-    launcher.kill()
-    launcher.wait()
-    assert len(left) == 2
-    wait_for(lambda: not alive(left))
+def test_the_processes_of_a_launcher_killed_at_three_moments_end_and_the_same_again_goes_on(whole, tmp_path):
+    for moment in moments(5, 2 * STEPS - 10):
+        launcher = started(tmp_path, 2)
+        wait_for(lambda moment=moment: steps_done(tmp_path) >= moment)
+        left = wait_for(lambda launcher=launcher: workers(launcher.pid))
+        launcher.kill()
+        launcher.wait()
+        wait_for(lambda left=left: not alive(left))
     assert steps_done(tmp_path) < 2 * STEPS  # ended before their work was done
     job(tmp_path).run()
     assert_same_results(tmp_path, whole)
