@@ -131,8 +131,12 @@ class Windows:
     def gather(self, rows: np.ndarray) -> Batch:
         """Copy out and normalise the windows at `rows` (int `[B]`), a function of these windows' bars alone."""
         ends = self.ends[rows]
-        x, mean, scale = normalise(self._slices(self.bars.values, rows), self.lookback, self.clip)
+        x, mean, scale = normalise(self.values(rows), self.lookback, self.clip)
         return Batch(x, self.stamps(rows), mean, scale, self.bars.values[ends, CLOSE].astype(np.float64))
+
+    def values(self, rows: np.ndarray) -> np.ndarray:
+        """The bars alone of the windows at `rows` (int `[B]`): float32 `[B, T, 6]`, price units."""
+        return self._slices(self.bars.values, rows)
 
     def stamps(self, rows: np.ndarray) -> np.ndarray:
         """The stamps alone of the windows at `rows` (int `[B]`): int64 `[B, T, 5]`."""

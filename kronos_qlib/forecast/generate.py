@@ -1,30 +1,39 @@
 """Sampled generation: every window's context is computed once and shared by its samples.
 
 The two halves: `_prefill` runs a window's context through the blocks and keeps keys and values per layer; `_extend`
-runs the samples' own positions against that shared prefix and their own cache. Attention joins the two parts in one
-softmax; the samples are folded into the query axis, so the prefix is neither copied nor read again per sample.
+runs the samples' own positions against them and against what each sample has generated before. The samples of a window
+are so many rows of one query: their own keys lie behind the context's in one cache, and a mask keeps each from seeing
+the others', so one attention does for all and the context is neither copied nor read again per sample.
 
-Shapes: B windows, S samples, L context bars, P forecast bars, H heads, D coordinates per head.
+Shapes: B windows, S samples, L context bars, P forecast bars, H heads, D coordinates per head; G groups of n samples
+that share a cache, G · n = B · S.
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import trange
+from tqdm.auto import tqdm
 
+from kronos_qlib.data.windows import CLOSE
 from kronos_qlib.forecast.randomness import uniforms
 from kronos_qlib.forecast.sampling import draw
-from kronos_qlib.forecast.weights import ModelWeights, Prepared, Stack, TokenizerWeights, prepare
+from kronos_qlib.forecast.weights import ModelWeights, Prepared, Stack, TokenizerWeights, prepare, turn, unit_scale
 from kronos_qlib.nn import Kronos, KronosTokenizer
+from kronos_qlib.nn.cpu import side_by_side
 from kronos_qlib.nn.device import resolve_dtype
-from kronos_qlib.nn.layers import rotate
 from kronos_qlib.nn.model import TIME_TABLES, S2Rotation
 from kronos_qlib.nn.quantizer import signs_to_ids
+
+PART = 32  # windows that one thread of a CPU takes at a time: more leave its caches, fewer make narrow products
+PREFILL_ROWS = 1440  # bars of context that go through the blocks together on a CPU: they should stay near its caches
+Spread = Literal["independent", "stratified"]
+GROUP = 8  # samples that share a cache at most: each looks at the others' rows too, if only to be told not to
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     s2_rotation: S2Rotation = "reference"
+    sampling: Spread = "independent"
 
     def __post_init__(self) -> None:
         checks = {
@@ -44,6 +54,7 @@ class Sampling:
             "temperature": (self.temperature > 0, "above 0 (for the likeliest path use top_k=1)"),
             "top_k": (self.top_k >= 0, "0 (keep all) or more"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+            "sampling": (self.sampling in ("independent", "stratified"), "'independent' or 'stratified'"),
             "s2_rotation": (self.s2_rotation in ("reference", "aligned"), "'reference' or 'aligned'"),
         }
         for name, (fine, rule) in checks.items():
@@ -67,6 +78,7 @@ def sample_paths(
     keys: Sequence[int] | np.ndarray | Tensor | None = None,
     dtype: torch.dtype | str | None = None,
     s2_rotation: S2Rotation = "reference",
+    sampling: Spread = "independent",
 ) -> Tensor:
     """Draw future paths of normalised windows.
 
@@ -78,6 +90,9 @@ def sample_paths(
         max_context: bars the model sees at most; the window slides beyond it, and caches cannot be used there.
         dtype: of the matrix products: float32 (None), bfloat16 or "auto".
         s2_rotation: "reference" as published, "aligned" as trained.
+        sampling: "independent", or "stratified": at each step the samples of a row divide the distribution of the next
+            token, in the order of its close, into equal strata, one for each. Each is distributed as it would be alone;
+            their mean varies less. The numbers of a sample then depend on how many there are.
 
     Returns:
         float32 [B, sample_count, P, d_in], normalised units, on x's device.
@@ -85,11 +100,11 @@ def sample_paths(
     Raises:
         ValueError: shapes that do not fit together, NaN in x, an option out of range, networks of different bits.
     """
-    sampling = Sampling(sample_count, temperature, top_k, top_p, seed, s2_rotation)
+    how = Sampling(sample_count, temperature, top_k, top_p, seed, s2_rotation, sampling)
     x, x_stamp, y_stamp = (torch.as_tensor(values) for values in (x, x_stamp, y_stamp))
     device = next(model.parameters()).device
     net = prepare(tokenizer, model, max_context, resolve_dtype(dtype, device), x.shape[1])
-    paths = generate(net, x, x_stamp, y_stamp, sampling, keys)
+    paths = generate(net, x, x_stamp, y_stamp, how, keys)
     return paths.to(x.device).clone()  # an ordinary tensor: one made in inference mode cannot be worked on
 
 
@@ -101,37 +116,107 @@ def generate(
     y_stamp: Tensor,
     sampling: Sampling,
     keys: Sequence[int] | np.ndarray | Tensor | None = None,
+    *,
+    part: int | None = None,
+    part_done: Callable[[int], None] = lambda windows: None,
     progress: bool = False,
 ) -> Tensor:
-    """`sample_paths` with weights that are prepared already; progress shows a bar over the P steps."""
-    _check_shapes(net, x, x_stamp, y_stamp)
-    batch, length, _ = x.shape
-    horizon, samples, limit = y_stamp.shape[1], sampling.sample_count, net.max_context
-    x, x_stamp, y_stamp = x.to(net.device, torch.float32), x_stamp.to(net.device), y_stamp.to(net.device)
-    keys = np.arange(batch) if keys is None else _as_integers(keys, batch)
-    uniform = torch.from_numpy(uniforms(sampling.seed, keys, samples, horizon)).to(net.device)
+    """`sample_paths` with weights that are prepared already.
 
+    Args:
+        part: windows that go through the networks together; on a CPU threads take parts side by side. Default: all of
+            them, on a CPU a few for each thread. How a window's path is rounded may hang on it and on nothing else.
+        part_done: told how many windows have been forecast, part by part.
+        progress: show a bar of steps.
+    """
+    _check_shapes(net, x, x_stamp, y_stamp)
+    batch, horizon = x.shape[0], y_stamp.shape[1]
+    keys = np.arange(batch) if keys is None else _as_integers(keys, batch)
+    stratified = sampling.sampling == "stratified"
+    uniform = torch.from_numpy(uniforms(sampling.seed, keys, sampling.sample_count, horizon, stratified))
+    x, x_stamp, y_stamp, uniform = (tensor.to(net.device) for tensor in (x.float(), x_stamp, y_stamp, uniform))
+    on_cpu, alone = net.device.type == "cpu", part is None and batch == 1
+    if part is None:
+        threads = torch.get_num_threads() if on_cpu else 1
+        part = -(-batch // (threads * -(-batch // (threads * PART)))) if on_cpu else batch  # as many for every thread
+    parts = [slice(start, min(start + part, batch)) for start in range(0, batch, part)]
+    with tqdm(total=len(parts) * horizon, desc="forecast", unit="step", disable=not progress) as bar:
+
+        def step_done() -> None:
+            with bar.get_lock():
+                bar.update()
+
+        def paths(rows: slice) -> Tensor:
+            with torch.inference_mode():  # of this thread
+                drawn = _paths(net, x[rows], x_stamp[rows], y_stamp[rows], uniform[:, :, rows], sampling, step_done)
+            part_done(rows.stop - rows.start)
+            return drawn
+
+        if not on_cpu or alone:  # a single window has nothing beside it: torch's threads divide its products
+            return torch.cat([paths(rows) for rows in parts])
+        with side_by_side() as each:
+            return torch.cat(list(each(paths, parts)))
+
+
+def _paths(
+    net: Prepared,
+    x: Tensor,
+    x_stamp: Tensor,
+    y_stamp: Tensor,
+    uniform: Tensor,
+    sampling: Sampling,
+    step_done: Callable[[], None],
+) -> Tensor:
+    """Paths [B, S, P, d_in] for uniform numbers [P, 2, B, S]."""
+    horizon, _, batch, samples = uniform.shape
+    length, limit = x.shape[1], net.max_context
+    layout = _Layout.of(batch, samples, horizon)
+    uniform = uniform.reshape(horizon, 2, layout.groups, layout.size)
     s1, s2 = _encode(net.tokenizer, x)
     time, own_time = net.model.embed_time(x_stamp[:, -limit:]), net.model.embed_time(y_stamp)
-    own_s1 = torch.empty(batch, samples, horizon, dtype=torch.long, device=net.device)
+    own_time = own_time.repeat_interleave(layout.copies, 0)
+    own_s1 = torch.empty(layout.groups, horizon, layout.size, dtype=torch.long, device=net.device)
     own_s2 = torch.empty_like(own_s1)
+    mask = _mask(length, layout, net)
+    aligned = sampling.s2_rotation == "aligned"
+    values = _closes(net.tokenizer) if sampling.sampling == "stratified" else (None, None)
+    filters = sampling.temperature, sampling.top_k, sampling.top_p
     state: _ContextState | None = None
-    for step in trange(horizon, desc="forecast", unit="bar", disable=not progress):
+    for step in range(horizon):
         prefix = min(length, limit - step)  # context bars still in sight
         if state is None or state.prefix != prefix:  # the first step, or the window slid and positions restart
             inputs = net.model.embed(s1[:, -prefix:], s2[:, -prefix:], time[:, -prefix:])
-            state = _ContextState.start(net.model, inputs, samples, horizon, sampling.s2_rotation == "aligned")
+            state = _ContextState.start(net.model, inputs, layout, mask[:, length - prefix :], aligned)
         if state.filled < step:
             new = slice(state.filled, step)
-            state.append(net.model.embed(own_s1[:, :, new], own_s2[:, :, new], own_time[:, None, new]))
-        own_s1[:, :, step] = draw(state.s1_logits(), uniform[step, 0], *_filters(sampling))
-        own_s2[:, :, step] = draw(state.s2_logits(own_s1[:, :, step]), uniform[step, 1], *_filters(sampling))
-    kept = min(length, limit - horizon)
-    return _decode(net.tokenizer, s1[:, length - kept :], s2[:, length - kept :], own_s1, own_s2)
+            state.append(net.model.embed(own_s1[:, new], own_s2[:, new], own_time[:, new, None]))
+        own_s1[:, step] = draw(state.s1_logits(), uniform[step, 0], *filters, values[0])
+        own_s2[:, step] = draw(state.s2_logits(own_s1[:, step]), uniform[step, 1], *filters, values[1])
+        step_done()
+    out = slice(length - min(length, limit - horizon), length)  # of the context, what the decoder still sees
+    paths = _decode(net.tokenizer, (s1[:, out], s2[:, out]), (own_s1, own_s2), layout, mask[:, out.start :])
+    return paths.unflatten(0, (batch, -1)).transpose(2, 3).flatten(1, 2)
 
 
-def _filters(sampling: Sampling) -> tuple[float, int, float]:
-    return sampling.temperature, sampling.top_k, sampling.top_p
+def _mask(length: int, layout: "_Layout", net: Prepared) -> Tensor:
+    """What own rows see of L context rows and of each other: 0 or −inf [P · n, L + P · n]."""
+    rows = torch.arange(layout.horizon * layout.size, device=net.device)
+    step, sample = rows // layout.size, rows % layout.size
+    seen = (sample[:, None] == sample) & (step[:, None] >= step)
+    own = torch.zeros(seen.shape, dtype=net.dtype, device=net.device).masked_fill_(~seen, -torch.inf)
+    return F.pad(own, (length, 0))
+
+
+def _closes(tokenizer: TokenizerWeights) -> tuple[Tensor, Tensor]:
+    """By what to put the tokens in order: the normalised close of a bar of each s1, and of each s2, and nothing else.
+
+    Of a single bar, with the other code at the middle of its values: float32 [2^s1_bits], [2^s2_bits].
+    """
+    coarse, fine = tokenizer.coarse, tokenizer.fine
+    bars = torch.cat([coarse + fine.mean(0), coarse.mean(0) + fine]).unsqueeze(1)
+    h, _ = _prefill(tokenizer.decoder, bars)
+    closes = tokenizer.head(h)[:, 0, CLOSE]
+    return closes[: len(coarse)], closes[len(coarse) :]
 
 
 def _check_shapes(net: Prepared, x: Tensor, x_stamp: Tensor, y_stamp: Tensor) -> None:
@@ -165,76 +250,91 @@ def _as_integers(keys: Sequence[int] | np.ndarray | Tensor, count: int) -> np.nd
 
 @dataclass
 class _Cache:
-    """Keys and values of one attention: the shared prefix [B, H, L, D] and the samples' own [B, H, S, P, D]."""
+    """Keys and values of one attention [G, L + P · n, H, D]: of the context, then of the samples, step by step."""
 
     k: Tensor
     v: Tensor
-    own_k: Tensor
-    own_v: Tensor
+    length: int
+
+    def fill(self, windows: slice, k: Tensor, v: Tensor, copies: int) -> None:
+        """Take in the context's k, v [b, L, H, D] of some windows, for every group of each."""
+        for cache, rows in ((self.k, k), (self.v, v)):
+            cache.unflatten(0, (-1, copies))[windows, :, : self.length] = rows.unsqueeze(1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, start: int, mask: Tensor) -> Tensor:
+        """Store own k, v [G, r, H, D] behind the `start` own rows there are and attend from q: [G, r, H, D]."""
+        end = self.store(k, v, start)
+        return self.read(q, end, mask[start:end])
+
+    def store(self, k: Tensor, v: Tensor, start: int) -> int:
+        """Put own k, v [G, r, H, D] behind the `start` own rows there are; how many there are now."""
+        end = start + k.shape[1]
+        rows = slice(self.length + start, self.length + end)
+        self.k[:, rows], self.v[:, rows] = k, v
+        return end
+
+    def read(self, q: Tensor, filled: int, mask: Tensor) -> Tensor:
+        """Attend from q [G, r, H, D], with a mask [r, L + …], to the context and the first `filled` own rows."""
+        end = self.length + filled
+        q, k, v = (rows.transpose(1, 2) for rows in (q, self.k[:, :end], self.v[:, :end]))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, :end] if filled else None).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How samples share caches: `groups` of `size` samples, `copies` groups a window, `horizon` own steps each."""
+
+    groups: int
+    size: int
+    copies: int
+    horizon: int
 
     @classmethod
-    def of_prefix(cls, k: Tensor, v: Tensor, samples: int, capacity: int) -> "_Cache":
-        batch, heads, _, dim = k.shape
-        own = k.new_empty(2, batch, heads, samples, capacity, dim)
-        return cls(k, v, own[0], own[1])
+    def of(cls, batch: int, samples: int, horizon: int) -> "_Layout":
+        size = next(size for size in range(min(samples, GROUP), 0, -1) if samples % size == 0)
+        return cls(batch * samples // size, size, samples // size, horizon)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, filled: int) -> Tensor:
-        """Store k, v [B, H, S, n, D] behind the `filled` own positions and attend from q, causally: [B, H, S, n, D]."""
-        end = filled + k.shape[3]
-        self.own_k[:, :, :, filled:end], self.own_v[:, :, :, filled:end] = k, v
-        return self.read(q, end)
-
-    def read(self, q: Tensor, end: int) -> Tensor:
-        """Attend from q [B, H, S, n, D] to the prefix and own positions before `end`, the last n of them causally."""
-        batch, heads, samples, n, dim = q.shape
-        length = self.k.shape[2]
-        q = q * dim**-0.5
-        scores = q.new_empty(batch, heads, samples, n, length + end)
-        scores[..., :length] = (q.flatten(2, 3) @ self.k.mT).unflatten(2, (samples, n))
-        scores[..., length:] = q @ self.own_k[:, :, :, :end].mT
-        if n > 1:
-            ahead = torch.ones(n, end, dtype=torch.bool, device=q.device).triu(end - n + 1)
-            scores[..., length:].masked_fill_(ahead, -torch.inf)
-        weights = scores.float().softmax(-1).to(q.dtype)
-        shared = (weights[..., :length].flatten(2, 3) @ self.v).unflatten(2, (samples, n))
-        return shared + weights[..., length:] @ self.own_v[:, :, :, :end]
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotate` in float32, whatever the compute dtype."""
-    return rotate(x.float(), cos, sin).to(x.dtype)
+    def cache(self, length: int, heads: int, width: int, like: Tensor) -> _Cache:
+        """An empty cache behind a context of `length` bars, of the kind of `like`."""
+        rows = length + self.horizon * self.size
+        both = like.new_empty(2, self.groups, rows, heads, width // heads)
+        return _Cache(both[0], both[1], length)
 
 
 def _prefill(
-    stack: Stack, x: Tensor, samples: int, capacity: int, keys_only_last: bool = False
+    stack: Stack, x: Tensor, layout: _Layout | None = None, keys_only_last: bool = False
 ) -> tuple[Tensor, list[_Cache]]:
-    """Run context x [B, L, d] through the blocks: the output [B, L, d] and each layer's cache.
+    """Run context x [B, L, d] through the blocks: the output [B, L, d] and, for a layout, each layer's cache.
 
     With keys_only_last the last block stops at its keys and values, and the output is of no use.
     """
-    caches = []
-    cos, sin = stack.cos[: x.shape[1]], stack.sin[: x.shape[1]]
-    for block in stack.blocks:
-        q, k, v = block.qkv(block.norm1(x)).unflatten(-1, (3, block.n_heads, -1)).permute(2, 0, 3, 1, 4)
-        k = _turn(k, cos, sin)
-        caches.append(_Cache.of_prefix(k, v.contiguous(), samples, capacity))
-        if keys_only_last and block is stack.blocks[-1]:
-            break
-        attended = F.scaled_dot_product_attention(_turn(q, cos, sin), k, v, is_causal=True)
-        x = x + block.out(attended.transpose(1, 2).flatten(-2))
-        x = x + block.feed_forward(x)
-    return x, caches
+    batch, length, width = x.shape
+    angles = stack.angles[:length]
+    caches = [layout.cache(length, block.n_heads, width, block.qkv.weight) for block in stack.blocks] if layout else []
+    size = max(1, PREFILL_ROWS // length) if x.device.type == "cpu" else batch
+    outputs = []
+    for start in range(0, batch, size):
+        windows = slice(start, start + size)
+        h = x[windows]
+        for number, block in enumerate(stack.blocks):
+            if keys_only_last and number == len(stack.blocks) - 1:
+                caches[number].fill(windows, *block.keys(h, angles), layout.copies)
+                break
+            q, k, v = block.heads(h, angles)
+            if layout:
+                caches[number].fill(windows, k, v, layout.copies)
+            attended = F.scaled_dot_product_attention(*(rows.transpose(1, 2) for rows in (q, k, v)), is_causal=True)
+            h = block.rest(h, attended.transpose(1, 2))
+        outputs.append(h)
+    return torch.cat(outputs), caches
 
 
-def _extend(stack: Stack, caches: list[_Cache], x: Tensor, filled: int) -> Tensor:
-    """Run own positions x [B, S, n, d], which follow `filled` others, through the blocks: [B, S, n, d]."""
+def _extend(stack: Stack, caches: list[_Cache], x: Tensor, start: int, mask: Tensor, size: int) -> Tensor:
+    """Run own rows x [G, r, d], which follow `start` others, through the blocks: [G, r, d]."""
     for block, cache in zip(stack.blocks, caches, strict=True):
-        start = cache.k.shape[2] + filled
-        cos, sin = stack.cos[start : start + x.shape[2]], stack.sin[start : start + x.shape[2]]
-        q, k, v = block.qkv(block.norm1(x)).unflatten(-1, (3, block.n_heads, -1)).permute(3, 0, 4, 1, 2, 5)
-        attended = cache.attend(_turn(q, cos, sin), _turn(k, cos, sin), v, filled)
-        x = x + block.out(attended.permute(0, 2, 3, 1, 4).flatten(-2))
-        x = x + block.feed_forward(x)
+        angles = _repeated(stack.angles, cache.length, start, x.shape[1], size)
+        q, k, v = block.heads(x, angles)
+        x = block.rest(x, cache.attend(q, k, v, start, mask))
     return x
 
 
@@ -243,61 +343,83 @@ class _ContextState:
     """What generation remembers between steps: caches of the transformer and of the s2 cross-attention."""
 
     model: ModelWeights
+    layout: _Layout
     caches: list[_Cache]
     cross: _Cache
-    last: Tensor  # context of the newest position: [B, 1, d] while the samples share it, then [B, S, d]
-    prefix: int
-    filled: int
+    mask: Tensor
+    last: Tensor  # context of the newest position: [G, 1, d] while the samples share it, then [G, n, d]
     aligned: bool
+    filled: int = 0  # own steps
 
     @classmethod
-    def start(cls, model: ModelWeights, x: Tensor, samples: int, capacity: int, aligned: bool) -> "_ContextState":
-        h, caches = _prefill(model.stack, x, samples, capacity)
-        h = model.norm(h)
-        k, v = model.cross_kv(h).unflatten(-1, (2, model.cross_heads, -1)).permute(2, 0, 3, 1, 4)
+    def start(cls, model: ModelWeights, x: Tensor, layout: _Layout, mask: Tensor, aligned: bool) -> "_ContextState":
+        h, caches = _prefill(model.stack, x, layout)
+        h = model.normed(h)
+        k, v = model.cross_kv(h).chunk(2, dim=-1)
         if aligned:
-            k = _turn(k, model.cross_cos[: x.shape[1]], model.cross_sin[: x.shape[1]])
-        cross = _Cache.of_prefix(k.contiguous(), v.contiguous(), samples, capacity)
-        return cls(model, caches, cross, h[:, -1:], prefix=x.shape[1], filled=0, aligned=aligned)
+            k = turn(k, model.cross_angles[: x.shape[1]])
+        cross = layout.cache(x.shape[1], model.cross_heads, h.shape[-1], k)
+        cross.fill(slice(None), *(rows.unflatten(-1, (model.cross_heads, -1)) for rows in (k, v)), layout.copies)
+        last = h[:, -1:].repeat_interleave(layout.copies, 0)
+        return cls(model, layout, caches, cross, mask, last, aligned)
+
+    @property
+    def prefix(self) -> int:
+        """Bars of context."""
+        return self.cross.length
 
     def append(self, x: Tensor) -> None:
-        """Take in own positions x [B, S, n, d]."""
-        h = self.model.norm(_extend(self.model.stack, self.caches, x, self.filled))
-        k, v = self.model.cross_kv(h).unflatten(-1, (2, self.model.cross_heads, -1)).permute(3, 0, 4, 1, 2, 5)
-        end = self.filled + x.shape[2]
+        """Take in the own positions x [G, s, n, d] of s more steps."""
+        size, start = self.layout.size, self.filled * self.layout.size
+        h = self.model.normed(_extend(self.model.stack, self.caches, x.flatten(1, 2), start, self.mask, size))
+        k, v = self.model.cross_kv(h).chunk(2, dim=-1)
         if self.aligned:
-            positions = slice(self.prefix + self.filled, self.prefix + end)
-            k = _turn(k, self.model.cross_cos[positions], self.model.cross_sin[positions])
-        self.cross.own_k[:, :, :, self.filled : end], self.cross.own_v[:, :, :, self.filled : end] = k, v
-        self.last, self.filled = h[:, :, -1], end
+            k = turn(k, _repeated(self.model.cross_angles, self.prefix, start, k.shape[1], size))
+        self.cross.store(*(rows.unflatten(-1, (self.model.cross_heads, -1)) for rows in (k, v)), start)
+        self.last, self.filled = h[:, -size:], self.filled + x.shape[1]
 
     def s1_logits(self) -> Tensor:
-        """Float32 [B, 1 or S, 2^s1_bits]."""
+        """Float32 [G, 1 or n, 2^s1_bits]."""
         return self.model.proj_s1(self.last).float()
 
     def s2_logits(self, s1: Tensor) -> Tensor:
-        """Float32 [B, S, 2^s2_bits] given the s1 [B, S] just drawn."""
-        q = F.embedding(s1, self.model.cross_query).unflatten(-1, (self.model.cross_heads, -1))
+        """Float32 [G, n, 2^s2_bits] given the s1 [G, n] just drawn."""
+        q = F.embedding(s1, self.model.cross_query)
         if self.aligned:
             position = self.prefix + self.filled - 1
-            q = rotate(q, self.model.cross_cos[position], self.model.cross_sin[position])
-        q = q.transpose(1, 2).unsqueeze(3).to(self.cross.k.dtype)  # [B, H, S, 1, D]
-        attended = self.cross.read(q, self.filled).squeeze(3).transpose(1, 2).flatten(-2)
-        h = self.model.dep_norm(self.last + self.model.cross_out(attended))
-        return self.model.proj_s2(h).float()
+            q = turn(q, self.model.cross_angles[position : position + 1])
+        end = self.filled * self.layout.size
+        q = q.unflatten(-1, (self.model.cross_heads, -1)).to(self.cross.k.dtype)
+        attended = self.cross.read(q, end, self.mask[end - self.layout.size : end])
+        h = self.last + self.model.cross_out(attended.flatten(-2))
+        return self.model.proj_s2(unit_scale(h, self.model.dep_eps)).float()
+
+
+def _repeated(angles: Tensor, length: int, start: int, rows: int, size: int) -> Tensor:
+    """The angles of own rows, of which `size` share a position, behind a context of `length` bars."""
+    first = length + start // size
+    return angles[first : first + rows // size].repeat_interleave(size, 0) if size > 1 else angles[first : first + rows]
 
 
 def _encode(tokenizer: TokenizerWeights, x: Tensor) -> tuple[Tensor, Tensor]:
     """Codes s1 and s2 [B, L] of normalised bars [B, L, d_in]."""
-    h, _ = _prefill(tokenizer.encoder, tokenizer.embed(x).float(), samples=0, capacity=0)
+    h, _ = _prefill(tokenizer.encoder, tokenizer.embed(x).float())
     signs = torch.where(tokenizer.quant_embed(h) > 0, 1.0, -1.0)
     return signs_to_ids(signs[..., : tokenizer.s1_bits]), signs_to_ids(signs[..., tokenizer.s1_bits :])
 
 
-def _decode(tokenizer: TokenizerWeights, s1: Tensor, s2: Tensor, own_s1: Tensor, own_s2: Tensor) -> Tensor:
-    """Normalised bars [B, S, P, d_in] of own codes [B, S, P] that follow the shared codes [B, L]."""
-    samples, horizon = own_s1.shape[1:]
-    shared = F.embedding(s1, tokenizer.coarse) + F.embedding(s2, tokenizer.fine)
-    own = F.embedding(own_s1, tokenizer.coarse) + F.embedding(own_s2, tokenizer.fine)
-    _, caches = _prefill(tokenizer.decoder, shared, samples, horizon, keys_only_last=True)
-    return tokenizer.head(_extend(tokenizer.decoder, caches, own, filled=0))
+def _decode(
+    tokenizer: TokenizerWeights,
+    context: tuple[Tensor, Tensor],
+    own: tuple[Tensor, Tensor],
+    layout: _Layout,
+    mask: Tensor,
+) -> Tensor:
+    """Normalised bars [G, P, n, d_in] of own codes [G, P, n] that follow the shared codes [B, L]."""
+    shared, rows = (
+        F.embedding(s1, tokenizer.coarse) + F.embedding(s2, tokenizer.fine)
+        for s1, s2 in (context, [codes.flatten(1) for codes in own])
+    )
+    _, caches = _prefill(tokenizer.decoder, shared, layout, keys_only_last=True)
+    bars = tokenizer.head(_extend(tokenizer.decoder, caches, rows, 0, mask, layout.size))
+    return bars.unflatten(1, (-1, layout.size))

@@ -33,20 +33,27 @@ def philox(counter: tuple[np.ndarray, ...], key: tuple[int, int]) -> tuple[np.nd
     return a, b, c, d
 
 
-def uniforms(seed: int, keys: np.ndarray, sample_count: int, steps: int) -> np.ndarray:
+def uniforms(seed: int, keys: np.ndarray, sample_count: int, steps: int, stratified: bool = False) -> np.ndarray:
     """Uniform numbers in [0, 1) for the draws of s1 and s2: float32 [steps, 2, B, sample_count].
 
     Args:
         seed: any integer, taken modulo 2^64.
         keys: one integer per row [B], taken modulo 2^64.
+        stratified: at each draw, give each of a row's samples another of `sample_count` equal strata, in an order drawn
+            anew (a Latin hypercube, McKay et al. 1979). Each number is still uniform, and independent of those of other
+            draws and rows. Otherwise a number does not depend on how many samples there are.
     """
     words = np.asarray(keys, dtype=np.int64).view(np.uint64)[None, :, None]
     sample = np.arange(sample_count, dtype=np.uint32)[None, None, :]
     step = np.arange(steps, dtype=np.uint32)[:, None, None]
     seed = operator.index(seed) % (1 << 64)
     counter = ((words & _LOW).astype(np.uint32), _high(words), sample, step)
-    first, second, _, _ = philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
-    return np.stack([_unit(first), _unit(second)], axis=1)
+    drawn = philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
+    numbers = np.stack([_unit(word) for word in drawn[:2]], axis=1)
+    if not stratified:
+        return numbers
+    strata = np.stack(drawn[2:], axis=1).argsort(axis=-1, kind="stable").argsort(axis=-1)
+    return np.minimum((strata + numbers.astype(np.float64)) / sample_count, 1 - 2.0**-24).astype(np.float32)
 
 
 def _high(word: np.ndarray) -> np.ndarray:

@@ -4,11 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FIRST_CANDIDATES = 64  # how many of the largest logits are looked at before more are asked for
+FIRST_CANDIDATES = 16  # how many of the largest logits are looked at before more are asked for
 
 
-def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Draw one token per uniform number by inverse transform.
+def draw(
+    logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float, values: Tensor | None = None
+) -> Tensor:
+    """Draw one token per uniform number by inverse transform, over the tokens from the likeliest down.
 
     Top-k keeps the k largest logits; top-p then keeps the smallest prefix of the sorted distribution whose mass
     exceeds p, always at least one.
@@ -19,6 +21,7 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p:
         temperature: > 0, divides the logits.
         top_k: 0 keeps all.
         top_p: in (0, 1]; 1 keeps all.
+        values: float32 [V]; given, the transform goes over the tokens in the order of these instead.
 
     Returns:
         Tokens int64 [B, S].
@@ -27,8 +30,8 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p:
         return logits.argmax(-1).expand_as(uniform)
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
-        values, tokens = logits.topk(top_k)
-        probability = values.softmax(-1)
+        largest, tokens = logits.topk(top_k)
+        probability = largest.softmax(-1)
     elif top_p < 1:
         probability, tokens = _candidates(logits, top_p)
     else:
@@ -37,11 +40,22 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p:
     if top_p < 1:
         keep = probability.cumsum(-1) - probability <= top_p
         probability, kept = probability * keep, keep.sum(-1)
+    if values is not None:
+        probability, tokens = _in_order(probability, tokens, kept, values)
     cumulative = probability.cumsum(-1)
     target = uniform.unsqueeze(-1) * cumulative[..., -1:]
     rank = (cumulative <= target).sum(-1)
     rank = torch.minimum(rank, kept - 1)  # a product that rounds up to the whole mass would point past the end
     return rank if tokens is None else tokens.expand(*rank.shape, -1).gather(-1, rank.unsqueeze(-1)).squeeze(-1)
+
+
+def _in_order(probability: Tensor, tokens: Tensor | None, kept: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Candidates by rising value, the `kept` first of each row before the others."""
+    if tokens is None:
+        tokens = torch.arange(len(values), device=values.device).expand_as(probability)
+    out = torch.arange(probability.shape[-1], device=values.device) >= kept.unsqueeze(-1)
+    order = values[tokens].masked_fill(out, torch.inf).argsort(dim=-1, stable=True)
+    return probability.gather(-1, order), tokens.gather(-1, order)
 
 
 def _candidates(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """A network's weights laid out for generation: fused products, looked-up embeddings, the compute dtype."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.nn.layers import Attention, Block, RMSNorm
 from kronos_qlib.nn.quantizer import ids_to_signs
+
+_Rows = tuple[Tensor, Tensor | None]  # weight and bias of a layer
 
 
 @dataclass(frozen=True)
@@ -21,43 +24,67 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
-
-@dataclass(frozen=True)
-class Norm:
-    """RMSNorm in float32."""
-
-    weight: Tensor
-    eps: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+    def part(self, rows: slice) -> "Linear":
+        """The product that gives these outputs only."""
+        return Linear(self.weight[rows], None if self.bias is None else self.bias[rows])
 
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """A block with q, k, v as one product and w1, w3 as one."""
+    """A block with q, k, v as one product and w1, w3 as one; what the norms multiply by is in those products' weights.
 
-    norm1: Norm
+    Coordinates of queries and keys are in such an order that those turned together lie side by side.
+    """
+
+    eps1: float
     qkv: Linear
     out: Linear
-    norm2: Norm
+    eps2: float
     w13: Linear
     w2: Linear
     n_heads: int
 
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """SwiGLU of norm2(x), the gate in float32."""
-        gate, value = self.w13(self.norm2(x)).float().chunk(2, dim=-1)
-        return self.w2(F.silu(gate) * value)
+    def heads(self, x: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, turned by their positions' angles, and values of x [..., T, d]: each [..., T, H, D]."""
+        width = x.shape[-1]
+        product = self.qkv(unit_scale(x, self.eps1))
+        turned = turn(product[..., : 2 * width], angles).unflatten(-1, (2, self.n_heads, -1))
+        return turned[..., 0, :, :], turned[..., 1, :, :], product[..., 2 * width :].unflatten(-1, (self.n_heads, -1))
+
+    def keys(self, x: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values alone."""
+        width = x.shape[-1]
+        normed = unit_scale(x, self.eps1)
+        k, v = (self.qkv.part(slice(start, start + width))(normed) for start in (width, 2 * width))
+        return turn(k, angles[:, width // 2 :]).unflatten(-1, (self.n_heads, -1)), v.unflatten(-1, (self.n_heads, -1))
+
+    def rest(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The block's output for input x [..., T, d] and what the heads attended to, [..., T, H, D]."""
+        x = self.out(attended.flatten(-2)).float().add_(x)
+        gate, value = self.w13(unit_scale(x, self.eps2)).float().chunk(2, dim=-1)
+        return self.w2(F.silu(gate).mul_(value)).float().add_(x)
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Blocks that share one table of rotary angles (cos and sin, [positions, head_dim], float32)."""
+    """Blocks that share one table of rotary angles: complex64 [positions, d_model], queries' and keys', all heads."""
 
     blocks: list[BlockWeights]
-    cos: Tensor
-    sin: Tensor
+    angles: Tensor
+
+
+def unit_scale(x: Tensor, eps: float) -> Tensor:
+    """RMSNorm without its weight, of float32."""
+    if x.device.type != "cpu":
+        return F.rms_norm(x, x.shape[-1:], eps=eps)
+    # On a CPU torch composes it of more passes over x than these two.
+    return x * torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def turn(x: Tensor, angles: Tensor) -> Tensor:
+    """Turn pairs of neighbours of x [..., T, 2·n] by angles (complex64 [T, n]), in float32, to x's dtype."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * angles).flatten(-2).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -82,20 +109,24 @@ class ModelWeights:
     s2: Tensor
     time: list[Tensor]
     stack: Stack
-    norm: Norm
+    norm: Tensor
+    eps: float
     proj_s1: Linear
-    cross_query: Tensor  # [2^s1_bits, d_model], unrotated
+    cross_query: Tensor  # [2^s1_bits, d_model], not turned
     cross_kv: Linear
     cross_out: Linear
     cross_heads: int
-    cross_cos: Tensor
-    cross_sin: Tensor
-    dep_norm: Norm
+    cross_angles: Tensor  # complex64 [positions, d_model / 2]
+    dep_eps: float
     proj_s2: Linear
 
     def embed(self, s1: Tensor, s2: Tensor, time: Tensor) -> Tensor:
         """Input embeddings, float32 [..., d_model], of tokens [...] and time embeddings that broadcast to them."""
         return F.embedding(s1, self.s1) + F.embedding(s2, self.s2) + time
+
+    def normed(self, x: Tensor) -> Tensor:
+        """The norm after the last block."""
+        return unit_scale(x, self.eps) * self.norm
 
     def embed_time(self, stamp: Tensor) -> Tensor:
         """Time embeddings, float32 [..., d_model], of stamps [..., 5]."""
@@ -114,6 +145,11 @@ class Prepared:
     @property
     def device(self) -> torch.device:
         return self.model.s1.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrix products."""
+        return self.model.proj_s1.weight.dtype
 
 
 @torch.inference_mode()
@@ -164,51 +200,73 @@ def _tokenizer_weights(tokenizer: KronosTokenizer, dtype: torch.dtype, length: i
 def _model_weights(model: Kronos, dtype: torch.dtype, length: int) -> ModelWeights:
     codes, cross = model.embedding, model.dep_layer.cross_attn
     first, second = codes.fusion_proj.weight.chunk(2, dim=1)
-    cos, sin = cross.rotary.table(length)
+    heads = cross.n_heads
     return ModelWeights(
         s1=codes.emb_s1.weight * codes.scale @ first.T + codes.fusion_proj.bias,
         s2=codes.emb_s2.weight * codes.scale @ second.T,
         time=[table.float() for table in model.time_emb.tables()],
         stack=_stack(model.transformer, dtype, length),
-        norm=_norm(model.norm),
+        norm=model.norm.weight.detach().float(),
+        eps=model.norm.eps,
         proj_s1=_linear(dtype, model.head.proj_s1),
-        cross_query=cross.q_proj(codes.emb_s1.weight),
-        cross_kv=_linear(dtype, cross.k_proj, cross.v_proj),
+        cross_query=_pairs(cross.q_proj(codes.emb_s1.weight).T, heads).T.contiguous(),
+        cross_kv=_joined(dtype, (_turned(cross.k_proj, heads), _plain(cross.v_proj))),
         cross_out=_linear(dtype, cross.out_proj),
-        cross_heads=cross.n_heads,
-        cross_cos=cos,
-        cross_sin=sin,
-        dep_norm=_norm(model.dep_layer.norm),
-        proj_s2=_linear(dtype, model.head.proj_s2),
+        cross_heads=heads,
+        cross_angles=_angles(cross, length),
+        dep_eps=model.dep_layer.norm.eps,
+        proj_s2=_linear(dtype, model.head.proj_s2, norm=model.dep_layer.norm),
     )
 
 
 def _stack(blocks: torch.nn.ModuleList, dtype: torch.dtype, length: int) -> Stack:
     laid_out = [_block(block, dtype) for block in blocks]
     if not laid_out:
-        return Stack([], torch.empty(0), torch.empty(0))
-    return Stack(laid_out, *blocks[0].self_attn.rotary.table(length))
+        return Stack([], torch.empty(0))
+    return Stack(laid_out, _angles(blocks[0].self_attn, length).repeat(1, 2))
 
 
 def _block(block: Block, dtype: torch.dtype) -> BlockWeights:
-    attention: Attention = block.self_attn
+    attention, heads = block.self_attn, block.self_attn.n_heads
+    queries, keys = _turned(attention.q_proj, heads), _turned(attention.k_proj, heads)
     return BlockWeights(
-        norm1=_norm(block.norm1),
-        qkv=_linear(dtype, attention.q_proj, attention.k_proj, attention.v_proj),
+        eps1=block.norm1.eps,
+        qkv=_joined(dtype, (queries, keys, _plain(attention.v_proj)), block.norm1),
         out=_linear(dtype, attention.out_proj),
-        norm2=_norm(block.norm2),
-        w13=_linear(dtype, block.ffn.w1, block.ffn.w3),
+        eps2=block.norm2.eps,
+        w13=_linear(dtype, block.ffn.w1, block.ffn.w3, norm=block.norm2),
         w2=_linear(dtype, block.ffn.w2),
-        n_heads=attention.n_heads,
+        n_heads=heads,
     )
 
 
-def _norm(norm: RMSNorm) -> Norm:
-    return Norm(norm.weight.detach().float(), norm.eps)
+def _angles(attention: Attention, length: int) -> Tensor:
+    """The turns of all heads' pairs at positions 0 … length − 1: complex64 [length, d_model / 2]."""
+    cos, sin = (table[:, : table.shape[1] // 2] for table in attention.rotary.table(length))
+    return torch.complex(cos, sin).repeat(1, attention.n_heads)
 
 
-def _linear(dtype: torch.dtype, *layers: torch.nn.Linear) -> Linear:
-    """Several layers on one input as one product."""
-    weight = torch.cat([layer.weight for layer in layers]).to(dtype)
-    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers]).to(dtype)
-    return Linear(weight, bias)
+def _pairs(rows: Tensor, heads: int) -> Tensor:
+    """Rows [heads · head_dim, ...] in the order in which coordinates i and i + head_dim / 2 are neighbours."""
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def _turned(layer: torch.nn.Linear, heads: int) -> _Rows:
+    return _pairs(layer.weight, heads), None if layer.bias is None else _pairs(layer.bias, heads)
+
+
+def _plain(layer: torch.nn.Linear) -> _Rows:
+    return layer.weight, layer.bias
+
+
+def _linear(dtype: torch.dtype, *layers: torch.nn.Linear, norm: RMSNorm | None = None) -> Linear:
+    """Several layers on one input as one product, after a norm that only brings to unit scale."""
+    return _joined(dtype, [_plain(layer) for layer in layers], norm)
+
+
+def _joined(dtype: torch.dtype, layers: Sequence[_Rows], norm: RMSNorm | None = None) -> Linear:
+    weight = torch.cat([weight for weight, _ in layers])
+    if norm is not None:
+        weight = weight * norm.weight
+    bias = None if layers[0][1] is None else torch.cat([bias for _, bias in layers]).to(dtype)
+    return Linear(weight.to(dtype), bias)

@@ -1,5 +1,6 @@
 """Hub-format checkpoints: config.json with the constructor's arguments, model.safetensors with the state dict."""
 
+import hashlib
 import inspect
 import json
 import math
@@ -184,3 +185,11 @@ def _locate(dir_or_hub_id: str, name: str, revision: str | None) -> Path:
             f"{dir_or_hub_id}: not in the local cache and the hub cannot be reached: give a folder or fetch it once "
             "on a machine that reaches the hub (hf download) and copy its cache"
         ) from error
+
+
+def digest_of_weights(network: HubModule) -> str:
+    """A digest of all tensors of a network and their names."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,7 +1,5 @@
 """Which device and which compute precision a run uses."""
 
-import os
-
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -58,6 +56,21 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile"))
 
 
-def cores() -> int:
-    """The processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def process_count(key: str, processes: int | str, device: torch.device) -> int:
+    """How many processes share some work: `auto` is one per GPU, and one on a CPU or on a GPU named by its number.
+
+    Args:
+        key: of the settings that ask for them, to be named in an error.
+
+    Raises:
+        ValueError: more than there are GPUs, or several on a device that only one can use.
+    """
+    numbered = device.type == "cuda" and device.index is not None
+    gpus = torch.cuda.device_count() if device.type == "cuda" and not numbered else 1
+    if processes == "auto":
+        return gpus
+    if processes > 1 and device.type == "cuda" and processes > gpus:
+        raise ValueError(f"{key}.processes: {processes} is more than the {gpus} GPU(s) of device {device}")
+    if processes > 1 and device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{key}.processes: several processes need device cpu or cuda, not {device}")
+    return processes

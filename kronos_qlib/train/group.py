@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kronos_qlib.nn.device import cores
+from kronos_qlib.nn.cpu import cores
 
 Value = TypeVar("Value")
 PATIENCE = timedelta(minutes=30)  # a first process may read data or write a large checkpoint while the others wait

@@ -9,7 +9,7 @@ import torch
 
 from kronos_qlib.data.windows import Windows
 from kronos_qlib.files import whole_file
-from kronos_qlib.nn.checkpoint import HubModule
+from kronos_qlib.nn.checkpoint import digest_of_weights
 from kronos_qlib.train.checkpoints import CHECKPOINTS, finished
 from kronos_qlib.train.stages import PredictorStage, Stage
 
@@ -79,12 +79,4 @@ def digest_of_windows(windows: Windows) -> str:
     digest = hashlib.blake2b(windows.keys.tobytes(), digest_size=16)
     for rows in (windows.bars.values[used], windows.bars.stamp[used]):
         digest.update(rows.tobytes())
-    return digest.hexdigest()
-
-
-def digest_of_weights(network: HubModule) -> str:
-    """A digest of all tensors of a network and their names."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -25,23 +24,6 @@ logger = logging.getLogger("qlib.KronosTrainer")
 # torch's launcher takes these for itself, those that the system has.
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
 PATIENCE = 300  # seconds that a process has for its step and a checkpoint when it is to stop
-
-
-def process_count(processes: int | str, device: torch.device) -> int:
-    """How many processes a training takes: `auto` is one per GPU, and one on a CPU or on a GPU named by its number.
-
-    Raises:
-        ValueError: more than there are GPUs, or several on a device that only one can use.
-    """
-    numbered = device.type == "cuda" and device.index is not None
-    gpus = torch.cuda.device_count() if device.type == "cuda" and not numbered else 1
-    if processes == "auto":
-        return gpus
-    if processes > 1 and device.type == "cuda" and processes > gpus:
-        raise ValueError(f"finetune.processes: {processes} is more than the {gpus} GPU(s) of device {device}")
-    if processes > 1 and device.type not in ("cpu", "cuda"):
-        raise ValueError(f"finetune.processes: several processes need device cpu or cuda, not {device}")
-    return processes
 
 
 def launch(job: Job, processes: int) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kronos_qlib.data.windows import Windows
-from kronos_qlib.nn.device import cores
+from kronos_qlib.nn.cpu import cores
 from kronos_qlib.train.compute import Compute
 from kronos_qlib.train.feed import gather
 from kronos_qlib.train.stages import Stage

@@ -19,12 +19,12 @@ from qlib.workflow import R
 from ruamel.yaml import YAML, YAMLError
 
 from kronos_qlib.data.dataset import KLineDataset
+from kronos_qlib.nn.device import process_count
 from kronos_qlib.train.checkpoints import CHECKPOINTS, finished
 from kronos_qlib.train.compute import Compute
 from kronos_qlib.train.feed import Feed
 from kronos_qlib.train.identity import differences, identity_of
 from kronos_qlib.train.job import Job
-from kronos_qlib.train.launch import process_count
 from kronos_qlib.train.memory import bytes_of_state, bytes_per_window, part_size, room_for
 from kronos_qlib.train.plan import Plan
 from kronos_qlib.train.stages import Stage
@@ -94,7 +94,7 @@ class Finetuning:
             return "\n".join(self._told(job))
 
     def _told(self, job: Job) -> list[str]:
-        handler, processes = self.dataset.handler, process_count(job.settings.processes, job.device)
+        handler, processes = self.dataset.handler, process_count("finetune", job.settings.processes, job.device)
         threads = f", {torch.get_num_threads()} threads in all" if job.device.type == "cpu" else ""
         bars, score = job.train.bars, self.dataset
         test = f"   test {len(score.score_windows('test')):,}" if "test" in score.segments else ""

@@ -1,7 +1,7 @@
 """KronosModel: Kronos as a Qlib model, from windows of bars to scores."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,21 +12,23 @@ import torch
 from qlib.data.dataset.weight import Reweighter
 from qlib.log import get_module_logger
 from qlib.model.base import ModelFT
-from tqdm.auto import tqdm
 
 from kronos_qlib.data.dataset import KLineDataset
 from kronos_qlib.data.extra import training_set
 from kronos_qlib.data.settings import read_settings
-from kronos_qlib.data.windows import CLOSE, COLUMNS, Windows, denormalise
-from kronos_qlib.forecast.generate import Sampling, generate
-from kronos_qlib.forecast.scores import scores
-from kronos_qlib.forecast.weights import check_pair, prepare
+from kronos_qlib.data.windows import COLUMNS, Windows
+from kronos_qlib.forecast.generate import Sampling
+from kronos_qlib.forecast.run import Run, forecast
+from kronos_qlib.forecast.scorer import quantile_columns
+from kronos_qlib.forecast.scores import SCORES
+from kronos_qlib.forecast.task import Task, future_stamps
+from kronos_qlib.forecast.weights import check_pair
 from kronos_qlib.nn import Kronos, KronosTokenizer, zoo
 from kronos_qlib.nn.checkpoint import HubModule
-from kronos_qlib.nn.device import resolve_device, resolve_dtype
+from kronos_qlib.nn.device import process_count, resolve_device, resolve_dtype
 from kronos_qlib.train import FinetuneSettings, Job
 from kronos_qlib.train.adapters import check_freeze, require_peft
-from kronos_qlib.train.launch import launch, process_count
+from kronos_qlib.train.launch import launch
 from kronos_qlib.train.loop import evenly_spaced
 from kronos_qlib.train.plan import recency
 from kronos_qlib.train.report import write_report
@@ -44,8 +46,6 @@ from kronos_qlib.workflow.settings import ModelSettings
 
 logger = get_module_logger("KronosModel")
 REPORTED = 1000  # windows of the validation segment on which the report at the end of a training is made
-# What the keys, values and activations of one batch may take. On a CPU a batch that stays near the caches is faster.
-CPU_BATCH_BYTES, GPU_BATCH_BYTES = 128 * 2**20, 2 * 2**30
 
 
 class KronosModel(ModelFT):
@@ -181,17 +181,38 @@ class KronosModel(ModelFT):
             The Series `score`, float64, indexed by (datetime, instrument), sorted. A score at t is a function of the
             bars up to t, the weights, the settings and the seed.
         """
+        return self.forecast(dataset, segment, [self.settings.score])[self.settings.score].rename("score")
+
+    def forecast(
+        self, dataset: KLineDataset, segment: str | slice = "test", columns: Sequence[str] | None = None
+    ) -> pd.DataFrame:
+        """Forecast every window of a segment; with a `cache_dir`, only those that were not forecast before.
+
+        Args:
+            columns: which to return: `last_close`, any score, quantiles of the close (`q05_1`: 5 %, one bar ahead; for
+                5, 10, 25, 50, 75, 90 and 95 %), all of those by default.
+
+        Returns:
+            The columns indexed by (datetime, instrument), sorted; prices in the store's units.
+
+        Raises:
+            ValueError: an unknown column. RuntimeError: processes died again and again.
+        """
         self._check(dataset)
+        known = ["last_close", *SCORES, *quantile_columns(dataset.horizon)]
+        unknown = [name for name in columns or [] if name not in known]
+        if unknown:
+            raise ValueError(f"KronosModel: unknown column {unknown[0]!r} of a forecast; known: {', '.join(known)}")
         windows = dataset.score_windows(segment)
         self._warn_of_overlap(windows)
         record_run(self.settings, dataset)
-        values = self._forecast(dataset, windows)[self.settings.score]
+        values = self._forecast(dataset, windows, columns or known)
         index = pd.MultiIndex.from_arrays([windows.dates, windows.instruments], names=["datetime", "instrument"])
-        return pd.Series(values, index=index, name="score").sort_index()
+        return pd.DataFrame(values, index=index).sort_index()
 
     def _train(self, job: Job, dataset: KLineDataset) -> None:
         record_run(self.settings, dataset)
-        processes = process_count(job.settings.processes, job.device)
+        processes = process_count("finetune", job.settings.processes, job.device)
         try:
             if processes == 1:
                 job.run(log=record_metrics)
@@ -214,7 +235,7 @@ class KronosModel(ModelFT):
         self._to("cpu")
 
     def _check_finetune(self, settings: FinetuneSettings) -> None:
-        process_count(settings.processes, resolve_device(self.settings.device))
+        process_count("finetune", settings.processes, resolve_device(self.settings.device))
         for name, network in (("tokenizer", self.tokenizer), ("predictor", self.model)):
             stage = getattr(settings, name)
             if stage is None:
@@ -226,64 +247,46 @@ class KronosModel(ModelFT):
             except (ValueError, ModuleNotFoundError) as error:
                 raise type(error)(f"KronosModel: finetune.{name}.{error}") from None
 
-    def _forecast(self, dataset: KLineDataset, windows: Windows) -> dict[str, np.ndarray]:
-        """All scores, float64 [W] each."""
+    def _forecast(self, dataset: KLineDataset, windows: Windows, columns: Sequence[str]) -> dict[str, np.ndarray]:
         options, device = self.settings.forecast, resolve_device(self.settings.device)
-        dtype = resolve_dtype(self.settings.dtype, device)
-        self._to(device)
-        net = prepare(self.tokenizer, self.model, self.settings.max_context, dtype, windows.lookback)
-        sampling = Sampling(
-            options.sample_count,
-            options.temperature,
-            options.top_k,
-            options.top_p,
-            self.settings.seed,
-            options.s2_rotation,
+        task = Task(
+            tokenizer=self.tokenizer,
+            model=self.model,
+            windows=windows,
+            future_stamp=future_stamps(windows, dataset.horizon, dataset.calendar.stamps_after),
+            sampling=Sampling(
+                options.sample_count,
+                options.temperature,
+                options.top_k,
+                options.top_p,
+                self.settings.seed,
+                options.s2_rotation,
+                options.sampling,
+            ),
+            max_context=self.settings.max_context,
+            dtype=resolve_dtype(self.settings.dtype, device),
+            device=device,
+            part=None if options.batch_size == "auto" else options.batch_size,
+            paths=options.keep_paths,
         )
-        size = options.batch_size
-        if size == "auto":
-            size = self._batch_size(windows.lookback, dataset.horizon, device)
-        logger.info(
-            f"KronosModel: forecasting {len(windows):,} windows × {options.sample_count} samples × {dataset.horizon} "
-            f"bars on {device} ({str(dtype).removeprefix('torch.')}, {size} windows a batch, "
-            f"{torch.get_num_threads()} threads)"
+        run = Run(
+            cache_dir=Path(options.cache_dir) if options.cache_dir else None,
+            processes=process_count("forecast", options.processes, device),
+            engine=options.engine,
         )
-        started, parts = time.perf_counter(), []
-        with tqdm(total=len(windows), desc="forecast", unit="window") as bar:
-            for start in range(0, len(windows), size):
-                # Always `size` rows, the last batch filled up: how a row is rounded may hang on their number, and
-                # that of the last batch on bars to come.
-                rows = np.minimum(np.arange(start, start + size), len(windows) - 1)
-                batch = windows.gather(rows)
-                y_stamp = dataset.calendar.stamps_after(windows.dates[rows], dataset.horizon)
-                paths = generate(
-                    net,
-                    *(torch.from_numpy(array) for array in (batch.x, batch.stamp, y_stamp)),
-                    sampling,
-                    windows.keys[rows],
-                )
-                close = paths[..., CLOSE].cpu().double().numpy()  # [B, S, P]
-                mean, scale = batch.mean[:, :, CLOSE], batch.scale[:, :, CLOSE]  # [B, 1]
-                close = denormalise(close, mean[:, None], scale[:, None])
-                parts.append(scores(close, batch.last_close, scale[:, 0]))
-                bar.update(min(size, len(windows) - start))
-        self._to("cpu")
-        record_metrics({"forecast.seconds": time.perf_counter() - started, "forecast.windows": len(windows)}, None)
-        return {name: np.concatenate([part[name] for part in parts])[: len(windows)] for name in parts[0]}
+        started = time.perf_counter()
+        try:
+            values, resumed = forecast(task, run, columns)
+        finally:
+            self._to("cpu")
+        figures = {"seconds": time.perf_counter() - started, "windows": len(windows), "resumed": resumed}
+        record_metrics({f"forecast.{name}": value for name, value in figures.items()}, None)
+        return values
 
     def _to(self, device: torch.device | str) -> None:
         """Move both networks; they rest on the CPU, where they can be pickled for any machine."""
         self.tokenizer.to(device).eval()
         self.model.to(device).eval()
-
-    def _batch_size(self, lookback: int, horizon: int, device: torch.device) -> int:
-        """Windows whose keys, values and widest activations fit into the budget of the device."""
-        config = self.model.config
-        cached = config["n_layers"] * 2 * config["d_model"]
-        active = 5 * config["d_model"] + 4 * config["ff_dim"]
-        positions = lookback + self.settings.forecast.sample_count * horizon
-        budget = CPU_BATCH_BYTES if device.type == "cpu" else GPU_BATCH_BYTES
-        return max(1, budget // (4 * positions * (cached + active)))
 
     def _check(self, dataset: KLineDataset) -> None:
         if not isinstance(dataset, KLineDataset):

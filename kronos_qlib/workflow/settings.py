@@ -21,7 +21,14 @@ class ForecastSettings(Settings):
 
     sample_count, temperature, top_p, top_k: how paths are drawn (see `kronos_qlib.forecast.sampling.draw`).
     s2_rotation: "aligned" forecasts as trained, "reference" as published.
-    batch_size: windows at a time; auto follows from the network's size.
+    sampling: "independent" samples, or "stratified": a window's samples divide each step's distribution among them, so
+        that fewer of them are as precise.
+    batch_size: windows that go through the networks together (on a CPU, that each thread has in hand); auto takes as
+        many as the memory and the caches allow.
+    processes: of this machine; auto is one per GPU, and one on a CPU.
+    engine: "local", or "ray" for the cluster that Ray is connected to (extra `ray`).
+    cache_dir: where finished chunks are kept, as Parquet files; what is there already is not computed again.
+    keep_paths: keep the sample paths there too, not only scores and quantiles.
     """
 
     sample_count: int = Field(default=5, ge=1)
@@ -29,14 +36,18 @@ class ForecastSettings(Settings):
     top_p: float = Field(default=0.9, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
     s2_rotation: Literal["aligned", "reference"] = "aligned"
+    sampling: Literal["independent", "stratified"] = "independent"
     batch_size: AutoOrCount = "auto"
+    processes: AutoOrCount = "auto"
+    engine: Literal["local", "ray"] = "local"
     cache_dir: str | None = None
+    keep_paths: bool = False
 
-    @field_validator("cache_dir")
-    @classmethod
-    def _no_cache(cls, cache_dir: str | None) -> None:
-        if cache_dir is not None:
-            raise ValueError("should be null: resumable forecasts are not built yet")
+    @model_validator(mode="after")
+    def _paths_need_a_place(self) -> "ForecastSettings":
+        if self.keep_paths and self.cache_dir is None:
+            raise ValueError("keep_paths needs a cache_dir to keep them in")
+        return self
 
 
 class ModelSettings(Settings):

@@ -43,7 +43,8 @@ def stage(**changes):
         (
             {"forecast": {"samples": 5}},
             "forecast.samples",
-            "sample_count, temperature, top_p, top_k, s2_rotation, batch_size, cache_dir",
+            "sample_count, temperature, top_p, top_k, s2_rotation, sampling, batch_size, processes, engine, cache_dir, "
+            "keep_paths",
         ),
     ],
 )
@@ -164,11 +165,9 @@ def test_an_impossible_way_to_train_is_refused_before_any_work(changes, message)
     assert refusal(**settings).startswith(f"KronosModel: {message}")
 
 
-def test_what_is_not_built_yet_says_so():
-    message = refusal(forecast={"cache_dir": "cache"})
-    assert message == (
-        "KronosModel: forecast.cache_dir: should be null: resumable forecasts are not built yet, not 'cache'"
-    )
+def test_paths_cannot_be_kept_nowhere():
+    message = refusal(forecast={"keep_paths": True})
+    assert message.startswith("KronosModel: forecast: ") and "keep_paths needs a cache_dir" in message
 
 
 def test_several_mistakes_are_named_together():

@@ -1,0 +1,178 @@
+"""Forecasting in several processes of one machine: chunks from one queue, and what happens when a process dies."""
+
+import json
+import logging
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from kronos_qlib.files import save_array
+from kronos_qlib.forecast.store import Store
+from kronos_qlib.forecast.task import Task
+
+logger = logging.getLogger("qlib.KronosForecast")
+WORKER = "-m", "kronos_qlib.forecast.worker"
+DEATHS = 3  # of processes on one chunk, until the chunk is given up
+
+
+def compute_in_processes(
+    task: Task,
+    folder: Path,
+    store: Store | None,
+    missing: list[np.ndarray],
+    processes: int,
+    done: Callable[[int], object],
+) -> Iterator[tuple[np.ndarray, pa.Table]]:
+    """Positions and forecasts of chunks, in the order in which they are finished.
+
+    Args:
+        folder: for the task and, without a store, for the chunks, while the work lasts.
+
+    Raises:
+        RuntimeError: processes died DEATHS times on one chunk; or what a process raised, told in its words.
+    """
+    task.save(folder / "task")
+    for number, rows in enumerate(missing):
+        save_array(folder / "chunks" / f"{number}.npy", rows)
+    own = store is None
+    chunks = store or Store(folder, task)
+    work: queue.SimpleQueue[int] = queue.SimpleQueue()
+    news: queue.SimpleQueue[_News] = queue.SimpleQueue()
+    for number in range(len(missing)):
+        work.put(number)
+    processes = min(processes, len(missing))
+    threads = [max(1, torch.get_num_threads() // processes)] * processes
+    for extra in range(torch.get_num_threads() - sum(threads)):
+        threads[extra] += 1
+    logger.info(
+        f"forecasting {task.told(missing)} in {processes} processes on {task.device} ({task.precision}, "
+        f"{'/'.join(map(str, sorted(set(threads))))} threads each)"
+    )
+    workers = [
+        _Worker(folder, chunks.folder.parent, work, news, rank, threads[rank], _device(task.device, rank))
+        for rank in range(processes)
+    ]
+    for worker in workers:
+        worker.start()
+    deaths = dict.fromkeys(range(len(missing)), 0)
+    left = len(missing)
+    try:
+        while left:
+            said = news.get()
+            done(said.windows)
+            if said.error is not None:
+                raise RuntimeError(said.error)
+            if said.died is not None:
+                deaths[said.chunk] += 1
+                if deaths[said.chunk] == DEATHS:
+                    raise RuntimeError(
+                        f"forecasting processes died {DEATHS} times on the same {len(missing[said.chunk])} windows "
+                        f"({said.died}); what they said stands above, and what is finished is kept in "
+                        f"{'nothing: no cache_dir was given' if own else chunks.folder}"
+                    )
+                logger.warning(f"a forecasting process died ({said.died}); its chunk goes to another")
+                work.put(said.chunk)
+            elif said.finished:
+                left -= 1
+                rows = missing[said.chunk]
+                table = chunks.load(rows)
+                if table is None:
+                    raise RuntimeError(f"the chunk {said.chunk} that a process has written to {chunks.folder} is gone")
+                if own:
+                    chunks.path(task.window_digests(rows)).unlink()
+                yield rows, table
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+@dataclass(frozen=True)
+class _News:
+    """What a worker has to tell of a chunk."""
+
+    chunk: int
+    windows: int = 0  # that are done since the last news
+    finished: bool = False
+    died: str | None = None
+    error: str | None = None
+
+
+class _Worker(threading.Thread):
+    """A thread that keeps one process at work, and starts another when it dies."""
+
+    def __init__(
+        self,
+        folder: Path,
+        cache_dir: Path,
+        work: "queue.SimpleQueue[int]",
+        news: "queue.SimpleQueue[_News]",
+        rank: int,
+        threads: int,
+        device: torch.device,
+    ) -> None:
+        super().__init__(name=f"forecast-{rank}", daemon=True)
+        self.command = [sys.executable, *WORKER, str(folder), str(cache_dir), str(device)]
+        self.threads, self.work, self.news = threads, work, news
+        self.process: subprocess.Popen[str] | None = None
+        self.stopped = False
+
+    def run(self) -> None:
+        while not self.stopped:
+            try:
+                chunk = self.work.get(timeout=0.5)
+            except queue.Empty:
+                continue
+            self._forecast(chunk)
+
+    def stop(self) -> None:
+        """End the process now; a chunk that it has not finished is lost."""
+        self.stopped = True
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    def _forecast(self, chunk: int) -> None:
+        if self.process is None:
+            environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
+            self.process = subprocess.Popen(
+                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            )
+        told = 0
+        try:
+            _say(self.process.stdin, str(chunk))
+            for line in self.process.stdout:
+                said = json.loads(line)
+                told += said.get("windows", 0)
+                self.news.put(_News(chunk, **said))
+                if "finished" in said or "error" in said:
+                    return
+        except OSError:
+            pass
+        status, self.process = self.process.wait(), None
+        if not self.stopped:
+            self.news.put(_News(chunk, windows=-told, died=_cause(status)))
+
+
+def _say(pipe: IO[str], line: str) -> None:
+    pipe.write(line + "\n")
+    pipe.flush()
+
+
+def _cause(status: int) -> str:
+    return signal.Signals(-status).name if status < 0 else f"exit code {status}"
+
+
+def _device(device: torch.device, rank: int) -> torch.device:
+    """The device of a process: each has a GPU of its own."""
+    return torch.device("cuda", rank) if device.type == "cuda" and device.index is None else device

@@ -1,0 +1,100 @@
+"""A forecast so small that it takes a second, and a process of its own that works on it."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from kronos_qlib import Kronos, KronosTokenizer
+from kronos_qlib.data.stamps import stamps
+from kronos_qlib.data.windows import Bars, Windows
+from kronos_qlib.forecast.generate import Sampling
+from kronos_qlib.forecast.run import Run, forecast
+from kronos_qlib.forecast.scorer import quantile_columns
+from kronos_qlib.forecast.scores import SCORES
+from kronos_qlib.forecast.task import Task, future_stamps
+from kronos_qlib.nn import zoo
+
+LOOKBACK, HORIZON, DAYS, NAMES = 20, 3, 120, ("A", "B", "C", "D", "E")
+SMALL = {"d_model": 16, "ff_dim": 32, "n_heads": 2, "s1_bits": 6, "s2_bits": 6}
+COLUMNS = ["last_close", *SCORES, *quantile_columns(HORIZON)]
+
+
+def make_windows(last=DAYS, seed=0):
+    """A window of each of five random walks on each day from the 20th up to `last`, day by day."""
+    rng = np.random.default_rng(seed)
+    close = 20 * np.exp(np.cumsum(rng.normal(0, 0.02, (len(NAMES), DAYS)), 1))
+    columns = [close, close * 1.01, close * 0.99, close, close * 100, close**2 * 100]
+    dates = pd.bdate_range("2020-01-01", periods=DAYS)
+    bars = Bars(
+        values=np.stack(columns, -1).reshape(-1, 6).astype(np.float32),
+        stamp=np.tile(stamps(dates), (len(NAMES), 1)).astype(np.int8),
+        dates=np.tile(dates.to_numpy("datetime64[ns]"), len(NAMES)),
+        offsets=np.arange(len(NAMES) + 1) * DAYS,
+        instruments=NAMES,
+    )
+    ends = (np.arange(LOOKBACK - 1, last)[:, None] + np.arange(len(NAMES)) * DAYS).reshape(-1)
+    return Windows(bars, ends, LOOKBACK, 0)
+
+
+def make_task(windows=None, samples=3, seed=1, **changes):
+    """New networks and the windows that they are to forecast, a few at a time."""
+    torch.manual_seed(0)
+    windows = windows or make_windows()
+    return Task(
+        tokenizer=KronosTokenizer(**(zoo.TOKENIZERS["nano"].config | SMALL | {"n_enc_layers": 2, "n_dec_layers": 2})),
+        model=Kronos(**(zoo.MODELS["nano"].config | SMALL | {"n_layers": 1})),
+        windows=windows,
+        future_stamp=future_stamps(windows, HORIZON, stamps_after),
+        sampling=Sampling(samples, seed=seed),
+        max_context=64,
+        part=8,
+        **changes,
+    )
+
+
+def stamps_after(dates, horizon):
+    return np.stack([stamps(pd.bdate_range(date, periods=horizon + 1)[1:]) for date in dates])
+
+
+def with_bar_changed(windows, instrument, day):
+    """The same windows after one instrument's bar of one day has been put right."""
+    values = windows.bars.values.copy()
+    values[instrument * DAYS + day] *= 1.01
+    return replace(windows, bars=replace(windows.bars, values=values))
+
+
+def run(task, cache_dir=None, **options):
+    return forecast(task, Run(Path(cache_dir) if cache_dir else None, **options), COLUMNS)
+
+
+def assert_same(one, two):
+    assert one.keys() == two.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], two[name], err_msg=name)
+
+
+def chunks(cache_dir):
+    return sorted(Path(cache_dir).glob("*/chunk-*.parquet"))
+
+
+def started(cache_dir, options="", slow=False):
+    """A process of its own that works on the task; a slow one rests after every chunk."""
+    program = (
+        "import time\nfrom tasks import make_task, run\nfrom kronos_qlib.forecast import run as runs, store\n"
+        "runs.CHUNK = 64\n"
+        f"write = store.Store.write\nstore.Store.write = lambda *a: (write(*a), time.sleep({0.2 if slow else 0}))[0]\n"
+        f"run(make_task(), {str(cache_dir)!r}, {options})\n"
+    )
+    return subprocess.Popen([sys.executable, "-c", program], env=environment())
+
+
+def environment():
+    """The environment of a Python that finds these modules, and the package as these tests do."""
+    here = Path(__file__).parent
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parents[1]), *sys.path])}

@@ -1,0 +1,64 @@
+"""Chunks on a Ray cluster of two nodes on this machine, one of which is lost."""
+
+import numpy as np
+import pytest
+from tasks import assert_same, environment, make_task, run
+
+from kronos_qlib.forecast import run as runs
+
+ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setattr(runs, "CHUNK", 32)
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def test_a_lost_node_costs_its_chunks_only_and_the_scores_are_those_of_one_process(cluster, tmp_path, monkeypatch):
+    plain, _ = run(make_task())
+    second = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    ray.init(address=cluster.address, log_to_driver=False)
+    written, lost = [], []
+    write = runs.Store.write
+
+    def then_lose_a_node(self, table):
+        path = write(self, table)
+        written.append(path)
+        if len(written) == 3:
+            cluster.remove_node(second, allow_graceful=False)
+            lost.append(second)
+        return path
+
+    monkeypatch.setattr(runs.Store, "write", then_lose_a_node)
+    values, resumed = run(make_task(), tmp_path, engine="ray")
+    assert lost and resumed == 0 and len(written) > 10
+    assert_same(values, plain)
+    assert not second.any_processes_alive()
+    again, resumed = run(make_task(), tmp_path)  # by this process: nothing is left
+    assert resumed == len(make_task())
+    assert_same(again, plain)
+
+
+def test_without_a_cluster_one_is_asked_for(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConnectionError, match="found no cluster at 'auto'; start one"):
+        run(make_task(), engine="ray")
+    assert not ray.is_initialized()
+
+
+def test_a_task_reaches_another_process_whole():
+    import pickle
+
+    task = make_task()
+    other = pickle.loads(pickle.dumps(task))
+    rows = np.arange(10)
+    np.testing.assert_array_equal(other.window_digests(rows), task.window_digests(rows))
