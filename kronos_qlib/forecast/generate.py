@@ -1,9 +1,7 @@
 """Sampled generation: every window's context is computed once and shared by its samples.
 
 The two halves: `_prefill` runs a window's context through the blocks and keeps keys and values per layer; `_extend`
-runs the samples' own positions against them and against what each sample has generated before. The samples of a window
-are so many rows of one query: their own keys lie behind the context's in one cache, and a mask keeps each from seeing
-the others', so one attention does for all and the context is neither copied nor read again per sample.
+runs the samples' own positions against them and against what each sample has generated before.
 
 Shapes: B windows, S samples, L context bars, P forecast bars, H heads, D coordinates per head; G groups of n samples
 that share a cache, G · n = B · S.
@@ -21,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from kronos_qlib.data.windows import CLOSE
+from kronos_qlib.forecast.caches import Cache, Layout
 from kronos_qlib.forecast.randomness import uniforms
 from kronos_qlib.forecast.sampling import draw
 from kronos_qlib.forecast.weights import ModelWeights, Prepared, Stack, TokenizerWeights, prepare, turn, unit_scale
@@ -33,7 +32,6 @@ from kronos_qlib.nn.quantizer import signs_to_ids
 PART = 32  # windows that one thread of a CPU takes at a time: more leave its caches, fewer make narrow products
 PREFILL_ROWS = 1440  # bars of context that go through the blocks together on a CPU: they should stay near its caches
 Spread = Literal["independent", "stratified"]
-GROUP = 8  # samples that share a cache at most: each looks at the others' rows too, if only to be told not to
 
 
 @dataclass(frozen=True)
@@ -170,14 +168,14 @@ def _paths(
     """Paths [B, S, P, d_in] for uniform numbers [P, 2, B, S]."""
     horizon, _, batch, samples = uniform.shape
     length, limit = x.shape[1], net.max_context
-    layout = _Layout.of(batch, samples, horizon)
+    layout = Layout.of(batch, samples, horizon)
     uniform = uniform.reshape(horizon, 2, layout.groups, layout.size)
     s1, s2 = _encode(net.tokenizer, x)
     time, own_time = net.model.embed_time(x_stamp[:, -limit:]), net.model.embed_time(y_stamp)
     own_time = own_time.repeat_interleave(layout.copies, 0)
     own_s1 = torch.empty(layout.groups, horizon, layout.size, dtype=torch.long, device=net.device)
     own_s2 = torch.empty_like(own_s1)
-    mask = _mask(length, layout, net)
+    mask = layout.mask(length, net.model.proj_s1.weight)
     aligned = sampling.s2_rotation == "aligned"
     values = _closes(net.tokenizer) if sampling.sampling == "stratified" else (None, None)
     filters = sampling.temperature, sampling.top_k, sampling.top_p
@@ -196,15 +194,6 @@ def _paths(
     out = slice(length - min(length, limit - horizon), length)  # of the context, what the decoder still sees
     paths = _decode(net.tokenizer, (s1[:, out], s2[:, out]), (own_s1, own_s2), layout, mask[:, out.start :])
     return paths.unflatten(0, (batch, -1)).transpose(2, 3).flatten(1, 2)
-
-
-def _mask(length: int, layout: "_Layout", net: Prepared) -> Tensor:
-    """What own rows see of L context rows and of each other: 0 or −inf [P · n, L + P · n]."""
-    rows = torch.arange(layout.horizon * layout.size, device=net.device)
-    step, sample = rows // layout.size, rows % layout.size
-    seen = (sample[:, None] == sample) & (step[:, None] >= step)
-    own = torch.zeros(seen.shape, dtype=net.dtype, device=net.device).masked_fill_(~seen, -torch.inf)
-    return F.pad(own, (length, 0))
 
 
 def _closes(tokenizer: TokenizerWeights) -> tuple[Tensor, Tensor]:
@@ -248,62 +237,9 @@ def _as_integers(keys: Sequence[int] | np.ndarray | Tensor, count: int) -> np.nd
     return np.array(integers, np.uint64).view(np.int64)
 
 
-@dataclass
-class _Cache:
-    """Keys and values of one attention [G, L + P · n, H, D]: of the context, then of the samples, step by step."""
-
-    k: Tensor
-    v: Tensor
-    length: int
-
-    def fill(self, windows: slice, k: Tensor, v: Tensor, copies: int) -> None:
-        """Take in the context's k, v [b, L, H, D] of some windows, for every group of each."""
-        for cache, rows in ((self.k, k), (self.v, v)):
-            cache.unflatten(0, (-1, copies))[windows, :, : self.length] = rows.unsqueeze(1)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, start: int, mask: Tensor) -> Tensor:
-        """Store own k, v [G, r, H, D] behind the `start` own rows there are and attend from q: [G, r, H, D]."""
-        end = self.store(k, v, start)
-        return self.read(q, end, mask[start:end])
-
-    def store(self, k: Tensor, v: Tensor, start: int) -> int:
-        """Put own k, v [G, r, H, D] behind the `start` own rows there are; how many there are now."""
-        end = start + k.shape[1]
-        rows = slice(self.length + start, self.length + end)
-        self.k[:, rows], self.v[:, rows] = k, v
-        return end
-
-    def read(self, q: Tensor, filled: int, mask: Tensor) -> Tensor:
-        """Attend from q [G, r, H, D], with a mask [r, L + …], to the context and the first `filled` own rows."""
-        end = self.length + filled
-        q, k, v = (rows.transpose(1, 2) for rows in (q, self.k[:, :end], self.v[:, :end]))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, :end] if filled else None).transpose(1, 2)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """How samples share caches: `groups` of `size` samples, `copies` groups a window, `horizon` own steps each."""
-
-    groups: int
-    size: int
-    copies: int
-    horizon: int
-
-    @classmethod
-    def of(cls, batch: int, samples: int, horizon: int) -> "_Layout":
-        size = next(size for size in range(min(samples, GROUP), 0, -1) if samples % size == 0)
-        return cls(batch * samples // size, size, samples // size, horizon)
-
-    def cache(self, length: int, heads: int, width: int, like: Tensor) -> _Cache:
-        """An empty cache behind a context of `length` bars, of the kind of `like`."""
-        rows = length + self.horizon * self.size
-        both = like.new_empty(2, self.groups, rows, heads, width // heads)
-        return _Cache(both[0], both[1], length)
-
-
 def _prefill(
-    stack: Stack, x: Tensor, layout: _Layout | None = None, keys_only_last: bool = False
-) -> tuple[Tensor, list[_Cache]]:
+    stack: Stack, x: Tensor, layout: Layout | None = None, keys_only_last: bool = False
+) -> tuple[Tensor, list[Cache]]:
     """Run context x [B, L, d] through the blocks: the output [B, L, d] and, for a layout, each layer's cache.
 
     With keys_only_last the last block stops at its keys and values, and the output is of no use.
@@ -329,7 +265,7 @@ def _prefill(
     return torch.cat(outputs), caches
 
 
-def _extend(stack: Stack, caches: list[_Cache], x: Tensor, start: int, mask: Tensor, size: int) -> Tensor:
+def _extend(stack: Stack, caches: list[Cache], x: Tensor, start: int, mask: Tensor, size: int) -> Tensor:
     """Run own rows x [G, r, d], which follow `start` others, through the blocks: [G, r, d]."""
     for block, cache in zip(stack.blocks, caches, strict=True):
         angles = _repeated(stack.angles, cache.length, start, x.shape[1], size)
@@ -343,16 +279,16 @@ class _ContextState:
     """What generation remembers between steps: caches of the transformer and of the s2 cross-attention."""
 
     model: ModelWeights
-    layout: _Layout
-    caches: list[_Cache]
-    cross: _Cache
+    layout: Layout
+    caches: list[Cache]
+    cross: Cache
     mask: Tensor
     last: Tensor  # context of the newest position: [G, 1, d] while the samples share it, then [G, n, d]
     aligned: bool
     filled: int = 0  # own steps
 
     @classmethod
-    def start(cls, model: ModelWeights, x: Tensor, layout: _Layout, mask: Tensor, aligned: bool) -> "_ContextState":
+    def start(cls, model: ModelWeights, x: Tensor, layout: Layout, mask: Tensor, aligned: bool) -> "_ContextState":
         h, caches = _prefill(model.stack, x, layout)
         h = model.normed(h)
         k, v = model.cross_kv(h).chunk(2, dim=-1)
@@ -412,7 +348,7 @@ def _decode(
     tokenizer: TokenizerWeights,
     context: tuple[Tensor, Tensor],
     own: tuple[Tensor, Tensor],
-    layout: _Layout,
+    layout: Layout,
     mask: Tensor,
 ) -> Tensor:
     """Normalised bars [G, P, n, d_in] of own codes [G, P, n] that follow the shared codes [B, L]."""

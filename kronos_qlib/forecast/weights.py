@@ -146,11 +146,6 @@ class Prepared:
     def device(self) -> torch.device:
         return self.model.s1.device
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the matrix products."""
-        return self.model.proj_s1.weight.dtype
-
 
 @torch.inference_mode()
 def prepare(tokenizer: KronosTokenizer, model: Kronos, max_context: int, dtype: torch.dtype, length: int) -> Prepared:

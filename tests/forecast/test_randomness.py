@@ -46,3 +46,25 @@ def test_numbers_are_uniform_on_the_unit_interval():
     counts = np.histogram(numbers, bins=100, range=(0, 1))[0]
     chi_square = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
     assert 50 < chi_square < 160  # 99 degrees of freedom: far in either tail would be 1 in 10,000
+
+
+@pytest.mark.parametrize("samples", [1, 2, 5, 20])
+def test_stratified_numbers_of_a_draw_lie_in_different_strata_and_each_is_uniform(samples):
+    numbers = uniforms(3, np.arange(3000), samples, 4, stratified=True)
+    assert numbers.dtype == np.float32 and numbers.min() >= 0 and numbers.max() < 1
+    strata = np.sort((numbers.astype(np.float64) * samples).astype(int), axis=-1)
+    np.testing.assert_array_equal(strata, np.broadcast_to(np.arange(samples), strata.shape))
+    for sample in {0, samples - 1}:
+        counts = np.histogram(numbers[..., sample], bins=100, range=(0, 1))[0]
+        chi_square = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
+        assert 50 < chi_square < 160
+
+
+def test_stratified_numbers_hang_on_key_and_step_and_draws_are_independent():
+    numbers = uniforms(7, np.array([5, 8]), 5, 9, stratified=True)
+    np.testing.assert_array_equal(numbers[:4, :, 1:], uniforms(7, np.array([8]), 5, 4, stratified=True))
+    many = uniforms(1, np.arange(20_000), 5, 2, stratified=True)
+    first, second, later = many[0, 0, :, 0], many[0, 1, :, 0], many[1, 0, :, 0]
+    for one, other in ((first, second), (first, later)):
+        assert abs(np.corrcoef(one, other)[0, 1]) < 0.03
+    assert np.corrcoef(first, many[0, 0, :, 1])[0, 1] < -0.15  # two samples of a draw avoid each other: −1/4 in strata

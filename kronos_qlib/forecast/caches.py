@@ -1,0 +1,77 @@
+"""Keys and values that generation keeps, and how the samples of a window share them.
+
+The samples of a window are so many rows of one query: their own keys lie behind the context's in one cache, and a mask
+keeps each from seeing the others'. So one attention does for all, and the context is neither copied nor read again per
+sample.
+
+Shapes: L context bars, P forecast bars, H heads, D coordinates per head; G groups of n samples that share a cache.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GROUP = 8  # samples that share a cache at most: each looks at the others' rows too, if only to be told not to
+
+
+@dataclass
+class Cache:
+    """Keys and values of one attention [G, L + P · n, H, D]: of the context, then of the samples, step by step."""
+
+    k: Tensor
+    v: Tensor
+    length: int
+
+    def fill(self, windows: slice, k: Tensor, v: Tensor, copies: int) -> None:
+        """Take in the context's k, v [b, L, H, D] of some windows, for every group of each."""
+        for cache, rows in ((self.k, k), (self.v, v)):
+            cache.unflatten(0, (-1, copies))[windows, :, : self.length] = rows.unsqueeze(1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, start: int, mask: Tensor) -> Tensor:
+        """Store own k, v [G, r, H, D] behind the `start` own rows there are and attend from q: [G, r, H, D]."""
+        end = self.store(k, v, start)
+        return self.read(q, end, mask[start:end])
+
+    def store(self, k: Tensor, v: Tensor, start: int) -> int:
+        """Put own k, v [G, r, H, D] behind the `start` own rows there are; how many there are now."""
+        end = start + k.shape[1]
+        rows = slice(self.length + start, self.length + end)
+        self.k[:, rows], self.v[:, rows] = k, v
+        return end
+
+    def read(self, q: Tensor, filled: int, mask: Tensor) -> Tensor:
+        """Attend from q [G, r, H, D], with a mask [r, L + …], to the context and the first `filled` own rows."""
+        end = self.length + filled
+        q, k, v = (rows.transpose(1, 2) for rows in (q, self.k[:, :end], self.v[:, :end]))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, :end] if filled else None).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How samples share caches: `groups` of `size` samples, `copies` groups a window, `horizon` own steps each."""
+
+    groups: int
+    size: int
+    copies: int
+    horizon: int
+
+    @classmethod
+    def of(cls, batch: int, samples: int, horizon: int) -> "Layout":
+        size = next(size for size in range(min(samples, GROUP), 0, -1) if samples % size == 0)
+        return cls(batch * samples // size, size, samples // size, horizon)
+
+    def cache(self, length: int, heads: int, width: int, like: Tensor) -> Cache:
+        """An empty cache behind a context of `length` bars, of the kind of `like`."""
+        rows = length + self.horizon * self.size
+        both = like.new_empty(2, self.groups, rows, heads, width // heads)
+        return Cache(both[0], both[1], length)
+
+    def mask(self, length: int, like: Tensor) -> Tensor:
+        """What own rows see of `length` context rows and of each other: 0 or −inf [P · n, L + P · n]."""
+        rows = torch.arange(self.horizon * self.size, device=like.device)
+        step, sample = rows // self.size, rows % self.size
+        seen = (sample[:, None] == sample) & (step[:, None] >= step)
+        own = like.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+        return F.pad(own, (length, 0))
