@@ -68,10 +68,10 @@ class Layout:
         both = like.new_empty(2, self.groups, rows, heads, width // heads)
         return Cache(both[0], both[1], length)
 
-    def mask(self, length: int, like: Tensor) -> Tensor:
-        """What own rows see of `length` context rows and of each other: 0 or −inf [P · n, L + P · n]."""
-        rows = torch.arange(self.horizon * self.size, device=like.device)
+    def mask(self, length: int, device: torch.device) -> Tensor:
+        """What own rows see of `length` context rows and of each other: 0 or −inf, float32 [P · n, L + P · n]."""
+        rows = torch.arange(self.horizon * self.size, device=device)
         step, sample = rows // self.size, rows % self.size
         seen = (sample[:, None] == sample) & (step[:, None] >= step)
-        own = like.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+        own = torch.zeros(seen.shape, device=device).masked_fill_(~seen, -torch.inf)
         return F.pad(own, (length, 0))

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kronos_qlib.data.windows import CLOSE
 from kronos_qlib.forecast.caches import Cache, Layout
 from kronos_qlib.forecast.randomness import uniforms
 from kronos_qlib.forecast.sampling import draw
@@ -137,6 +136,7 @@ def generate(
     if part is None:
         threads = torch.get_num_threads() if on_cpu else 1
         part = -(-batch // (threads * -(-batch // (threads * PART)))) if on_cpu else batch  # as many for every thread
+    assert len(net.ranks) == 2  # computed here once, and not by every thread
     parts = [slice(start, min(start + part, batch)) for start in range(0, batch, part)]
     with tqdm(total=len(parts) * horizon, desc="forecast", unit="step", disable=not progress) as bar:
 
@@ -175,9 +175,8 @@ def _paths(
     own_time = own_time.repeat_interleave(layout.copies, 0)
     own_s1 = torch.empty(layout.groups, horizon, layout.size, dtype=torch.long, device=net.device)
     own_s2 = torch.empty_like(own_s1)
-    mask = layout.mask(length, net.model.proj_s1.weight)
+    mask = layout.mask(length, net.device)
     aligned = sampling.s2_rotation == "aligned"
-    values = _closes(net.tokenizer) if sampling.sampling == "stratified" else (None, None)
     filters = sampling.temperature, sampling.top_k, sampling.top_p
     state: _ContextState | None = None
     for step in range(horizon):
@@ -188,24 +187,12 @@ def _paths(
         if state.filled < step:
             new = slice(state.filled, step)
             state.append(net.model.embed(own_s1[:, new], own_s2[:, new], own_time[:, new, None]))
-        own_s1[:, step] = draw(state.s1_logits(), uniform[step, 0], *filters, values[0])
-        own_s2[:, step] = draw(state.s2_logits(own_s1[:, step]), uniform[step, 1], *filters, values[1])
+        own_s1[:, step] = draw(state.s1_logits(), uniform[step, 0], *filters, net.ranks[0])
+        own_s2[:, step] = draw(state.s2_logits(own_s1[:, step]), uniform[step, 1], *filters, net.ranks[1])
         step_done()
     out = slice(length - min(length, limit - horizon), length)  # of the context, what the decoder still sees
     paths = _decode(net.tokenizer, (s1[:, out], s2[:, out]), (own_s1, own_s2), layout, mask[:, out.start :])
     return paths.unflatten(0, (batch, -1)).transpose(2, 3).flatten(1, 2)
-
-
-def _closes(tokenizer: TokenizerWeights) -> tuple[Tensor, Tensor]:
-    """By what to put the tokens in order: the normalised close of a bar of each s1, and of each s2, and nothing else.
-
-    Of a single bar, with the other code at the middle of its values: float32 [2^s1_bits], [2^s2_bits].
-    """
-    coarse, fine = tokenizer.coarse, tokenizer.fine
-    bars = torch.cat([coarse + fine.mean(0), coarse.mean(0) + fine]).unsqueeze(1)
-    h, _ = _prefill(tokenizer.decoder, bars)
-    closes = tokenizer.head(h)[:, 0, CLOSE]
-    return closes[: len(coarse)], closes[len(coarse) :]
 
 
 def _check_shapes(net: Prepared, x: Tensor, x_stamp: Tensor, y_stamp: Tensor) -> None:

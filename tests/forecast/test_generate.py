@@ -8,6 +8,7 @@ from kronos_qlib import Kronos, KronosTokenizer
 from kronos_qlib.forecast import sample_paths
 from kronos_qlib.forecast.randomness import uniforms
 from kronos_qlib.forecast.sampling import draw
+from kronos_qlib.forecast.weights import prepare
 from kronos_qlib.nn import zoo
 
 SAMPLING = {"sample_count": 5, "temperature": 0.6, "top_p": 0.9, "seed": 3}
@@ -29,6 +30,7 @@ def naive_paths(
     horizon, result = y_stamp.shape[1], []
     uniform = torch.from_numpy(uniforms(seed, np.asarray(keys), sample_count, horizon))
     filters = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | filters
+    ranks = prepare(tokenizer, model, max_context, torch.float32, x.shape[1]).ranks
     for row in range(len(x)):
         stamp = torch.cat([x_stamp[row], y_stamp[row]])[None]
         for sample in range(sample_count):
@@ -37,8 +39,8 @@ def naive_paths(
                 seen = stamp[:, : s1.shape[1]][:, -max_context:]
                 logits, context = model.decode_s1(s1[:, -max_context:], s2[:, -max_context:], seen)
                 u = uniform[step, :, row, sample].view(2, 1, 1)
-                new_s1 = draw(logits[:, -1:], u[0], **filters)
-                new_s2 = draw(model.decode_s2(context, new_s1, s2_rotation)[:, -1:], u[1], **filters)
+                new_s1 = draw(logits[:, -1:], u[0], **filters, rank=ranks[0])
+                new_s2 = draw(model.decode_s2(context, new_s1, s2_rotation)[:, -1:], u[1], **filters, rank=ranks[1])
                 s1, s2 = torch.cat([s1, new_s1], 1), torch.cat([s2, new_s2], 1)
             result.append(tokenizer.decode([s1[:, -max_context:], s2[:, -max_context:]], half=True)[0, -horizon:])
     return torch.stack(result).unflatten(0, (len(x), sample_count))
@@ -82,7 +84,7 @@ def test_stratified_samples_have_the_same_mean_and_vary_less_about_it(small):
     independent, stratified = means["independent"], means["stratified"]
     error = (independent.var() / 400 + stratified.var() / 400).sqrt()
     assert abs(independent.mean() - stratified.mean()) < 4 * error
-    assert stratified.var() < 0.8 * independent.var()
+    assert stratified.var() < 0.9 * independent.var()  # of a new network, whose last bar hangs little on the first
 
 
 def test_the_two_rotations_differ(small):

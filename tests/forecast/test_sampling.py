@@ -72,11 +72,11 @@ def test_samples_of_a_row_may_share_a_distribution_or_have_their_own():
 
 @pytest.mark.parametrize("top_k", [0, 20])
 @pytest.mark.parametrize("top_p", [0.7, 1.0])
-def test_in_another_order_the_distribution_is_the_same_and_the_draw_rises_with_the_value(top_k, top_p):
+def test_in_another_order_the_distribution_is_the_same_and_the_draw_rises_with_it(top_k, top_p):
     random = torch.Generator().manual_seed(0)
-    logits, values = 2 * torch.randn(VOCABULARY, generator=random), torch.randn(VOCABULARY, generator=random)
+    logits, rank = 2 * torch.randn(VOCABULARY, generator=random), torch.randperm(VOCABULARY, generator=random)
     options = {"temperature": 0.8, "top_k": top_k, "top_p": top_p}
     expected = shares(logits, **options)
-    assert torch.allclose(shares(logits, **options, values=values), expected, atol=2e-4)
-    drawn = values[draw(logits.view(1, 1, -1), grid(500), **options, values=values)[0]]
+    assert torch.allclose(shares(logits, **options, rank=rank), expected, atol=2e-4)
+    drawn = rank[draw(logits.view(1, 1, -1), grid(500), **options, rank=rank)[0]]
     assert (drawn.diff() >= 0).all() and drawn[0] < drawn[-1]
