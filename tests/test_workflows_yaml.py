@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ from qlib.utils.data import update_config
 from ruamel.yaml import YAML
 
 WORKFLOWS = Path(__file__).parents[1] / "workflows"
-CSI300 = ["kronos_csi300", "kronos_csi300_zeroshot", "kronos_csi300_nano", "lightgbm_csi300"]
-DEMO = ["kronos_demo", "lightgbm_demo"]
+LEARNT = ["lightgbm", "lightgbm360", "linear"]
+RULES = ["reversal", "momentum", "volatility", "last_value"]
+BASELINES = LEARNT + RULES
+CSI300 = ["kronos_csi300", "kronos_csi300_zeroshot", "kronos_csi300_nano"] + [f"{name}_csi300" for name in BASELINES]
+DEMO = ["kronos_demo"] + [f"{name}_demo" for name in BASELINES]
 VARIABLES = ["QLIB_DATA", "KRONOS_TOKENIZER", "KRONOS_MODEL"]
 
 
@@ -30,6 +34,11 @@ def load(name: str) -> dict[str, Any]:
 
 
 def load_base(file_name: str) -> dict[str, Any]:
+    return copy.deepcopy(parsed_base(file_name))
+
+
+@functools.cache
+def parsed_base(file_name: str) -> dict[str, Any]:
     return YAML(typ="safe", pure=True).load((WORKFLOWS / file_name).read_text())
 
 
@@ -39,16 +48,30 @@ def backtest_config(config: dict[str, Any]) -> dict[str, Any]:
     return record["kwargs"]["config"]
 
 
+def handler_kwargs(config: dict[str, Any]) -> dict[str, Any]:
+    """A handler's keyword arguments; label and freq are here too where a stock handler gives them to its loader."""
+    kwargs = copy.deepcopy(config["task"]["dataset"]["kwargs"]["handler"]["kwargs"])
+    if "data_loader" in kwargs:
+        loader = kwargs.pop("data_loader")["kwargs"]
+        assert not {"label", "freq"} & set(kwargs)
+        expressions, names = loader["config"]["label"]
+        assert names == [f"LABEL{i}" for i in range(len(expressions))]
+        kwargs |= {"label": expressions, "freq": loader["freq"]}
+    return kwargs
+
+
 def shared_part(config: dict[str, Any]) -> dict[str, Any]:
     """All of a workflow but its name, its model, and what turns bars into features."""
     config = copy.deepcopy(config)
     dataset = config["task"]["dataset"]
+    dataset["kwargs"]["handler"]["kwargs"] = handler_kwargs(config)
     for part, keys in [
         (config, ["experiment_name"]),
         (config["task"], ["model"]),
         (dataset, ["class", "module_path"]),
         (dataset["kwargs"], ["lookback", "horizon"]),
         (dataset["kwargs"]["handler"], ["class", "module_path"]),
+        (dataset["kwargs"]["handler"]["kwargs"], ["infer_processors", "fit_start_time", "fit_end_time"]),
     ]:
         for key in keys:
             part.pop(key, None)
@@ -103,20 +126,53 @@ def test_the_recorder_is_a_sqlite_file(name):
     assert manager["kwargs"]["uri"] == "sqlite:///mlflow.db"
 
 
-@pytest.mark.parametrize(
-    ("kronos", "lightgbm"),
-    [(name, "lightgbm_csi300") for name in CSI300[:3]] + [("kronos_demo", "lightgbm_demo")],
-)
-def test_kronos_and_lightgbm_differ_in_model_and_features_only(kronos, lightgbm):
-    ours, theirs = load(kronos), load(lightgbm)
-    assert ours["task"]["model"]["class"] == "KronosModel" and theirs["task"]["model"]["class"] == "LGBModel"
-    assert shared_part(ours) == shared_part(theirs)
+@pytest.mark.parametrize("name", CSI300 + DEMO)
+def test_kronos_and_the_baselines_differ_in_model_and_features_only(name):
+    ours, yardstick = load(name), load("lightgbm_demo" if name in DEMO else "lightgbm_csi300")
+    models = {"kronos": "KronosModel", "linear": "LinearModel", "lightgbm": "LGBModel", "lightgbm360": "LGBModel"}
+    assert ours["task"]["model"]["class"] == models.get(name.split("_")[0], "FactorScore")
+    assert shared_part(ours) == shared_part(yardstick)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_is_the_same_on_both_markets(name):
+    """But for its settings where it learns, which follow the number of rows, and for the dates of its segments."""
+    demo, csi300 = load(f"{name}_demo"), load(f"{name}_csi300")
+    for config in (demo, csi300):
+        handler = config["task"]["dataset"]["kwargs"]["handler"]
+        for key in ("instruments", "start_time", "end_time", "fit_start_time", "fit_end_time"):
+            handler["kwargs"].pop(key, None)
+        if name in LEARNT:
+            config["task"]["model"].pop("kwargs")
+    for part in ("model", "dataset"):
+        demo["task"][part].get("kwargs", {}).pop("segments", None)
+        csi300["task"][part].get("kwargs", {}).pop("segments", None)
+        assert demo["task"][part] == csi300["task"][part]
+
+
+@pytest.mark.parametrize("name", [f"{name}_{market}" for name in RULES for market in ("csi300", "demo")])
+def test_a_rule_is_a_stock_dataset_without_processors_whose_column_is_the_score(name):
+    task = load(name)["task"]
+    assert task["model"]["module_path"] == "kronos_qlib.workflow.rules"
+    handler = task["dataset"]["kwargs"]["handler"]
+    assert (task["dataset"]["class"], handler["class"]) == ("DatasetH", "DataHandlerLP")
+    assert not {"infer_processors", "learn_processors", "shared_processors"} & set(handler["kwargs"])
+    expressions, columns = handler["kwargs"]["data_loader"]["kwargs"]["config"]["feature"]
+    rule = task["model"]["kwargs"]
+    assert columns == [rule["feature"], rule["volume"]] and expressions[1] == "$volume"
+
+
+@pytest.mark.parametrize("name", ["linear_csi300", "linear_demo"])
+def test_the_linear_model_normalises_by_its_train_segment_alone(name):
+    dataset = load(name)["task"]["dataset"]["kwargs"]
+    kwargs = dataset["handler"]["kwargs"]
+    assert [kwargs["fit_start_time"], kwargs["fit_end_time"]] == dataset["segments"]["train"]
+    assert [processor["class"] for processor in kwargs["infer_processors"]] == ["RobustZScoreNorm", "Fillna"]
 
 
 @pytest.mark.parametrize("name", CSI300 + DEMO)
 def test_the_label_is_the_return_that_an_order_after_the_close_can_earn(name):
-    handler = load(name)["task"]["dataset"]["kwargs"]["handler"]
-    assert handler["kwargs"]["label"] == ["Ref($close, -2)/Ref($close, -1) - 1"]
+    assert handler_kwargs(load(name))["label"] == ["Ref($close, -2)/Ref($close, -1) - 1"]
 
 
 @pytest.mark.parametrize("name", CSI300 + DEMO)

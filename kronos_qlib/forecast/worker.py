@@ -7,6 +7,7 @@ standard output, and ends when nobody writes to it any more.
 import json
 import os
 import queue
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -22,6 +23,7 @@ from kronos_qlib.nn.cpu import memory_kept
 
 def main(folder: Path, cache_dir: Path, device: torch.device) -> None:
     """Work on chunks until standard input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who gives the orders
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what anybody else prints is no answer
 
