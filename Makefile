@@ -15,7 +15,7 @@ MARKET_MADE := $(MARKET)/SYNTHETIC.txt
 .PHONY: help demo test lint clean
 
 help:
-	@echo "make demo    install, make a synthetic market, run Kronos and LightGBM on it, compare them in $(DEMO)/"
+	@echo "make demo    install, make a synthetic market, run Kronos, LightGBM and a simple rule on it, compare them in $(DEMO)/"
 	@echo "make test    install and run the test suite"
 	@echo "make lint    install and check style (ruff)"
 	@echo "make clean   remove .venv, the demo's output and caches; your own runs and mlflow.db stay"
@@ -34,9 +34,10 @@ $(MARKET_MADE): kronos_qlib/data/demo.py | $(INSTALLED)
 demo: export QLIB_DATA := $(MARKET)
 demo: $(INSTALLED) $(MARKET_MADE)
 	rm -rf $(DEMO)/kronos  # the last demo's training: a folder that holds another training is refused
+	$(BIN)/qrun workflows/reversal_demo.yaml
 	$(BIN)/qrun workflows/lightgbm_demo.yaml
 	$(BIN)/qrun workflows/kronos_demo.yaml
-	$(BIN)/kronos-qlib compare kronos_demo lightgbm_demo --out $(DEMO)
+	$(BIN)/kronos-qlib compare kronos_demo lightgbm_demo reversal_demo --out $(DEMO)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

@@ -1,0 +1,296 @@
+"""How good forecasts were: their quantiles and paths against the bars that came, beside two simple forecasts.
+
+Everything is in ratios, price / last close, so that instruments compare. The simple forecasts are `last_value` (the
+close stays where it is: a point mass) and `volatility` (log-normal about the last close, the lookback's daily
+volatility times the root of the step).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import scoringrules
+from numpy.typing import NDArray
+from scipy.stats import kstest, lognorm
+from statsmodels.regression.linear_model import OLS
+
+from kronos_qlib.data.windows import CLOSE, Windows
+from kronos_qlib.forecast.scorer import QUANTILES
+
+Floats = NDArray[np.float64]
+
+LEVELS = np.array(QUANTILES) / 100
+# Each level stands for the levels nearer to it than to others; a plain mean would count the tails too much.
+WEIGHTS = np.diff([0.0, *(LEVELS[1:] + LEVELS[:-1]) / 2, 1.0])
+BANDS = {"coverage_50": (0.25, 0.75), "coverage_90": (0.05, 0.95)}
+BASELINES = "last_value", "volatility"
+TERCILES = "low", "middle", "high"
+PIT_BINS = np.linspace(0, 1, 21)  # all levels are edges of them
+LEAST_VOLATILITY = 1e-8  # of a close that never moved: the closed forms divide by it
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """W forecasts of H bars from `samples` paths each, and what came; ratios to the last close.
+
+    dates: score dates, datetime64[ns] [W]. quantiles: of the close, [W, H, 7], at `LEVELS`. closes: that came, [W, H],
+    NaN where so many bars do not follow. ends: their dates, datetime64[ns] [W, H], NaT there. volatility: of the
+    lookback's daily log returns [W]. mean_return, prob_up: the scores [W]. paths: closes [W, S, H], where kept.
+    """
+
+    dates: NDArray[np.datetime64]
+    quantiles: Floats
+    closes: Floats
+    ends: NDArray[np.datetime64]
+    volatility: Floats
+    mean_return: Floats
+    prob_up: Floats
+    samples: int
+    paths: NDArray[np.floating] | None = None
+
+    def __len__(self) -> int:
+        return len(self.dates)
+
+    @property
+    def horizon(self) -> int:
+        """Bars forecast, H."""
+        return self.closes.shape[1]
+
+    @property
+    def mean_close(self) -> Floats:
+        """The mean close over the horizon [W], NaN unless all H bars came."""
+        return self.closes.mean(1)
+
+    def take(self, rows: np.ndarray) -> "Outcomes":
+        """The forecasts at `rows` (positions or a mask)."""
+        arrays = {name: value[rows] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        return replace(self, **arrays)
+
+
+def realised(windows: Windows, horizon: int) -> tuple[Floats, NDArray[np.datetime64]]:
+    """The closes of the `horizon` bars after each window, ratios to its last close, and their dates: both [W, H].
+
+    They are the same instrument's next bars: NaN and NaT where it has fewer.
+    """
+    bars, ends = windows.bars, windows.ends
+    after = ends[:, None] + np.arange(1, horizon + 1)
+    there = after < bars.offsets[bars.codes[ends] + 1][:, None]
+    after = np.where(there, after, 0)
+    close = bars.values[:, CLOSE].astype(np.float64)
+    return (
+        np.where(there, close[after] / close[ends][:, None], np.nan),
+        np.where(there, bars.dates[after], np.datetime64("NaT")),
+    )
+
+
+def lookback_volatility(windows: Windows) -> Floats:
+    """The standard deviation of the log returns from bar to bar within each window's lookback [W], known at its end.
+
+    Raises:
+        ValueError: a lookback of fewer than 3 bars has no such deviation.
+    """
+    if windows.lookback < 3:
+        raise ValueError(f"a volatility needs a lookback of 3 bars or more, not {windows.lookback}")
+    rows = windows.ends[:, None] + np.arange(1 - windows.lookback, 1)
+    returns = np.diff(np.log(windows.bars.values[:, CLOSE].astype(np.float64))[rows], axis=1)
+    return np.maximum(returns.std(axis=1, ddof=1), LEAST_VOLATILITY)
+
+
+def volatility_terciles(outcomes: Outcomes) -> NDArray[np.object_]:
+    """The third of its day that each forecast's volatility is in: low, middle or high [W]; no later day decides it."""
+    rank = pd.Series(outcomes.volatility).groupby(outcomes.dates).rank(pct=True, method="first")
+    return np.array(TERCILES, object)[np.minimum((rank.to_numpy() * 3 - 1e-9).astype(int), 2)]
+
+
+def measure(outcomes: Outcomes) -> dict[str, Floats]:
+    """Every forecast's measures by name, [W, H] each but for `direction` and `up` [W]; NaN where no bar came.
+
+    `crps`: see `crps_of_quantiles`; the same for all three forecasts, so that none gains by how it is approximated.
+    `crps_paths`: of the samples as they are; `crps_fair`: what more of the same samples would come to (Ferro 2014);
+    `crps_volatility_exact`: in closed form; these three where paths are kept. `coverage_50`, `coverage_90`: whether the
+    close lay in the band. `error`: close less the median. `pit`: see `pit_of_paths` and `pit_of_quantiles`.
+    `direction`: whether the sign of `mean_return` was that of the mean close's return; `up`: whether that was above 0.
+    """
+    closes, spread = outcomes.closes, _spread(outcomes)[..., None]
+    quantiles = {
+        "": outcomes.quantiles,
+        "_last_value": np.ones_like(outcomes.quantiles),
+        "_volatility": lognorm.ppf(LEVELS, spread),
+    }
+    found: dict[str, Floats] = {}
+    for name, values in quantiles.items():
+        found[f"crps{name}"] = crps_of_quantiles(closes, values)
+        found[f"error{name}"] = closes - values[..., QUANTILES.index(50)]
+        for band, bounds in BANDS.items():
+            found[f"{band}{name}"] = _inside(closes, values, bounds)
+    found["pit_volatility"] = lognorm.cdf(closes, spread[..., 0])
+    if outcomes.paths is None:
+        found["pit"] = pit_of_quantiles(closes, outcomes.quantiles)
+    else:
+        paths = outcomes.paths.swapaxes(1, 2)
+        found["pit"] = pit_of_paths(closes, paths)
+        found["crps_paths"] = scoringrules.crps_ensemble(closes, paths, estimator="qd")
+        if outcomes.samples > 1:
+            found["crps_fair"] = scoringrules.crps_ensemble(closes, paths, estimator="pwm")
+        found["crps_volatility_exact"] = scoringrules.crps_lognormal(closes, 0.0, spread[..., 0])
+    return found | _direction(outcomes)
+
+
+def crps_of_quantiles(closes: Floats, quantiles: Floats) -> Floats:
+    """The continuous ranked probability score of quantiles [..., 7] for closes [...], in their unit.
+
+    It is twice the integral of the pinball loss over all levels (Laio & Tamea 2007), here a sum over `LEVELS`.
+    """
+    return 2 * scoringrules.quantile_score(closes[..., None], quantiles, LEVELS) @ WEIGHTS
+
+
+def _spread(outcomes: Outcomes) -> Floats:
+    return outcomes.volatility[:, None] * np.sqrt(np.arange(1, outcomes.horizon + 1))
+
+
+def _inside(closes: Floats, quantiles: Floats, bounds: tuple[float, float]) -> Floats:
+    low, high = (quantiles[..., QUANTILES.index(round(100 * level))] for level in bounds)
+    return np.where(np.isnan(closes), np.nan, (closes >= low) & (closes <= high))
+
+
+def _direction(outcomes: Outcomes) -> dict[str, Floats]:
+    came = outcomes.mean_close - 1
+    unknown = np.isnan(came) | (came == 0)
+    return {
+        "direction": np.where(unknown, np.nan, np.sign(outcomes.mean_return) == np.sign(came)),
+        "up": np.where(unknown, np.nan, came > 0),
+    }
+
+
+def pit_of_quantiles(closes: Floats, quantiles: Floats) -> Floats:
+    """The probability integral transform of closes [...], between quantiles [..., 7] on a straight line.
+
+    Beyond the outermost, and where quantiles coincide with the close, what is not known is drawn evenly (Czado et al.
+    2009), by a fixed seed. Quantiles of few samples lie too near each other: then it has too much in both tails.
+    """
+    below, upto = ((compare(quantiles, closes[..., None])).sum(-1) for compare in (np.less, np.less_equal))
+    edges = np.concatenate([[0.0], LEVELS, [1.0]])
+    between = (below == upto) & (below > 0) & (below < len(LEVELS))
+    left, right = (
+        np.take_along_axis(quantiles, np.clip(place, 0, len(LEVELS) - 1)[..., None], -1)[..., 0]
+        for place in (below - 1, below)
+    )
+    share = np.random.default_rng(0).random(closes.shape)
+    share = np.where(between, (closes - left) / np.where(between, right - left, 1.0), share)
+    low = np.where(below == upto, edges[below], edges[np.minimum(below + 1, len(LEVELS))])
+    high = np.where(below == upto, edges[np.minimum(below + 1, len(LEVELS) + 1)], edges[upto])
+    return np.where(np.isnan(closes), np.nan, low + share * (high - low))
+
+
+def pit_of_paths(closes: Floats, paths: NDArray[np.floating]) -> Floats:
+    """The randomised rank of closes [...] among samples [..., S]: uniform for the right forecast, however few samples.
+
+    See Czado et al. 2009; the draws have a fixed seed.
+    """
+    below, upto = ((compare(paths, closes[..., None])).sum(-1) for compare in (np.less, np.less_equal))
+    drawn = np.random.default_rng(0).random(closes.shape) * (upto - below + 1)
+    return np.where(np.isnan(closes), np.nan, (below + drawn) / (paths.shape[-1] + 1))
+
+
+def perfect_coverage(samples: int) -> dict[str, float]:
+    """What the bands of so many samples of the right distribution would cover.
+
+    The quantile p of S samples is of expected probability ((S − 1) p + 1) / (S + 1), being interpolated between order
+    statistics (Hyndman & Fan 1996, type 7; exact for a uniform distribution): few samples make narrow bands.
+    """
+    return {name: (high - low) * (samples - 1) / (samples + 1) for name, (low, high) in BANDS.items()}
+
+
+def interval(values: Floats, dates: np.ndarray, steps: int) -> tuple[float, float]:
+    """The 95 % interval of the mean of values [N], by the standard error of Driscoll & Kraay (1998).
+
+    Values of one day depend on each other, and so do those of days less than `steps` apart, whose horizons overlap: the
+    lags are `steps` − 1. NaN for fewer than 2 × `steps` days.
+    """
+    days, time = np.unique(dates, return_inverse=True)
+    if len(days) < max(2 * steps, 2):
+        return np.nan, np.nan
+    fit = OLS(values, np.ones(len(values))).fit(cov_type="hac-groupsum", cov_kwds={"time": time, "maxlags": steps - 1})
+    low, high = fit.conf_int()[0]
+    return float(low), float(high)
+
+
+def by_step(outcomes: Outcomes, measured: Mapping[str, Floats]) -> pd.DataFrame:
+    """A row per step, 1 … H, as `summary` has them; a step without any realised close has none."""
+    steps = {step: summary(outcomes, measured, step=step) for step in range(1, outcomes.horizon + 1)}
+    return pd.DataFrame.from_dict(
+        {step: row for step, row in steps.items() if row["evaluated_windows"]}, orient="index"
+    ).rename_axis("step")
+
+
+def by_group(outcomes: Outcomes, measured: Mapping[str, Floats], groups: np.ndarray, name: str) -> pd.DataFrame:
+    """A row per group of forecasts, all steps together, as `summary` has them; `groups` [W] says whose is whose."""
+    rows = {}
+    for group in [tercile for tercile in TERCILES if tercile in groups] or sorted(set(groups)):
+        rows_of = groups == group
+        rows[group] = summary(outcomes.take(rows_of), {key: value[rows_of] for key, value in measured.items()})
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(name)
+
+
+def summary(outcomes: Outcomes, measured: Mapping[str, Floats], step: int | None = None) -> dict[str, float]:
+    """Means over forecasts, of one step or of all together.
+
+    crps, mae, rmse, coverage_50 and coverage_90, with `_last_value` and `_volatility` beside each: of the Kronos median
+    where a point is needed; both simple forecasts have the last close as theirs. `crps_less_*` is the difference, below
+    zero if Kronos is better. `pit_ks`: the Kolmogorov–Smirnov distance of the PIT from uniform; no p, forecasts depend
+    on each other. `_low`, `_high`: see `interval`. Over all steps also `direction`, and `up`, how often the mean close
+    was above the last. Returns NaN for what there is nothing to count of.
+    """
+    column = slice(None) if step is None else slice(step - 1, step)
+    cut = {name: values[:, column] for name, values in measured.items() if values.ndim == 2}
+    there = ~np.isnan(outcomes.closes[:, column])
+    dates = np.broadcast_to(outcomes.dates[:, None], there.shape)[there]
+    values = {name: array[there] for name, array in cut.items()}
+    row: dict[str, float] = {"evaluated_windows": int(there.any(1).sum()), "days": len(np.unique(dates))}
+    lags = step or outcomes.horizon
+    for name in (name for name in values if name.startswith("crps")):
+        row[name] = _mean(values[name])
+    for name in BASELINES:
+        row |= _with_interval(f"crps_less_{name}", values["crps"] - values[f"crps_{name}"], dates, lags)
+    for band in BANDS:
+        row |= _with_interval(band, values[band], dates, lags)
+        row |= {f"{band}_{name}": _mean(values[f"{band}_{name}"]) for name in BASELINES}
+    for name in ("pit", "pit_volatility"):
+        row[name.replace("pit", "pit_ks")] = kstest(values[name], "uniform").statistic if len(dates) else np.nan
+    for name in ("", *(f"_{name}" for name in BASELINES)):
+        row[f"mae{name}"] = _mean(np.abs(values[f"error{name}"]))
+    for name in ("", *(f"_{name}" for name in BASELINES)):
+        row[f"rmse{name}"] = np.sqrt(_mean(values[f"error{name}"] ** 2))
+    if step is None:
+        known = ~np.isnan(measured["direction"])
+        row |= _with_interval("direction", measured["direction"][known], outcomes.dates[known], lags)
+        row["up"] = _mean(measured["up"][known])
+    return row
+
+
+def _mean(values: Floats) -> float:
+    return float(values.mean()) if len(values) else np.nan
+
+
+def _with_interval(name: str, values: Floats, dates: np.ndarray, steps: int) -> dict[str, float]:
+    low, high = interval(values, dates, steps)
+    return {name: _mean(values), f"{name}_low": low, f"{name}_high": high}
+
+
+def pit_histogram(measured: Mapping[str, Floats]) -> pd.DataFrame:
+    """The density of the PIT in 20 bins, of each step (1 … H) and of `all`; the right forecast has 1 everywhere.
+
+    Columns: step, low, high (the bin), density, density_volatility.
+    """
+    steps = {**{str(step + 1): slice(step, step + 1) for step in range(measured["pit"].shape[1])}, "all": slice(None)}
+    tables = []
+    for step, column in steps.items():
+        densities = {}
+        for name in ("", "_volatility"):
+            pit = measured[f"pit{name}"][:, column]
+            pit = pit[~np.isnan(pit)]
+            counts = np.histogram(pit, PIT_BINS)[0]
+            densities[f"density{name}"] = counts / max(len(pit), 1) * (len(PIT_BINS) - 1)
+        tables.append(pd.DataFrame({"step": step, "low": PIT_BINS[:-1], "high": PIT_BINS[1:], **densities}))
+    return pd.concat(tables, ignore_index=True)

@@ -1,0 +1,247 @@
+"""ForecastRecord: what a run's forecasts were worth, as a Qlib record."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from qlib.config import C
+from qlib.log import get_module_logger
+from qlib.workflow.record_temp import RecordTemp
+from qlib.workflow.recorder import Recorder
+
+from kronos_qlib.data.dataset import KLineDataset
+from kronos_qlib.data.demo import is_synthetic
+from kronos_qlib.data.settings import Settings, read_settings
+from kronos_qlib.data.windows import CLOSE, COLUMNS
+from kronos_qlib.forecast.calibration import Calibration, before_and_after, fit_calibration, reliability
+from kronos_qlib.forecast.evaluation import (
+    Outcomes,
+    by_group,
+    by_step,
+    lookback_volatility,
+    measure,
+    perfect_coverage,
+    pit_histogram,
+    realised,
+    summary,
+    volatility_terciles,
+)
+from kronos_qlib.forecast.scorer import QUANTILES, quantile_columns
+from kronos_qlib.workflow.forecast_figure import Evaluation, evaluation_figure
+from kronos_qlib.workflow.model import KronosModel
+
+logger = get_module_logger("ForecastRecord")
+FEW_SAMPLES = 20  # with fewer the 90 % band of the right forecast covers less than 81 %
+
+
+class RecordSettings(Settings):
+    """The keyword arguments of `ForecastRecord`, but for model, dataset and recorder."""
+
+    segment: str = "test"
+    calibrate_on: str | None = None
+
+
+class ForecastRecord(RecordTemp):
+    """Measures the forecasts of a KronosModel against the bars that came, beside two simple forecasts.
+
+    The forecasts come from the model's `forecast.cache_dir`; without one they are computed again. See
+    `kronos_qlib.forecast.evaluation` for what is measured. Artifacts, in forecast_evaluation/: steps.csv (a row per
+    step), overall.csv, by_year.csv, by_volatility.csv (thirds of each day by the lookback's volatility), pit.csv,
+    about.json, forecast_evaluation.png; with a calibration calibration.csv and prob_up.csv. The figures of overall.csv
+    are metrics of the recorder, `forecast.crps` and so on.
+
+    Args:
+        model, dataset: a fitted KronosModel and its KLineDataset (`<MODEL>` and `<DATASET>` in a workflow).
+        segment: whose forecasts are measured.
+        calibrate_on: a segment that ends before `segment` starts. On its forecasts, those of which all bars lie within
+            it, a spread per step and an isotonic `prob_up` are fitted; what they change on `segment` is recorded. It
+            changes no score. The forecasts of this segment are computed too, unless they are in the cache.
+
+    Raises:
+        ValueError: an unknown key, another model or dataset, an unknown segment, a lookback of fewer than 3 bars.
+    """
+
+    artifact_path = "forecast_evaluation"
+
+    def __init__(
+        self,
+        model: KronosModel,
+        dataset: KLineDataset,
+        recorder: Recorder | None = None,
+        segment: str = "test",
+        calibrate_on: str | None = None,
+        **unknown: Any,
+    ) -> None:
+        super().__init__(recorder)
+        values = {"segment": segment, "calibrate_on": calibrate_on, **unknown}
+        settings = read_settings(RecordSettings, "ForecastRecord", values)
+        for name, given, kind in (("model", model, KronosModel), ("dataset", dataset, KLineDataset)):
+            if not isinstance(given, kind):
+                raise ValueError(f"ForecastRecord: {name} should be a {kind.__name__}, not a {type(given).__name__}")
+        for key, name in settings:
+            if name is not None and name not in dataset.segments:
+                raise ValueError(
+                    f"ForecastRecord: {key}: unknown segment {name!r}; known: {', '.join(dataset.segments)}"
+                )
+        if dataset.lookback < 3:
+            raise ValueError(
+                f"ForecastRecord: the historical volatility needs a lookback of 3 bars or more, not {dataset.lookback}"
+            )
+        self.model, self.dataset, self.settings = model, dataset, settings
+
+    def generate(self, **kwargs: Any) -> None:
+        """Measure the forecasts and save what came of it.
+
+        Raises:
+            ValueError: no bar follows any score date of the segment; `calibrate_on` does not end before it, has no
+                window of which all bars lie within it, or no spread.
+        """
+        calibration = self._calibration()
+        outcomes = segment_outcomes(self.model, self.dataset, self.settings.segment)
+        if np.isnan(outcomes.closes).all():
+            raise ValueError(
+                f"ForecastRecord: no bar follows the score dates of segment {self.settings.segment!r}: "
+                "its forecasts cannot be measured yet"
+            )
+        self._warn_of_few_samples(outcomes.samples)
+        evaluation = _evaluate(outcomes, calibration, self._note())
+        with tempfile.TemporaryDirectory() as folder:
+            for path in _write(evaluation, calibration, outcomes, Path(folder)):
+                self.recorder.save_objects(local_path=str(path), artifact_path=self.get_path())
+        figures = {**evaluation.overall.iloc[0], **evaluation.metrics}
+        known = {f"forecast.{name}": float(value) for name, value in figures.items() if np.isfinite(value)}
+        self.recorder.log_metrics(**known)
+        logger.info(f"ForecastRecord: {in_words(evaluation)}")
+
+    def list(self) -> list[str]:
+        """The names of the artifacts."""
+        names = ["steps.csv", "overall.csv", "by_year.csv", "by_volatility.csv", "pit.csv", "about.json"]
+        names += ["calibration.csv", "prob_up.csv"] if self.settings.calibrate_on else []
+        return [*names, "forecast_evaluation.png"]
+
+    def _calibration(self) -> Calibration | None:
+        name, segment = self.settings.calibrate_on, self.settings.segment
+        if name is None:
+            return None
+        end, start = self.dataset.segments[name][1], self.dataset.segments[segment][0]
+        if end is None or start is None or end >= start:
+            raise ValueError(f"ForecastRecord: calibrate_on: segment {name!r} should end before {segment!r} starts")
+        try:
+            return fit_calibration(segment_outcomes(self.model, self.dataset, name), end.to_numpy())
+        except ValueError as error:
+            raise ValueError(f"ForecastRecord: calibrate_on: segment {name!r}: {error}") from None
+
+    def _warn_of_few_samples(self, samples: int) -> None:
+        if samples < FEW_SAMPLES:
+            covered = perfect_coverage(samples)["coverage_90"]
+            logger.warning(
+                f"ForecastRecord: bands from {samples} samples are rough: "
+                f"so many samples of the right distribution make a 90 % band that covers {covered:.0%}"
+            )
+
+    def _note(self) -> str:
+        synthetic = is_synthetic(C.dpm.get_data_uri(self.dataset.handler.freq))
+        return "synthetic data: simulated bars, not a real result" if synthetic else ""
+
+
+def segment_outcomes(model: KronosModel, dataset: KLineDataset, segment: str) -> Outcomes:
+    """The forecasts of a segment and what came, from the cache where they are there."""
+    horizon, options = dataset.horizon, model.settings.forecast
+    if options.cache_dir is None:
+        logger.warning(f"ForecastRecord: forecast.cache_dir is null: the forecasts of {segment!r} are computed again")
+    windows = dataset.score_windows(segment)
+    names = quantile_columns(horizon)
+    frame = model.forecast(dataset, segment, ["last_close", "mean_return", "prob_up", *names])
+    last_close = frame["last_close"].to_numpy()
+    quantiles = frame[names].to_numpy(np.float64).reshape(len(frame), len(QUANTILES), horizon).swapaxes(1, 2)
+    paths = None
+    if options.keep_paths:
+        flat = model._forecast(dataset, windows, ["paths"])["paths"]
+        close = flat.reshape(len(flat), options.sample_count, horizon, len(COLUMNS))[..., CLOSE]
+        paths = close / last_close[:, None, None].astype(np.float32)
+    closes, ends = realised(windows, horizon)
+    return Outcomes(
+        dates=windows.dates,
+        quantiles=quantiles / last_close[:, None, None],
+        closes=closes,
+        ends=ends,
+        volatility=lookback_volatility(windows),
+        mean_return=frame["mean_return"].to_numpy(),
+        prob_up=frame["prob_up"].to_numpy(),
+        samples=options.sample_count,
+        paths=paths,
+    )
+
+
+def _evaluate(outcomes: Outcomes, calibration: Calibration | None, note: str) -> Evaluation:
+    measured = measure(outcomes)
+    years = outcomes.dates.astype("datetime64[Y]").astype(str)
+    return Evaluation(
+        overall=pd.DataFrame([summary(outcomes, measured)]),
+        steps=by_step(outcomes, measured),
+        by_year=by_group(outcomes, measured, years, "year"),
+        by_volatility=by_group(outcomes, measured, volatility_terciles(outcomes), "volatility"),
+        pit=pit_histogram(measured),
+        samples=outcomes.samples,
+        first=outcomes.dates.min(),
+        last=outcomes.dates.max(),
+        note=note,
+        calibration=None if calibration is None else before_and_after(outcomes, calibration),
+        prob_up=None if calibration is None else reliability(outcomes, calibration),
+    )
+
+
+def _write(evaluation: Evaluation, calibration: Calibration | None, outcomes: Outcomes, folder: Path) -> list[Path]:
+    tables = {
+        "overall.csv": evaluation.overall.set_index("evaluated_windows"),
+        "steps.csv": evaluation.steps,
+        "by_year.csv": evaluation.by_year,
+        "by_volatility.csv": evaluation.by_volatility,
+        "pit.csv": evaluation.pit.set_index("step"),
+    }
+    if calibration is not None:
+        tables["calibration.csv"] = evaluation.calibration.set_index("measure")
+        tables["prob_up.csv"] = evaluation.prob_up.set_index("when")
+    for name, table in tables.items():
+        table.to_csv(folder / name)
+    (folder / "about.json").write_text(json.dumps(_about(evaluation, calibration, outcomes), indent=2) + "\n")
+    evaluation_figure(evaluation).savefig(folder / "forecast_evaluation.png", format="png")
+    return sorted(folder.iterdir())
+
+
+def _about(evaluation: Evaluation, calibration: Calibration | None, outcomes: Outcomes) -> dict[str, Any]:
+    about: dict[str, Any] = {
+        "samples": outcomes.samples,
+        "perfect_coverage": perfect_coverage(outcomes.samples),
+        "pit_from": "quantiles" if outcomes.paths is None else "paths",
+        "first": _day(evaluation.first),
+        "last": _day(evaluation.last),
+        "note": evaluation.note,
+        "intervals": "95 %, Driscoll-Kraay: dependence within a day and between overlapping horizons (lag step - 1)",
+    }
+    if calibration is not None:
+        about["calibration"] = {
+            "factors": calibration.factors.tolist(),
+            "windows": calibration.windows,
+            "last_bar": _day(calibration.until),
+        }
+    return about
+
+
+def _day(date: np.datetime64) -> str:
+    return str(np.datetime_as_string(date, "D"))
+
+
+def in_words(evaluation: Evaluation) -> str:
+    """What came of it, in a line."""
+    row = evaluation.overall.iloc[0]
+    parts = [f"{row['evaluated_windows']:,.0f} forecasts from {evaluation.samples} samples", f"CRPS {row['crps']:.5f}"]
+    for name, said in (("last_value", "last value"), ("volatility", "historical volatility")):
+        difference, low, high = (row[f"crps_less_{name}{end}"] for end in ("", "_low", "_high"))
+        verdict = "no evidence of a difference" if not high < 0 and not low > 0 else "better" if high < 0 else "worse"
+        parts.append(f"{difference:+.5f} ({low:+.5f} … {high:+.5f}) against {said}: {verdict}")
+    parts += [f"the {band[-2:]} % band covers {row[band]:.1%}" for band in ("coverage_50", "coverage_90")]
+    return "; ".join(parts)

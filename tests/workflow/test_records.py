@@ -1,0 +1,189 @@
+"""ForecastRecord measures a run's forecasts as a Qlib record does, and its calibration sees nothing of the test."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.image import imread
+from qlib.data import D
+from qlib.model.trainer import task_train
+from qlib.workflow import R
+from qlib.workflow.record_temp import SignalRecord
+from qlib.workflow.recorder import Recorder
+from tiny import HORIZON, LOOKBACK, MODEL, SEGMENTS, TOKENIZER, make_dataset, make_model, use_market
+
+from kronos_qlib import KLineDataset, KronosModel
+from kronos_qlib.workflow.records import ForecastRecord, segment_outcomes
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A run with everything: paths kept, calibrated on valid."""
+
+    model: KronosModel
+    dataset: KLineDataset
+    recorder: Recorder
+    record: ForecastRecord
+
+    def path(self, name):
+        return Path(self.recorder.get_local_dir()) / "artifacts" / "forecast_evaluation" / name
+
+    def table(self, name):
+        return pd.read_csv(self.path(name))
+
+
+@pytest.fixture(scope="module")
+def recorded(market, workplace, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workplace)
+        use_market(market)
+        cache = str(tmp_path_factory.mktemp("cache"))
+        dataset = make_dataset()
+        model = make_model(forecast={"cache_dir": cache, "keep_paths": True, "sample_count": 4})
+        with R.start(experiment_name="forecast_record"):
+            recorder = R.get_recorder()
+            SignalRecord(model, dataset, recorder).generate()
+            record = ForecastRecord(model, dataset, recorder, calibrate_on="valid")
+            record.generate()
+        return Recorded(model, dataset, recorder, record)
+
+
+@pytest.fixture
+def here(recorded, store):
+    """The recorded run, with Qlib set to its market."""
+    return recorded
+
+
+def test_every_artifact_it_names_is_there(here):
+    here.record.check(include_self=True)
+    present = {Path(path).name for path in here.recorder.list_artifacts("forecast_evaluation")}
+    assert set(here.record.list()) == present >= {"steps.csv", "by_year.csv", "calibration.csv"}
+    height, width, _ = imread(here.path("forecast_evaluation.png")).shape
+    assert height > width > 1000
+
+
+def test_the_tables_have_a_row_per_step_year_and_tercile(here):
+    assert here.table("steps.csv")["step"].to_list() == [1, 2, 3]
+    assert here.table("by_year.csv")["year"].to_list() == [2018]
+    assert here.table("by_volatility.csv")["volatility"].to_list() == ["low", "middle", "high"]
+    scored = len(here.recorder.load_object("pred.pkl"))
+    assert here.table("steps.csv")["evaluated_windows"].eq(scored).all(), "all bars of the test came"
+    assert here.table("by_volatility.csv")["evaluated_windows"].sum() == scored
+
+
+def test_the_figures_are_metrics_of_the_recorder(here):
+    metrics, overall = here.recorder.list_metrics(), here.table("overall.csv").iloc[0]
+    for name in ("crps", "crps_volatility", "crps_last_value", "coverage_50", "coverage_90", "mae", "direction"):
+        assert metrics[f"forecast.{name}"] == pytest.approx(overall[name])
+    assert metrics["forecast.samples"] == 4
+    assert metrics["forecast.calibrated.coverage_90"] != metrics["forecast.uncalibrated.coverage_90"]
+
+
+def test_what_came_is_what_qlib_says_came(here):
+    outcomes = segment_outcomes(here.model, here.dataset, "test")
+    windows = here.dataset.score_windows("test")
+    fields = [f"Ref($close, {-step}) / $close" for step in range(1, HORIZON + 1)]
+    volatility = f"Std(Log($close / Ref($close, 1)), {LOOKBACK - 1})"
+    bars = D.features(D.instruments("demo"), ["$volume", *fields, volatility]).swaplevel()
+    index = pd.MultiIndex.from_arrays([windows.dates, windows.instruments])
+    # Bars are the sessions on which there was trade: compare where none is missing around the score date.
+    traded = bars["$volume"].gt(0).groupby("instrument")
+    whole = traded.transform(lambda days: days.rolling(LOOKBACK + HORIZON).min().shift(-HORIZON)).loc[index].eq(1)
+    expected = bars.loc[index][whole.to_numpy()]
+    assert len(expected) > 100
+    np.testing.assert_allclose(outcomes.closes[whole.to_numpy()], expected[fields], rtol=1e-5)
+    np.testing.assert_allclose(outcomes.volatility[whole.to_numpy()], expected[volatility], rtol=1e-3)
+
+
+def test_paths_and_quantiles_are_of_the_same_forecast(here):
+    outcomes = segment_outcomes(here.model, here.dataset, "test")
+    assert outcomes.paths.shape == (len(outcomes), 4, HORIZON)
+    np.testing.assert_allclose(np.median(outcomes.paths, axis=1), outcomes.quantiles[..., 3], rtol=1e-5)
+    mean_return = outcomes.paths.mean((1, 2)) - 1
+    np.testing.assert_allclose(mean_return, outcomes.mean_return, atol=1e-5)
+
+
+def test_the_scores_are_left_as_they_were(here):
+    pd.testing.assert_series_equal(here.recorder.load_object("pred.pkl")["score"], here.model.predict(here.dataset))
+
+
+def test_calibrating_brings_the_90_percent_band_near_90(here):
+    table = here.table("calibration.csv").set_index(["measure", "step"])
+    before, after = table.loc[("coverage_90", "all"), ["before", "after"]]
+    assert before < 0.5 and abs(after - 0.9) < 0.1
+    about = json.loads(here.path("about.json").read_text())["calibration"]
+    assert about["last_bar"] <= SEGMENTS["valid"][1]
+
+
+def changed_after(dataset, date):
+    """The dataset with other closes after a date."""
+    changed = make_dataset(handler=dataset.handler)
+    bars = dataset.handler.bars()
+    values = bars.values.copy()
+    values[bars.dates > np.datetime64(date), :4] *= np.float32(1.7)
+    changed.handler._bars = replace(bars, values=values)
+    return changed
+
+
+def test_the_calibration_does_not_hang_on_bars_after_its_segment(here):
+    def fitted(dataset):
+        calibration = ForecastRecord(here.model, dataset, calibrate_on="valid")._calibration()
+        assert str(calibration.until)[:10] <= SEGMENTS["valid"][1]
+        return [*calibration.factors, *calibration.prob_up.predict(np.linspace(0, 1, 5))]
+
+    ours = make_dataset()
+    assert fitted(changed_after(ours, SEGMENTS["valid"][1])) == fitted(make_dataset())
+    assert fitted(changed_after(make_dataset(), "2018-06-01")) != fitted(make_dataset()), "it would have been noticed"
+
+
+def test_a_workflow_names_it_and_qlib_fills_in_model_and_dataset(here, warnings_logged, tmp_path):
+    model = {"tokenizer": TOKENIZER, "model": MODEL, "device": "cpu", "forecast": {"sample_count": 2}}
+    handler = {"class": "KLineHandler", "module_path": "kronos_qlib", "kwargs": {"instruments": "demo"}}
+    dataset = {"handler": handler, "segments": SEGMENTS, "lookback": LOOKBACK, "horizon": HORIZON}
+    record = {"model": "<MODEL>", "dataset": "<DATASET>"}
+    task = {
+        "model": {"class": "KronosModel", "module_path": "kronos_qlib", "kwargs": model},
+        "dataset": {"class": "KLineDataset", "module_path": "kronos_qlib", "kwargs": dataset},
+        "record": [{"class": "ForecastRecord", "module_path": "kronos_qlib.workflow.records", "kwargs": record}],
+    }
+    recorder = task_train(task, experiment_name="by_qlib")
+    assert recorder.list_metrics()["forecast.crps"] > 0
+    names = {Path(path).name for path in recorder.list_artifacts("forecast_evaluation")}
+    assert "steps.csv" in names and "calibration.csv" not in names
+    assert "bands from 2 samples are rough" in warnings_logged.text
+    assert "cache_dir is null" in warnings_logged.text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"calibrate": "valid"}, "unknown key 'calibrate'; known keys: segment, calibrate_on"),
+        ({"segment": "tset"}, "segment: unknown segment 'tset'; known: train, valid, test"),
+        ({"calibrate_on": "later"}, "calibrate_on: unknown segment 'later'"),
+        ({"model": "x"}, "model should be a KronosModel, not a str"),
+    ],
+)
+def test_wrong_settings_are_named(here, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        ForecastRecord(**{"model": here.model, "dataset": here.dataset} | wrong)
+
+
+def test_a_lookback_without_volatility_is_refused(here):
+    with pytest.raises(ValueError, match="needs a lookback of 3 bars or more, not 2"):
+        ForecastRecord(here.model, make_dataset(lookback=2))
+
+
+def test_it_calibrates_on_earlier_segments_only(here):
+    record = ForecastRecord(here.model, here.dataset, segment="valid", calibrate_on="test")
+    with pytest.raises(ValueError, match="calibrate_on: segment 'test' should end before 'valid' starts"):
+        record.generate()
+
+
+def test_forecasts_of_the_last_day_cannot_be_measured_yet(here):
+    last = str(here.dataset.handler.bars().dates.max())[:10]
+    dataset = make_dataset(segments=SEGMENTS | {"test": [last, last]})
+    with pytest.raises(ValueError, match="no bar follows the score dates of segment 'test'"):
+        ForecastRecord(here.model, dataset).generate()
