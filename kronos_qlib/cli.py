@@ -54,14 +54,16 @@ _FINETUNE_EXAMPLES = """\
 """
 
 _COMPARE = """\
-    Compare finished runs: the newest of each experiment named, or the very run whose recorder id is given.
+    Compare finished runs: the newest of each experiment named, or the very run whose recorder id is given. Only dates
+    and instruments that all runs score count; how many that drops is said.
 
-    Printed: IC and Rank IC (means of the daily values), ICIR and Rank ICIR (mean over standard deviation, daily), and
-    of the backtest, over the benchmark and after costs: excess return a year, information ratio (annualised), largest
-    drawdown. The runs need Qlib's SignalRecord, SigAnaRecord and PortAnaRecord.
+    Printed: IC and rank IC with Newey-West t, 95 % intervals (stationary bootstrap) and p corrected by Holm; deciles,
+    hit rate, half-life; what simple factors leave; the backtest with costs and capacity; every two runs against each
+    other; verdicts in words. The runs need Qlib's SignalRecord, SigAnaRecord and PortAnaRecord; factors and capacity
+    need the Qlib store they ran on.
 
-    With --out, DIR gets comparison.csv (the same figures with all their digits, returns as ratios: 0.05 is 5 %) and
-    excess_return.png (cumulative excess return after and before costs, drawdown below).
+    With --out, DIR gets comparison.csv and pairs.csv (the same figures with all their digits, returns as ratios: 0.05
+    is 5 %) and excess_return.png (cumulative excess return after and before costs, drawdown below).
 """
 
 _COMPARE_EXAMPLES = """\
@@ -133,17 +135,18 @@ def _finetune(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from kronos_qlib.analysis.comparison import terminal_text, write_csv
+    from kronos_qlib.analysis.comparison import compare_runs, write_tables
     from kronos_qlib.analysis.figures import plot_excess_return
     from kronos_qlib.analysis.results import ResultsError, load_runs
+    from kronos_qlib.analysis.tables import terminal_text
 
     try:
-        runs = load_runs(options.names, options.uri)
-        print(terminal_text(runs))
+        comparison = compare_runs(load_runs(options.names, options.uri))
+        print(terminal_text(comparison))
         if options.out is not None:
-            write_csv(runs, options.out / "comparison.csv")
-            plot_excess_return(runs, options.out / "excess_return.png")
-            print(f"\nwritten: {options.out / 'comparison.csv'}, {options.out / 'excess_return.png'}")
+            written = write_tables(comparison, options.out)
+            plot_excess_return(comparison.runs, options.out / "excess_return.png")
+            print(f"\nwritten: {', '.join(map(str, [*written, options.out / 'excess_return.png']))}")
     except (ResultsError, OSError) as error:
         return _fail("compare", error)
     return 0
@@ -230,7 +233,7 @@ def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="MLflow store of the runs (default: sqlite:///mlflow.db, in this folder)",
     )
     command.add_argument(
-        "--out", type=Path, metavar="DIR", help="also write comparison.csv and excess_return.png to DIR"
+        "--out", type=Path, metavar="DIR", help="also write comparison.csv, pairs.csv and excess_return.png to DIR"
     )
     command.set_defaults(run=_compare)
 

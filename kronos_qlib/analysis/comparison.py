@@ -1,72 +1,313 @@
-"""The table of runs side by side: as a DataFrame, in the terminal and as comparison.csv."""
+"""Runs side by side on the rows that all of them score: signal, significance, backtest, pairs, simple factors."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from kronos_qlib.analysis.results import RunResult
+from kronos_qlib.analysis.factors import exposures, residual_scores
+from kronos_qlib.analysis.market import FACTORS, MarketError, read_market
+from kronos_qlib.analysis.portfolio import capacity, cost_a_year, mean_turnover
+from kronos_qlib.analysis.results import ResultsError, RunResult
+from kronos_qlib.analysis.signals import (
+    daily_ic,
+    daily_rank_ic,
+    decile_labels,
+    half_life,
+    monotonicity,
+    rank_autocorrelation,
+    wide,
+)
+from kronos_qlib.analysis.significance import bootstrap_interval, holm, newey_west
 from kronos_qlib.files import whole_file
 
-# Column of the table: heading and format in the terminal.
-_HEADINGS = {
-    "ic": ("IC", "{:+.4f}"),
-    "icir": ("ICIR", "{:+.3f}"),
-    "rank_ic": ("Rank IC", "{:+.4f}"),
-    "rank_icir": ("Rank ICIR", "{:+.3f}"),
-    "excess_return_with_cost": ("Excess/year", "{:+.1%}"),
-    "information_ratio": ("Inf. ratio", "{:+.2f}"),
-    "max_drawdown": ("Drawdown", "{:.1%}"),
-}
-COLUMNS = list(_HEADINGS)
+COLUMNS = [
+    *("ic", "icir", "rank_ic", "rank_icir", "rank_ic_t", "rank_ic_p", "rank_ic_p_holm", "rank_ic_low", "rank_ic_high"),
+    *("decile_spread", "monotonicity", "hit_rate", "signal_half_life"),
+    *("residual_rank_ic", "residual_rank_ic_t", "residual_rank_ic_p", "residual_rank_ic_p_holm"),
+    *("residual_rank_ic_low", "residual_rank_ic_high"),
+    *("turnover", "excess_return", "excess_return_with_cost", "information_ratio", "max_drawdown", "cost", "capacity"),
+]
+PAIR_COLUMNS = ["rank_ic_difference", "t", "p", "p_holm", "low", "high", "score_correlation", "days"]
+ASSUMED_HORIZON = 10
 SYNTHETIC = "SYNTHETIC demo market"
 
 
-def comparison(runs: Sequence[RunResult]) -> pd.DataFrame:
-    """One row per run, index `run`, columns `COLUMNS`.
+@dataclass(frozen=True)
+class Comparison:
+    """Runs side by side; `run` is a run's name and `day` a date that all runs score.
 
-    ic, rank_ic: mean of the daily (rank) information coefficient; icir, rank_icir: that mean over its standard
-    deviation, daily. excess_return_with_cost: over the benchmark, a year, as a ratio (0.05 is 5 %);
-    information_ratio: of the same, annualised; max_drawdown: of the summed excess return, a ratio below 0. All as
-    Qlib's SigAnaRecord and PortAnaRecord stored them.
+    table: one row per run, columns `COLUMNS`, see `compare_runs`. pairs: index (run, other), columns `PAIR_COLUMNS`.
+    dropped: one row per run: rows and days it scores, rows of these without a label, rows and days that do not count
+        because another run lacks them or they have no label, rows and days kept.
+    ic, rank_ic, decile_spread, residual_rank_ic: day × run. deciles: decile 1 (lowest scores) … 10 × run, mean label.
+    autocorrelation: lag in days × run, of the scores' ranks. score_correlation: run × run, mean of the daily rank
+        correlation. exposures: run × factor, mean daily rank correlation of the score with each simple factor.
+    lags: the Newey–West lag of each run, days. notes: what a reader must know to judge the figures, in words.
     """
-    index = pd.Index([run.name for run in runs], name="run")
-    return pd.DataFrame([run.metrics for run in runs], index=index, columns=COLUMNS)
+
+    runs: list[RunResult]
+    table: pd.DataFrame
+    pairs: pd.DataFrame
+    dropped: pd.DataFrame
+    ic: pd.DataFrame
+    rank_ic: pd.DataFrame
+    decile_spread: pd.DataFrame
+    deciles: pd.DataFrame
+    autocorrelation: pd.DataFrame
+    score_correlation: pd.DataFrame
+    residual_rank_ic: pd.DataFrame
+    exposures: pd.DataFrame
+    lags: dict[str, int]
+    notes: list[str]
 
 
-def terminal_text(runs: Sequence[RunResult]) -> str:
-    """The comparison as aligned plain text, with the notes a reader needs to judge it."""
-    headings = ["run", *(heading for heading, _ in _HEADINGS.values())]
-    rows = [
-        [name, *(_cell(layout, row[column]) for column, (_, layout) in _HEADINGS.items())]
-        for name, row in comparison(runs).iterrows()
-    ]
-    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
-    ruler = "─" * (sum(widths) + 2 * (len(widths) - 1))
-    lines = [
-        "  ".join(
-            [cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]
+def compare_runs(runs: Sequence[RunResult]) -> Comparison:
+    """Judge every run on the dates and instruments for which all have a finite score and a finite label.
+
+    The columns of `table`: ic, rank_ic: mean of the daily (rank) information coefficient; icir, rank_icir: that mean
+    over its standard deviation; rank_ic_t, _p: Newey–West with the run's horizon as lag, _p_holm: corrected for the
+    number of runs, _low, _high: 95 %, stationary bootstrap; decile_spread: mean label of the top decile less the bottom
+    one's, of a day; monotonicity: Spearman, decile number and mean label; hit_rate: share of days with a rank IC above
+    0; signal_half_life: days until the rank autocorrelation of the scores is a half, infinite if that is not seen;
+    residual_rank_ic and on: rank IC of what the simple factors (`market.FACTORS`) leave of the scores, per day.
+    Of the backtest, whatever its rows: turnover a day; excess_return, excess_return_with_cost (a year, over the
+    benchmark), information_ratio (annualised) and max_drawdown with cost, as Qlib stored them; cost a year; capacity
+    (`portfolio.capacity`), in the market's currency. Ratios: 0.05 is 5 %. NaN: cannot be computed.
+
+    Raises ResultsError if the runs have no row in common.
+    """
+    runs = list(runs)
+    scores, labels, dropped = _common_rows(runs)
+    lags = {run.name: run.horizon or ASSUMED_HORIZON for run in runs}
+    markets, unread = _markets(runs, scores)
+    tables = {name: wide(rows) for name, rows in scores.items()}
+    returns = {name: wide(rows) for name, rows in labels.items()}
+    ic = pd.DataFrame({name: daily_ic(tables[name], returns[name]) for name in tables})
+    rank_ic = pd.DataFrame({name: daily_rank_ic(tables[name], returns[name]) for name in tables})
+    deciles = {name: decile_labels(tables[name], returns[name]) for name in tables}
+    residual = _residual_rank_ic(scores, returns, markets, rank_ic.index)
+    spread = pd.DataFrame({name: days[10] - days[1] for name, days in deciles.items()})
+    decile_means = pd.DataFrame({name: days.mean() for name, days in deciles.items()})
+    autocorrelation = pd.DataFrame({name: rank_autocorrelation(days) for name, days in tables.items()})
+    signal = pd.DataFrame(
+        {
+            "ic": ic.mean(),
+            "icir": ic.mean() / ic.std(),
+            "decile_spread": spread.mean(),
+            "monotonicity": decile_means.apply(monotonicity),
+            "hit_rate": (rank_ic > 0).sum() / rank_ic.notna().sum(),
+            "signal_half_life": autocorrelation.apply(half_life),
+            "rank_icir": rank_ic.mean() / rank_ic.std(),
+        }
+    ).join([_judged("rank_ic", rank_ic, lags), _judged("residual_rank_ic", residual, lags)])
+    table = signal.join(_backtests(runs, markets)).reindex(columns=COLUMNS).rename_axis("run")
+    correlation = _score_correlation(tables)
+    return Comparison(
+        runs=runs,
+        table=table,
+        pairs=_pairs(rank_ic, correlation, lags),
+        dropped=dropped,
+        ic=ic,
+        rank_ic=rank_ic,
+        decile_spread=spread,
+        deciles=decile_means.rename_axis("decile"),
+        autocorrelation=autocorrelation.rename_axis("lag"),
+        score_correlation=correlation,
+        residual_rank_ic=residual,
+        exposures=_exposures(tables, markets),
+        lags=lags,
+        notes=_notes(runs, dropped, labels, lags, unread),
+    )
+
+
+def _common_rows(runs: Sequence[RunResult]) -> tuple[dict[str, pd.Series], dict[str, pd.Series], pd.DataFrame]:
+    scored = {run.name: run.scores[np.isfinite(run.scores)] for run in runs}
+    labelled = {run.name: run.labels[np.isfinite(run.labels)] for run in runs}
+    common = None
+    for name, rows in scored.items():
+        usable = rows.index.intersection(labelled[name].index)
+        common = usable if common is None else common.intersection(usable)
+    if common is None or common.empty:
+        spans = "; ".join(f"{name}: {_span(rows)}" for name, rows in scored.items())
+        raise ResultsError(f"no date and instrument has a score and a label in all runs ({spans})")
+    common = common.sort_values()
+    days = common.get_level_values("datetime").nunique()
+    dropped = pd.DataFrame(
+        {
+            name: {
+                "scored_rows": len(rows),
+                "scored_days": rows.index.get_level_values("datetime").nunique(),
+                "unlabelled_rows": len(rows.index.difference(labelled[name].index)),
+                "kept_rows": len(common),
+                "kept_days": days,
+            }
+            for name, rows in scored.items()
+        }
+    ).T.rename_axis("run")
+    dropped["dropped_rows"] = dropped["scored_rows"] - dropped["kept_rows"]
+    dropped["dropped_days"] = dropped["scored_days"] - dropped["kept_days"]
+    return (
+        {name: rows.loc[common] for name, rows in scored.items()},
+        {name: rows.loc[common] for name, rows in labelled.items()},
+        dropped,
+    )
+
+
+def _span(rows: pd.Series) -> str:
+    days = rows.index.get_level_values("datetime")
+    return f"{len(rows)} scores" + (f", {days.min():%Y-%m-%d} … {days.max():%Y-%m-%d}" if len(rows) else "")
+
+
+def _markets(
+    runs: Sequence[RunResult], scores: dict[str, pd.Series]
+) -> tuple[dict[str, pd.DataFrame | None], list[str]]:
+    """Factors and amounts for each run, one reading per store; and why a run has none."""
+    indices = [rows.index for rows in scores.values()] + [run.trades.index for run in runs if run.trades is not None]
+    instruments = sorted(set().union(*(index.unique("instrument") for index in indices)))
+    days = pd.DatetimeIndex(sorted(set().union(*(index.unique("datetime") for index in indices))))
+    read: dict[Path, pd.DataFrame | None] = {}
+    unread = []
+    for run in runs:
+        if run.store is None:
+            unread.append(f"{run.name}: its Qlib store ({run.provider_uri or 'not recorded'}) is not at hand")
+        elif (store := run.store.resolve()) not in read:
+            try:
+                region = run.config.get("qlib_init", {}).get("region", "cn")
+                read[store] = read_market(store, instruments, days[0], days[-1], region)
+            except MarketError as error:
+                read[store] = None
+                unread.append(f"{run.name}: {error}")
+    return {run.name: read.get(run.store.resolve()) if run.store else None for run in runs}, unread
+
+
+def _residual_rank_ic(
+    scores: dict[str, pd.Series],
+    returns: dict[str, pd.DataFrame],
+    markets: dict[str, pd.DataFrame | None],
+    days: pd.Index,
+) -> pd.DataFrame:
+    daily = pd.DataFrame(np.nan, index=days, columns=list(scores))
+    for name, market in markets.items():
+        left = scores[name].iloc[:0] if market is None else residual_scores(scores[name], market[[*FACTORS]])
+        if len(left):
+            table = wide(left)
+            daily[name] = daily_rank_ic(table, returns[name].reindex_like(table)).reindex(days)
+    return daily
+
+
+def _exposures(tables: dict[str, pd.DataFrame], markets: dict[str, pd.DataFrame | None]) -> pd.DataFrame:
+    rows = {}
+    for name, market in markets.items():
+        factors = (
+            {} if market is None else {factor: wide(market[factor]).reindex_like(tables[name]) for factor in FACTORS}
         )
-        for cells in [headings, *rows]
+        rows[name] = exposures(tables[name], factors).reindex([*FACTORS])
+    return pd.DataFrame(rows).T.rename_axis("run")
+
+
+def _judged(name: str, daily: pd.DataFrame, lags: dict[str, int]) -> pd.DataFrame:
+    """Mean of each column with t, p, Holm's p and interval, one row per run."""
+    rows = {}
+    for run, days in daily.items():
+        t, p = newey_west(days, lags[run])
+        low, high = bootstrap_interval(days)
+        rows[run] = {name: days.mean(), f"{name}_t": t, f"{name}_p": p, f"{name}_low": low, f"{name}_high": high}
+    judged = pd.DataFrame(rows).T
+    return judged.assign(**{f"{name}_p_holm": holm(judged[f"{name}_p"])})
+
+
+def _backtests(runs: Sequence[RunResult], markets: dict[str, pd.DataFrame | None]) -> pd.DataFrame:
+    kept = ["excess_return", "excess_return_with_cost", "information_ratio", "max_drawdown"]
+    rows = {}
+    for run in runs:
+        market = markets[run.name]
+        known = run.trades is not None and len(run.trades) > 0 and market is not None
+        rows[run.name] = {metric: run.metrics[metric] for metric in kept} | {
+            "turnover": mean_turnover(run.report),
+            "cost": cost_a_year(run.report),
+            "capacity": capacity(run.trades, market["amount"], run.report) if known else np.nan,
+        }
+    return pd.DataFrame(rows).T
+
+
+def _score_correlation(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Mean daily rank correlation of the scores of every two runs."""
+    names = list(tables)
+    correlation = pd.DataFrame(np.nan, index=pd.Index(names, name="run"), columns=names)
+    for one in names:
+        correlation.loc[one, one] = 1.0 if (tables[one].nunique(axis=1) > 1).any() else np.nan
+    for one, other in combinations(names, 2):
+        mean = daily_rank_ic(tables[one], tables[other]).mean()
+        correlation.loc[one, other] = correlation.loc[other, one] = mean
+    return correlation
+
+
+def _pairs(rank_ic: pd.DataFrame, correlation: pd.DataFrame, lags: dict[str, int]) -> pd.DataFrame:
+    """Every two runs: the first one's daily rank IC less the other's, on days where both have one."""
+    rows = []
+    for one, other in combinations(rank_ic.columns, 2):
+        difference = rank_ic[one] - rank_ic[other]
+        t, p = newey_west(difference, max(lags[one], lags[other]))
+        low, high = bootstrap_interval(difference)
+        together = correlation.loc[one, other]
+        rows.append((one, other, difference.mean(), t, p, np.nan, low, high, together, difference.notna().sum()))
+    pairs = pd.DataFrame(rows, columns=["run", "other", *PAIR_COLUMNS]).set_index(["run", "other"])
+    return pairs.assign(p_holm=holm(pairs["p"]))
+
+
+def _notes(
+    runs: Sequence[RunResult],
+    dropped: pd.DataFrame,
+    labels: dict[str, pd.Series],
+    lags: dict[str, int],
+    unread: Sequence[str],
+) -> list[str]:
+    return [
+        *_backtest_notes(runs),
+        *_label_notes(labels),
+        *_lag_notes(runs, lags),
+        *[f"n/a after simple factors and for capacity: {reason}." for reason in unread],
+        *[f"CAUTION: {run.name}: {run.overlap}." for run in runs if run.overlap],
+        *_market_notes(runs),
     ]
-    return "\n".join([lines[0], ruler, *lines[1:], ruler, *_notes(runs)])
 
 
-def _cell(layout: str, value: float) -> str:
-    return layout.format(value) if np.isfinite(value) else "n/a"
-
-
-def _notes(runs: Sequence[RunResult]) -> list[str]:
+def _backtest_notes(runs: Sequence[RunResult]) -> list[str]:
     periods = {run.name: backtest_period(run) for run in runs}
-    notes = ["Excess/year, Inf. ratio and Drawdown: over the benchmark, after costs."]
     if len(set(periods.values())) == 1:
-        notes.append(f"Backtest {next(iter(periods.values()))}.")
-    else:
-        notes.append("CAUTION: the backtests cover different dates, so these rows do not compare:")
-        notes += [f"  {name}: {period}" for name, period in periods.items()]
-    if any(run.synthetic for run in runs):
-        notes.append(f"{synthetic_note(runs)}: simulated bars, no evidence about real markets.")
+        return [f"Backtest {next(iter(periods.values()))}; it holds what each run scored, common to all or not."]
+    return [
+        "CAUTION: the backtests cover different dates, so their rows do not compare: "
+        + "; ".join(f"{name}: {period}" for name, period in periods.items())
+        + "."
+    ]
+
+
+def _label_notes(labels: dict[str, pd.Series]) -> list[str]:
+    first, *others = labels.items()
+    differ = [name for name, rows in others if not np.allclose(rows, first[1], rtol=1e-4, atol=1e-6)]
+    return [f"CAUTION: labels differ from those of {first[0]}: {', '.join(differ)}."] if differ else []
+
+
+def _lag_notes(runs: Sequence[RunResult], lags: dict[str, int]) -> list[str]:
+    recorded = [f"{run.name} {lags[run.name]}" for run in runs if run.horizon]
+    assumed = [run.name for run in runs if not run.horizon]
+    parts = [f"the recorded horizon ({', '.join(recorded)})"] if recorded else []
+    parts += [f"{ASSUMED_HORIZON}, assumed ({', '.join(assumed)})"] if assumed else []
+    return [f"Newey–West lag in days: {'; '.join(parts)}."]
+
+
+def _market_notes(runs: Sequence[RunResult]) -> list[str]:
+    notes = [f"{synthetic_note(runs)}: simulated bars, no evidence about real markets."] if synthetic_note(runs) else []
+    if not all(run.synthetic for run in runs):
+        notes.append(
+            "Survivorship: if the store lacks delisted instruments, absolute returns are flattered. Compare runs; do "
+            "not quote levels."
+        )
     return notes
 
 
@@ -82,8 +323,16 @@ def synthetic_note(runs: Sequence[RunResult]) -> str:
     return SYNTHETIC + (f" ({', '.join(names)})" if len(names) < len(runs) else "") if names else ""
 
 
-def write_csv(runs: Sequence[RunResult], path: Path) -> None:
-    """Write `comparison(runs)` with full precision, and the column `synthetic` (True for a demo market) at its end."""
-    table = comparison(runs).assign(synthetic=[run.synthetic for run in runs])
-    with whole_file(path) as draft:
-        table.to_csv(draft)
+def write_tables(comparison: Comparison, folder: Path) -> list[Path]:
+    """Write comparison.csv and pairs.csv with full precision, and return their paths.
+
+    comparison.csv has beside `COLUMNS` those of `Comparison.dropped`, `lag`, and `synthetic` (True for a demo market).
+    """
+    runs = comparison.table.join(comparison.dropped).assign(
+        lag=pd.Series(comparison.lags), synthetic=[run.synthetic for run in comparison.runs]
+    )
+    written = {folder / "comparison.csv": runs, folder / "pairs.csv": comparison.pairs}
+    for path, table in written.items():
+        with whole_file(path) as draft:
+            table.to_csv(draft)
+    return list(written)

@@ -1,5 +1,6 @@
-"""What Qlib's recorders hold of a finished run: metrics, the backtest's daily report, whether the data were real."""
+"""What Qlib's recorders hold of a finished run: metrics, scores, labels, the backtest, whether the data were real."""
 
+import json
 import os
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,11 +23,13 @@ from sqlalchemy.exc import SQLAlchemyError
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 _REPORT = "portfolio_analysis/report_normal_1day.pkl"
+_TRADES = "portfolio_analysis/indicators_normal_1day_obj.pkl"
 _METRICS = {
     "ic": "IC",
     "icir": "ICIR",
     "rank_ic": "Rank IC",
     "rank_icir": "Rank ICIR",
+    "excess_return": "1day.excess_return_without_cost.annualized_return",
     "excess_return_with_cost": "1day.excess_return_with_cost.annualized_return",
     "information_ratio": "1day.excess_return_with_cost.information_ratio",
     "max_drawdown": "1day.excess_return_with_cost.max_drawdown",
@@ -42,25 +45,42 @@ class RunResult:
     """One finished run.
 
     name: the experiment's name, with the recorder id after it where a recorder was asked for.
-    metrics: by this package's names (`comparison.COLUMNS`); IC as such, returns as ratios a year.
+    metrics: as Qlib's SigAnaRecord and PortAnaRecord stored them, by this package's names; IC as such, returns as
+        ratios a year.
     report: Qlib's `report_normal_1day.pkl`, one row per backtest day with return, bench, cost, turnover as ratios.
+    scores, labels: `pred.pkl` and the first column of `label.pkl`, index (datetime, instrument), sorted.
+    trades: value of each trade of the backtest, index (datetime, instrument); None if the recorder does not say.
     provider_uri: the Qlib store as the workflow named it; None if the recorder does not say.
+    store: the folder of that store (daily bars) as found from here or from beside the database; None if it is not.
     synthetic: the store is a demo market.
+    horizon: trading days forecast, of a Kronos run; else None.
+    overlap: KronosModel's warning that the scores fall into the pre-training data, if it gave one.
+    config: qrun's, the plain data in it; kronos_run: kronos_run.json. Either is empty if the run has none.
+    artifacts: the folder of the run's artifacts if they are files of this machine.
     """
 
     name: str
     run_id: str
     metrics: dict[str, float]
     report: pd.DataFrame
+    scores: pd.Series
+    labels: pd.Series
+    trades: pd.Series | None
     provider_uri: str | dict[str, str] | None
+    store: Path | None
     synthetic: bool
+    horizon: int | None
+    overlap: str | None
+    config: dict[str, Any]
+    kronos_run: dict[str, Any]
+    artifacts: Path | None
 
 
 def load_runs(names: Sequence[str], uri: str = DEFAULT_URI) -> list[RunResult]:
     """The newest finished run of each experiment in `names`, or the run itself where a name is a recorder id.
 
-    Raises ResultsError if `uri` cannot be read, a name is unknown, has no finished run, or a run lacks its signal
-    analysis or backtest. Artifacts are pickles: read only stores whose runs you trust.
+    Raises ResultsError if `uri` cannot be read, a name is unknown, has no finished run, or a run lacks its scores,
+    labels, signal analysis or backtest. Artifacts are pickles: read only stores whose runs you trust.
     """
     database = _database(uri)
     try:
@@ -126,33 +146,93 @@ def _load_run(client: MlflowClient, name: str, run: MlflowRun, folder: Path) -> 
         )
         raise ResultsError(f"{name}: run {run.info.run_id} has no {missing[0]!r}; its workflow needs Qlib's {record}")
     with TemporaryDirectory() as scratch:
-        try:
-            report = pd.read_pickle(client.download_artifacts(run.info.run_id, _REPORT, scratch))
-        except (MlflowException, OSError) as error:
-            raise ResultsError(f"{name}: the backtest's report {_REPORT} cannot be read: {error}") from error
-        try:
-            config = _plain_pickle(Path(client.download_artifacts(run.info.run_id, "config", scratch)))
-        except (MlflowException, OSError):
-            config = {}  # only qrun saves it
+        files = _Artifacts(client, name, run.info.run_id, scratch)
+        report = files.frame(_REPORT, "PortAnaRecord")
+        scores = _rows(files.frame("pred.pkl", "SignalRecord"), name, "pred.pkl")
+        labels = _rows(files.frame("label.pkl", "SignalRecord"), name, "label.pkl")
+        traded, saved, kronos = files.path(_TRADES), files.path("config"), files.path("kronos_run.json")
+        trades = _trades(pd.read_pickle(traded)) if traded else None
+        config = _plain_pickle(saved) if saved else {}  # only qrun saves it
+        kronos_run = json.loads(kronos.read_text()) if kronos else {}
     provider_uri = config.get("qlib_init", {}).get("provider_uri")
+    stores = _stores(provider_uri, folder)
     return RunResult(
         name=name,
         run_id=run.info.run_id,
         metrics={own: run.data.metrics[stored] for own, stored in _METRICS.items()},
         report=report,
+        scores=scores,
+        labels=labels,
+        trades=trades,
         provider_uri=provider_uri,
-        synthetic=_is_demo_run(config, provider_uri, folder),
+        store=next((store for store in stores if (store / "calendars" / "day.txt").is_file()), None),
+        synthetic=BENCHMARK in set(_strings(config)) or any(is_synthetic(store) for store in stores),
+        horizon=kronos_run.get("data", {}).get("horizon"),
+        overlap=run.data.tags.get("pretraining_overlap"),
+        config=config,
+        kronos_run=kronos_run,
+        artifacts=_local(run.info.artifact_uri),
     )
 
 
-def _is_demo_run(config: Mapping[str, Any], provider_uri: str | dict[str, str] | None, folder: Path) -> bool:
-    """By the demo benchmark, which outlives the store, or the store's mark, looked for here and by the database."""
-    if BENCHMARK in set(_strings(config)):
-        return True
-    if provider_uri is None:
-        return False
-    stores = provider_uri.values() if isinstance(provider_uri, Mapping) else [provider_uri]
-    return any(is_synthetic(base / Path(store).expanduser()) for store in stores for base in (Path.cwd(), folder))
+@dataclass(frozen=True)
+class _Artifacts:
+    """The files of one run, fetched to a folder as they are asked for."""
+
+    client: MlflowClient
+    name: str
+    run_id: str
+    folder: str
+
+    def path(self, artifact: str) -> Path | None:
+        try:
+            return Path(self.client.download_artifacts(self.run_id, artifact, self.folder))
+        except (MlflowException, OSError):
+            return None
+
+    def frame(self, artifact: str, record: str) -> Any:
+        path = self.path(artifact)
+        if path is None:
+            raise ResultsError(
+                f"{self.name}: {artifact} of run {self.run_id} cannot be read; its workflow needs Qlib's {record}"
+            )
+        return pd.read_pickle(path)
+
+
+def _rows(table: pd.DataFrame | pd.Series | None, name: str, artifact: str) -> pd.Series:
+    """The first column, by (datetime, instrument)."""
+    column = table.iloc[:, 0] if isinstance(table, pd.DataFrame) and table.shape[1] else table
+    if not isinstance(column, pd.Series) or set(column.index.names) != {"datetime", "instrument"}:
+        raise ResultsError(f"{name}: {artifact} holds no column by datetime and instrument")
+    rows = column.reorder_levels(["datetime", "instrument"]).sort_index().astype(float)
+    if rows.index.has_duplicates:
+        raise ResultsError(f"{name}: {artifact} has {rows.index.duplicated().sum()} rows twice")
+    return rows
+
+
+def _trades(indicator: Any) -> pd.Series:
+    """Value of each trade, from Qlib's Indicator of the backtest."""
+    found = {day: orders.data.get("trade_value") for day, orders in indicator.order_indicator_his.items()}
+    # not Qlib's to_series, which fails with pandas 3
+    days = {
+        day: pd.Series(values.data, index=pd.Index(values.index.tolist(), name="instrument")).abs()
+        for day, values in found.items()
+        if values is not None and len(values.data)
+    }
+    if not days:
+        return pd.Series(dtype=float, index=pd.MultiIndex.from_arrays([[], []], names=["datetime", "instrument"]))
+    return pd.concat(days, names=["datetime", "instrument"]).astype(float)
+
+
+def _local(uri: str) -> Path | None:
+    path = Path(uri.removeprefix("file://"))
+    return path if path.is_dir() else None
+
+
+def _stores(provider_uri: str | Mapping[str, str] | None, folder: Path) -> list[Path]:
+    """Where the store of daily bars may lie: as named, seen from here and from beside the database."""
+    named = provider_uri.get("day") if isinstance(provider_uri, Mapping) else provider_uri
+    return [base / Path(named).expanduser() for base in (Path.cwd(), folder)] if named else []
 
 
 def _strings(config: Any) -> Iterator[str]:

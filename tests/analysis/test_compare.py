@@ -11,9 +11,12 @@ import pandas as pd
 import pytest
 from matplotlib.image import imread
 
-from kronos_qlib.analysis.comparison import COLUMNS, comparison, terminal_text
+from kronos_qlib.analysis.comparison import COLUMNS, PAIR_COLUMNS, Comparison, compare_runs
 from kronos_qlib.analysis.figures import plot_excess_return
-from kronos_qlib.analysis.results import ResultsError, load_runs
+from kronos_qlib.analysis.results import ResultsError, RunResult, load_runs
+from kronos_qlib.analysis.signals import daily_ic, daily_rank_ic, wide
+from kronos_qlib.analysis.tables import WIDTH, terminal_text
+from kronos_qlib.analysis.verdicts import pair_verdict, residual_verdict, run_verdict
 from kronos_qlib.cli import main
 from kronos_qlib.data.demo import write_demo_market
 
@@ -49,7 +52,8 @@ backtest = {
 def run(name, sign, records=("signal", "backtest"), benchmark="DEMOINDEX"):
     with R.start(experiment_name=name):
         recorder = R.get_recorder()
-        recorder.save_objects(**{"pred.pkl": sign * data.iloc[:, [0]].set_axis(["score"], axis=1), "label.pkl": label})
+        pred = sign * data.iloc[:, [0]].set_axis(["score"], axis=1)
+        recorder.save_objects(**{"pred.pkl": pred, "label.pkl": label})
         if "signal" in records:
             SigAnaRecord(recorder).generate()
         if "backtest" in records:
@@ -60,12 +64,13 @@ def run(name, sign, records=("signal", "backtest"), benchmark="DEMOINDEX"):
     return recorder.id
 
 run("reversal", -1, ["signal"])
-ids = {"newest": run("reversal", 1)}
+ids = {"newest": run("reversal", 1, ["signal", "backtest"])}
 try: run("reversal", 1, ["fail"])
 except RuntimeError: pass
 try: run("failed", 1, ["fail"])
 except RuntimeError: pass
 ids["momentum"] = run("momentum", -1, benchmark="unnamed")
+run("constant", 0)
 run("no_backtest", 1, ["signal"])
 run("no_signal", 1, [])
 print(json.dumps(ids))
@@ -107,14 +112,149 @@ def test_recorder_id_names_a_run(recorded: Recorded) -> None:
     assert run.metrics["rank_ic"] < 0
 
 
-def test_table_agrees_with_what_qlib_recorded(recorded: Recorded) -> None:
-    runs = load_runs(["reversal", "momentum", "reversal"], recorded.uri)
-    table = comparison(runs)
-    assert list(table.index) == ["reversal", "momentum"], "a name given twice is one row"
+@pytest.fixture(scope="session")
+def compared(recorded: Recorded) -> Comparison:
+    return compare_runs(load_runs(["reversal", "momentum", "reversal", "constant"], recorded.uri))
+
+
+def _without_store(runs: list[RunResult]) -> list[RunResult]:
+    """For tests that need no factors: a store is read in another process, which takes seconds."""
+    return [dataclasses.replace(run, store=None) for run in runs]
+
+
+def test_ic_of_all_rows_of_a_run_is_what_qlib_recorded(recorded: Recorded) -> None:
+    for run in load_runs(["reversal", "momentum"], recorded.uri):
+        scores, labels = wide(run.scores), wide(run.labels)
+        ic, rank_ic = daily_ic(scores, labels), daily_rank_ic(scores, labels)
+        measured = [ic.mean(), ic.mean() / ic.std(), rank_ic.mean(), rank_ic.mean() / rank_ic.std()]
+        stored = [run.metrics[name] for name in ("ic", "icir", "rank_ic", "rank_icir")]
+        np.testing.assert_allclose(measured, stored, rtol=0, atol=1e-9)
+
+
+def test_table_agrees_with_what_qlib_recorded(compared: Comparison) -> None:
+    table, runs = compared.table, compared.runs
+    assert list(table.index) == ["reversal", "momentum", "constant"], "a name given twice is one row"
     assert list(table.columns) == COLUMNS
     excess = (runs[0].report["return"] - runs[0].report["bench"] - runs[0].report["cost"]).cumsum()
     assert table.loc["reversal", "max_drawdown"] == pytest.approx((excess - excess.cummax()).min())
     assert table.loc["reversal", "ic"] == pytest.approx(-table.loc["momentum", "ic"])
+    np.testing.assert_allclose(table["cost"], table["excess_return"] - table["excess_return_with_cost"], atol=1e-12)
+
+
+def test_scores_turned_round_turn_every_figure_of_the_signal(compared: Comparison) -> None:
+    reversal, momentum = compared.table.loc["reversal"], compared.table.loc["momentum"]
+    for column in ("rank_ic", "rank_ic_t", "monotonicity", "residual_rank_ic"):
+        assert reversal[column] == pytest.approx(-momentum[column]), column
+    assert reversal["signal_half_life"] == momentum["signal_half_life"]
+    assert 1 < reversal["signal_half_life"] < 20, "the reversal of ten days fades in days"
+    assert reversal["rank_ic_low"] < reversal["rank_ic"] < reversal["rank_ic_high"]
+    pair = compared.pairs.loc[("reversal", "momentum")]
+    assert pair["rank_ic_difference"] == pytest.approx(2 * reversal["rank_ic"])
+    assert pair["score_correlation"] == pytest.approx(-1)
+
+
+def test_scores_that_do_not_vary_have_no_ic_and_the_table_says_so(compared: Comparison) -> None:
+    constant = compared.table.loc["constant"]
+    assert (
+        constant[["ic", "rank_ic", "rank_ic_t", "decile_spread", "signal_half_life", "residual_rank_ic"]].isna().all()
+    )
+    assert "rank IC: n/a" in run_verdict(compared, "constant")
+    (row,) = [line for line in terminal_text(compared).splitlines() if line.startswith("constant") and "…" not in line][
+        :1
+    ]
+    assert "n/a" in row
+
+
+def test_holm_raises_p_and_counts_no_run_without_one(compared: Comparison) -> None:
+    p, corrected = compared.table["rank_ic_p"], compared.table["rank_ic_p_holm"]
+    assert corrected["reversal"] == pytest.approx(min(1, 2 * p["reversal"])), "two runs, not three"
+    assert np.isnan(corrected["constant"])
+
+
+def test_only_rows_that_all_runs_score_and_label_count(recorded: Recorded) -> None:
+    one, other = _without_store(load_runs(["reversal", "momentum"], recorded.uri))
+    before = compare_runs([one, other]).dropped
+    usable = one.scores[np.isfinite(one.scores) & np.isfinite(one.labels.reindex(one.scores.index))].index
+    days = usable.unique("datetime")
+    first_day = usable[usable.get_level_values("datetime") == days[0]]
+    scores = other.scores.copy()
+    scores[first_day] = np.nan
+    scores[usable[len(first_day)]] = np.inf
+    unlabelled = one.labels.drop(usable[-1])
+    compared = compare_runs([dataclasses.replace(one, labels=unlabelled), dataclasses.replace(other, scores=scores)])
+    more = compared.dropped - before
+    assert more.loc["reversal", "dropped_rows"] == len(first_day) + 2
+    assert more.loc["reversal", "unlabelled_rows"] == 1
+    assert more.loc["reversal", "dropped_days"] == 1
+    assert more.loc["momentum", "dropped_rows"] == 1, "a row it does not score, it does not lose"
+    assert days[0] not in compared.rank_ic.index
+    assert compared.table.loc["reversal", "rank_ic"] == pytest.approx(-compared.table.loc["momentum", "rank_ic"])
+
+
+def test_runs_without_a_common_row_are_an_error(recorded: Recorded) -> None:
+    one, other = load_runs(["reversal", "momentum"], recorded.uri)
+    later = other.scores.rename(lambda day: day + pd.Timedelta("3650D"), level="datetime")
+    with pytest.raises(ResultsError, match=r"no date and instrument .*reversal: \d+ scores, 2018-03-01"):
+        compare_runs([one, dataclasses.replace(other, scores=later)])
+
+
+def test_capacity_is_where_the_twentieth_trade_is_a_hundredth_of_its_market(compared: Comparison) -> None:
+    capacity = compared.table.loc["reversal", "capacity"]
+    run = compared.runs[0]
+    bars = {}
+    for instrument in run.trades.index.unique("instrument"):
+        folder = run.store / "features" / instrument.lower()
+        close, volume = (np.fromfile(folder / f"{name}.day.bin", dtype="<f4") for name in ("close", "volume"))
+        days = pd.DatetimeIndex((run.store / "calendars" / "day.txt").read_text().split())
+        bars[instrument] = pd.Series(close[1:] * volume[1:], days[int(close[0]) : int(close[0]) + len(close) - 1])
+    shares = [
+        value / bars[instrument][day] * capacity / run.report.loc[day, "account"]
+        for (day, instrument), value in run.trades.items()
+        if bars[instrument][day] > 0
+    ]
+    assert np.mean(np.array(shares) <= 0.01 + 1e-6) == pytest.approx(0.95, abs=0.02)
+
+
+def test_without_the_store_factors_and_capacity_are_not_known_and_that_is_said(recorded: Recorded) -> None:
+    (run,) = load_runs(["reversal"], recorded.uri)
+    compared = compare_runs([dataclasses.replace(run, store=None)])
+    assert np.isnan(compared.table.loc["reversal", "capacity"])
+    assert np.isnan(compared.table.loc["reversal", "residual_rank_ic"])
+    assert "its Qlib store (market) is not at hand" in terminal_text(compared)
+
+
+def test_lag_is_the_recorded_horizon_or_said_to_be_assumed(recorded: Recorded) -> None:
+    one, other = _without_store(load_runs(["reversal", "momentum"], recorded.uri))
+    compared = compare_runs([dataclasses.replace(one, horizon=4), other])
+    assert compared.lags == {"reversal": 4, "momentum": 10}
+    assert "the recorded horizon (reversal 4); 10, assumed (momentum)" in " ".join(compared.notes)
+
+
+def test_overlap_with_pretraining_is_told(recorded: Recorded) -> None:
+    (run,) = _without_store(load_runs(["reversal"], recorded.uri))
+    compared = compare_runs([dataclasses.replace(run, overlap="the scores start before the cut-off")])
+    assert "CAUTION: reversal: the scores start before the cut-off" in terminal_text(compared)
+
+
+def test_verdict_gives_the_interval_before_the_word(compared: Comparison) -> None:
+    certain = compared.pairs.assign(rank_ic_difference=0.02, low=0.01, high=0.03, p_holm=0.001)
+    chance = certain.assign(low=-0.006)
+    many = certain.assign(p_holm=0.2)
+    said = [
+        pair_verdict(dataclasses.replace(compared, pairs=pairs), "reversal", "momentum")
+        for pairs in (certain, chance, many)
+    ]
+    assert said[0] == "reversal − momentum rank IC: +0.020, 95 % +0.010…+0.030: reversal is better than momentum"
+    assert said[1] == "reversal − momentum rank IC: +0.020, 95 % −0.006…+0.030: no evidence of a difference"
+    assert "no evidence of a difference that stands after correction for 3 pairs (Holm p 0.20)" in said[2]
+    assert "rank IC after simple factors: " in residual_verdict(compared, "reversal")
+
+
+def test_table_fits_a_terminal_whatever_the_names(recorded: Recorded) -> None:
+    runs = _without_store(load_runs(["reversal", "momentum"], recorded.uri))
+    long = [dataclasses.replace(run, name=f"{run.name}_of_an_experiment_with_a_name {number:08}") for number, run in
+            enumerate(runs)]  # fmt: skip
+    assert max(map(len, terminal_text(compare_runs(long)).splitlines())) <= WIDTH
 
 
 def test_demo_market_is_recognised_by_benchmark_or_mark(recorded: Recorded, tmp_path: Path) -> None:
@@ -146,7 +286,7 @@ def test_unknown_name_is_told_what_there_is(recorded: Recorded, capsys: pytest.C
     assert main(["compare", "nobody", "--uri", recorded.uri]) == 2
     told = capsys.readouterr()
     assert told.err.count("\n") == 1
-    assert "experiments with a finished run: momentum, no_backtest, no_signal, reversal" in told.err
+    assert "experiments with a finished run: constant, momentum, no_backtest, no_signal, reversal" in told.err
     assert not told.out
 
 
@@ -157,21 +297,20 @@ def test_something_that_is_no_database_is_an_error(tmp_path: Path, capsys: pytes
 
 
 def test_compare_prints_and_writes_table_and_picture(
-    recorded: Recorded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recorded: Recorded, compared: Comparison, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "runs" / "demo"
-    assert main(["compare", "reversal", "momentum", "--uri", recorded.uri, "--out", str(out)]) == 0
+    assert main(["compare", *compared.table.index, "--uri", recorded.uri, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "SYNTHETIC demo market" in printed
     assert "Backtest 2018-03-02 … 2018-05-18" in printed
-    heading, _, first, *_ = printed.splitlines()
-    assert heading.split()[0] == "run"
-    assert first.split()[0] == "reversal"
-    assert sorted(path.name for path in out.iterdir()) == ["comparison.csv", "excess_return.png"]
+    assert "Rank IC" in printed
+    assert sorted(path.name for path in out.iterdir()) == ["comparison.csv", "excess_return.png", "pairs.csv"]
     table = pd.read_csv(out / "comparison.csv", index_col="run")
-    stored = comparison(load_runs(["reversal", "momentum"], recorded.uri))
-    pd.testing.assert_frame_equal(table[COLUMNS], stored, check_exact=False, rtol=1e-12)
+    pd.testing.assert_frame_equal(table[COLUMNS], compared.table, check_exact=False, rtol=1e-12)
     assert table["synthetic"].all()
+    pairs = pd.read_csv(out / "pairs.csv", index_col=["run", "other"])
+    pd.testing.assert_frame_equal(pairs[PAIR_COLUMNS], compared.pairs, check_exact=False, rtol=1e-12)
     picture = imread(out / "excess_return.png")
     assert picture.shape[0] > 800
     assert picture[..., :3].std() > 0.02, "something is drawn"
@@ -188,14 +327,20 @@ def test_picture_of_a_demo_market_differs_from_one_of_real_bars(recorded: Record
 
 
 def test_runs_of_different_dates_and_partly_synthetic_are_called_out(recorded: Recorded) -> None:
-    (run,) = load_runs(["reversal"], recorded.uri)
+    (run,) = _without_store(load_runs(["reversal"], recorded.uri))
     other = dataclasses.replace(run, name="other", report=run.report.iloc[5:], synthetic=False)
-    told = terminal_text([run, other])
+    told = terminal_text(compare_runs([run, other]))
     assert "CAUTION: the backtests cover different dates" in told
     assert "SYNTHETIC demo market (reversal)" in told
-    assert "SYNTHETIC" not in terminal_text([other])
+    assert "SYNTHETIC" not in terminal_text(compare_runs([other]))
 
 
 def test_metric_that_is_no_number_is_shown_as_such(recorded: Recorded) -> None:
-    (run,) = load_runs(["reversal"], recorded.uri)
-    assert "n/a" in terminal_text([dataclasses.replace(run, metrics=run.metrics | {"icir": float("nan")})])
+    (run,) = _without_store(load_runs(["reversal"], recorded.uri))
+    compared = compare_runs([dataclasses.replace(run, metrics=run.metrics | {"information_ratio": float("nan")})])
+    (row,) = [
+        line
+        for line in terminal_text(compared).splitlines()
+        if line.startswith("reversal") and "%" in line and "…" not in line
+    ][-1:]
+    assert row.split().count("n/a") == 2, "and the capacity, without a store"

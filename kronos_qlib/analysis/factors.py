@@ -1,0 +1,35 @@
+"""What is left of scores after simple factors: each day's ranks, less what the ranks of the factors explain."""
+
+import numpy as np
+import pandas as pd
+
+from kronos_qlib.analysis.signals import daily_rank_ic
+
+_NOTHING_LEFT = 1e-6  # of the ranks' spread: below this a residual is rounding
+
+
+def residual_scores(scores: pd.Series, factors: pd.DataFrame) -> pd.Series:
+    """The residuals of a regression, on each day, of the scores' ranks on a constant and the factors' ranks.
+
+    Both have the index (datetime, instrument). Rows without every factor are left out. A day with no more rows than
+    twice the factors, or on which nothing is left of the ranks (the scores are constant, or a factor themselves), is
+    left out too.
+    """
+    rows = factors.reindex(scores.index).replace([np.inf, -np.inf], np.nan).assign(score=scores).dropna()
+    ranks = rows.groupby(level="datetime").rank()
+    days = [_residual(day) for _, day in ranks.groupby(level="datetime") if len(day) > 2 * factors.shape[1]]
+    return pd.concat(days) if days else scores.iloc[:0]
+
+
+def exposures(scores: pd.DataFrame, factors: dict[str, pd.DataFrame]) -> pd.Series:
+    """The mean over days of the rank correlation of scores with each factor; all are day × instrument."""
+    return pd.Series({name: daily_rank_ic(scores, factor).mean() for name, factor in factors.items()}, dtype=float)
+
+
+def _residual(day: pd.DataFrame) -> pd.Series:
+    score = day["score"] - day["score"].mean()
+    against = day.drop(columns="score")
+    against = against - against.mean()
+    weights = np.linalg.lstsq(against.to_numpy(), score.to_numpy(), rcond=None)[0]
+    residual = score - against @ weights
+    return residual if residual.std() > _NOTHING_LEFT * max(score.std(), 1) else residual.iloc[:0]

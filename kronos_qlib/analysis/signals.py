@@ -1,0 +1,80 @@
+"""What scores say of returns, day by day: information coefficients, deciles, and how long the order of scores lasts.
+
+Scores and labels are day × instrument tables (`wide`), float, NaN where a row does not count, in both or in neither.
+"""
+
+import numpy as np
+import pandas as pd
+
+DECILES = 10
+LONGEST_LAG = 60  # trading days looked ahead for the half-life
+
+
+def wide(rows: pd.Series) -> pd.DataFrame:
+    """A series with index (datetime, instrument) as a table, one row per day and one column per instrument."""
+    return rows.unstack("instrument").sort_index()
+
+
+def daily_ic(scores: pd.DataFrame, labels: pd.DataFrame) -> pd.Series:
+    """The correlation of scores and labels of each day, as Qlib's `calc_ic`; NaN on days where either is constant."""
+    both = scores.notna() & labels.notna()
+    scores, labels = scores.where(both), labels.where(both)
+    varied = _varied(scores) & _varied(labels)  # by rounding, the variance of a constant need not be zero
+    return scores[varied].corrwith(labels[varied], axis=1).reindex(scores.index)
+
+
+def daily_rank_ic(scores: pd.DataFrame, labels: pd.DataFrame) -> pd.Series:
+    """The Spearman correlation of scores and labels of each day; NaN on days where either is constant."""
+    both = scores.notna() & labels.notna()
+    return daily_ic(scores.where(both).rank(axis=1), labels.where(both).rank(axis=1))
+
+
+def decile_labels(scores: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
+    """The mean label of each tenth of the instruments by score, 1 the lowest to 10 the highest, of each day.
+
+    Equal scores share their mean rank and so stay together: no order is invented among them, and a decile may be empty
+    (NaN).
+    """
+    ranks = scores.where(labels.notna()).rank(axis=1)
+    count = ranks.notna().sum(axis=1)
+    decile = np.ceil((ranks - 0.5).div(count, axis=0) * DECILES).clip(1, DECILES)
+    return pd.DataFrame({number: labels.where(decile == number).mean(axis=1) for number in range(1, DECILES + 1)})
+
+
+def monotonicity(deciles: pd.Series) -> float:
+    """The Spearman correlation of the number of a decile and its mean label: 1 if every decile beats the one below."""
+    known = deciles.dropna()
+    return float(pd.Series(known.index, known.index, dtype=float).corr(known, method="spearman"))
+
+
+def rank_autocorrelation(scores: pd.DataFrame, longest: int = LONGEST_LAG) -> pd.Series:
+    """The mean correlation of the day's ranks with those `lag` days later, for lags 1 … `longest` or half the days.
+
+    NaN throughout for scores that do not vary within a day.
+    """
+    last = min(longest, len(scores) // 2)
+    return pd.Series(
+        {lag: daily_rank_ic(scores.iloc[:-lag], scores.iloc[lag:].set_axis(scores.index[:-lag])).mean()
+         for lag in range(1, last + 1)},
+        dtype=float,
+    )  # fmt: skip
+
+
+def half_life(autocorrelation: pd.Series) -> float:
+    """Trading days until a rank autocorrelation, 1 at lag 0, falls to a half, between lags by a straight line.
+
+    Infinite if it does not within the lags given; NaN if it is unknown.
+    """
+    known = pd.concat([pd.Series({0: 1.0}), autocorrelation])
+    if autocorrelation.isna().all():
+        return np.nan
+    below = known.index[known <= 0.5]
+    if below.empty:
+        return np.inf
+    lag = below[0]
+    before, after = known[lag - 1], known[lag]
+    return float(lag - 1 + (before - 0.5) / (before - after))
+
+
+def _varied(table: pd.DataFrame) -> pd.Series:
+    return table.max(axis=1) > table.min(axis=1)

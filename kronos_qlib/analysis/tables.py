@@ -1,0 +1,135 @@
+"""The comparison as plain text for a terminal of 100 columns."""
+
+from collections.abc import Callable, Sequence
+from textwrap import fill
+
+import numpy as np
+import pandas as pd
+
+from kronos_qlib.analysis.comparison import Comparison
+from kronos_qlib.analysis.signals import LONGEST_LAG
+from kronos_qlib.analysis.verdicts import verdicts
+
+WIDTH = 100
+_LONGEST_NAME = 26
+
+Cell = Callable[[pd.Series], str]
+
+
+def terminal_text(comparison: Comparison) -> str:
+    """Verdicts, then tables of the signal, the backtest, the pairs and the dropped rows, then notes, in 100 columns."""
+    blocks = [
+        _block("Scores against returns", comparison.table, _SIGNAL),
+        _block("Shape of the signal", comparison.table, _SHAPE),
+        _block("After simple factors (reversal, momentum, volatility, volume, size)", comparison.table, _RESIDUAL),
+        _block("Backtest", comparison.table, _BACKTEST),
+        _block("Pairs: first less second", comparison.pairs, _PAIRS) if len(comparison.pairs) else "",
+        _block("Rows that count: scored and labelled in all runs", comparison.dropped, _DROPPED),
+        _list("Verdict", verdicts(comparison)),
+        _list("Notes", [*_LEGEND, *comparison.notes]),
+    ]
+    return "\n\n".join(block for block in blocks if block)
+
+
+def _number(column: str, layout: str) -> Cell:
+    return lambda row: layout.format(row[column]) if np.isfinite(row[column]) else "n/a"
+
+
+def _interval(name: str) -> Cell:
+    low, high = (f"{name}_low", f"{name}_high") if name else ("low", "high")
+    return lambda row: f"{row[low]:+.4f} … {row[high]:+.4f}" if np.isfinite(row[low]) else "n/a"
+
+
+def _half_life(row: pd.Series) -> str:
+    days = row["signal_half_life"]
+    return f"> {LONGEST_LAG} d" if np.isinf(days) else "n/a" if np.isnan(days) else f"{days:.1f} d"
+
+
+def _capacity(row: pd.Series) -> str:
+    return f"{row['capacity'] / 1e6:,.1f} m" if np.isfinite(row["capacity"]) else "n/a"
+
+
+_SIGNAL: dict[str, Cell] = {
+    "IC": _number("ic", "{:+.4f}"),
+    "ICIR": _number("icir", "{:+.3f}"),
+    "Rank IC": _number("rank_ic", "{:+.4f}"),
+    "Rank ICIR": _number("rank_icir", "{:+.3f}"),
+    "t": _number("rank_ic_t", "{:+.2f}"),
+    "p (Holm)": _number("rank_ic_p_holm", "{:.2f}"),
+    "95 %": _interval("rank_ic"),
+}
+_SHAPE: dict[str, Cell] = {
+    "Decile spread": _number("decile_spread", "{:+.3%}"),
+    "Monotonicity": _number("monotonicity", "{:+.2f}"),
+    "Hit rate": _number("hit_rate", "{:.1%}"),
+    "Half-life": _half_life,
+}
+_RESIDUAL: dict[str, Cell] = {
+    "Rank IC": _number("residual_rank_ic", "{:+.4f}"),
+    "t": _number("residual_rank_ic_t", "{:+.2f}"),
+    "p (Holm)": _number("residual_rank_ic_p_holm", "{:.2f}"),
+    "95 %": _interval("residual_rank_ic"),
+}
+_BACKTEST: dict[str, Cell] = {
+    "Excess/yr": _number("excess_return", "{:+.1%}"),
+    "after cost": _number("excess_return_with_cost", "{:+.1%}"),
+    "Inf. ratio": _number("information_ratio", "{:+.2f}"),
+    "Drawdown": _number("max_drawdown", "{:.1%}"),
+    "Turnover": _number("turnover", "{:.1%}"),
+    "Cost/yr": _number("cost", "{:.1%}"),
+    "Capacity": _capacity,
+}
+_PAIRS: dict[str, Cell] = {
+    "Rank IC": _number("rank_ic_difference", "{:+.4f}"),
+    "t": _number("t", "{:+.2f}"),
+    "Holm": _number("p_holm", "{:.2f}"),
+    "95 %": _interval(""),
+    "Corr.": _number("score_correlation", "{:+.2f}"),
+}
+_DROPPED: dict[str, Cell] = {
+    "scored": _number("scored_rows", "{:,}"),
+    "no label": _number("unlabelled_rows", "{:,}"),
+    "dropped": _number("dropped_rows", "{:,}"),
+    "kept": _number("kept_rows", "{:,}"),
+    "days dropped": _number("dropped_days", "{:,}"),
+    "days kept": _number("kept_days", "{:,}"),
+}
+_LEGEND = (
+    "t: Newey–West. 95 %: stationary block bootstrap of the mean. p and Holm: two-sided p after Holm's correction for "
+    "the rows of its table.",
+    "Decile spread: label of the top tenth less the bottom tenth, a day. Half-life: days until the rank "
+    "autocorrelation of the scores is a half. Corr.: mean daily rank correlation of the scores.",
+    "Excess: over the benchmark. Inf. ratio and Drawdown: after costs. Turnover: a day, bought and sold. Capacity: the "
+    "account, in millions, at which 95 % of the trades are at most 1 % of the traded amount.",
+)
+
+
+def _block(title: str, table: pd.DataFrame, columns: dict[str, Cell]) -> str:
+    cells = [["", *columns]]
+    cells += [[_label(name), *(cell(row) for cell in columns.values())] for name, row in table.iterrows()]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip()
+        for row in cells
+    ]
+    ruler = "─" * (sum(widths) + 2 * (len(widths) - 1))
+    return "\n".join([title, lines[0], ruler, *lines[1:]])
+
+
+def _label(name: str | tuple[str, str]) -> str:
+    if isinstance(name, str):
+        return _short(name, _LONGEST_NAME)
+    return " − ".join(_short(part, 22) for part in name)
+
+
+def _short(name: str, longest: int) -> str:
+    """The name, its middle left out if it is long: what tells names apart is mostly at their ends."""
+    if len(name) <= longest:
+        return name
+    tail = longest // 2
+    return f"{name[: longest - tail - 1]}…{name[-tail:]}"
+
+
+def _list(title: str, items: Sequence[str]) -> str:
+    wrapped = [fill(item, WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False) for item in items]
+    return "\n".join([title, *wrapped])

@@ -1,0 +1,74 @@
+"""The comparison in sentences, uncertainty first."""
+
+import numpy as np
+
+from kronos_qlib.analysis.comparison import Comparison
+
+_EVIDENCE = 0.05
+
+
+def verdicts(comparison: Comparison) -> list[str]:
+    """All sentences: pairs, then runs, then runs after simple factors."""
+    names = list(comparison.table.index)
+    return [
+        *(pair_verdict(comparison, one, other) for one, other in comparison.pairs.index),
+        *(run_verdict(comparison, name) for name in names),
+        *(residual_verdict(comparison, name) for name in names if comparison.residual_rank_ic[name].notna().any()),
+    ]
+
+
+def pair_verdict(comparison: Comparison, run: str, other: str) -> str:
+    """Whether two runs' rank ICs differ; `run` and `other` in the order of `comparison.pairs`."""
+    row = comparison.pairs.loc[(run, other)]
+    better, worse = (run, other) if row["rank_ic_difference"] > 0 else (other, run)
+    return _sentence(
+        f"{run} − {other} rank IC",
+        (row["rank_ic_difference"], row["low"], row["high"], row["p_holm"]),
+        found=f"{better} is better than {worse}",
+        nothing="no evidence of a difference",
+        tried=f"{len(comparison.pairs)} pairs",
+    )
+
+
+def run_verdict(comparison: Comparison, run: str) -> str:
+    """Whether a run's scores say anything of returns."""
+    row = comparison.table.loc[run]
+    return _sentence(
+        f"{run} rank IC",
+        tuple(row[["rank_ic", "rank_ic_low", "rank_ic_high", "rank_ic_p_holm"]]),
+        found="evidence of a signal" if row["rank_ic"] > 0 else "evidence of a signal of the wrong sign",
+        nothing="no evidence of a signal",
+        tried=f"{len(comparison.table)} runs",
+    )
+
+
+def residual_verdict(comparison: Comparison, run: str) -> str:
+    """Whether a run's scores say anything that the simple factors do not."""
+    row = comparison.table.loc[run]
+    name = "residual_rank_ic"
+    return _sentence(
+        f"{run} rank IC after simple factors",
+        tuple(row[[name, f"{name}_low", f"{name}_high", f"{name}_p_holm"]]),
+        found="evidence of something they lack" if row[name] > 0 else "evidence of the wrong sign",
+        nothing="no evidence that anything is left",
+        tried=f"{len(comparison.table)} runs",
+    )
+
+
+def _sentence(subject: str, figures: tuple[float, float, float, float], found: str, nothing: str, tried: str) -> str:
+    """Evidence needs both: an interval without zero, and a p that stands after Holm's correction."""
+    mean, low, high, p = figures
+    if not np.isfinite(mean):
+        return f"{subject}: n/a: the scores do not vary within a day, or nothing is left of them"
+    if not np.isfinite([low, high, p]).all():
+        return f"{subject}: {_signed(mean)}: too few days to say how sure that is"
+    verdict = nothing
+    if p < _EVIDENCE and (low > 0 or high < 0):
+        verdict = found
+    elif low > 0 or high < 0:
+        verdict = f"{nothing} that stands after correction for {tried} (Holm p {p:.2f})"
+    return f"{subject}: {_signed(mean)}, 95 % {_signed(low)}…{_signed(high)}: {verdict}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
