@@ -14,6 +14,7 @@ from small import (
     weights,
 )
 
+from kronos_qlib import KronosTokenizer
 from kronos_qlib.train.compute import Compute
 from kronos_qlib.train.feed import gather
 from kronos_qlib.train.history import COLUMNS
@@ -164,6 +165,15 @@ def test_an_epoch_takes_windows_without_replacement_and_every_epoch_others():
             np.concatenate([step.rows for step in rest]), np.concatenate([step.rows for step in steps[done:]])
         )
         assert plan.windows(done) == sum(len(step.rows) for step in steps[:done])
+
+
+def test_a_learning_rate_that_lets_the_training_diverge_stops_it_with_the_last_checkpoint_kept(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"tokenizer: the loss or its gradient is not finite at step \d+"):
+        run(tokenizer_stage(learning_rate=1e30, log_every=1), tmp_path, checkpoint_every=1)
+    kept = sorted((tmp_path / "checkpoints").glob("step-????????"))
+    assert kept
+    weights = KronosTokenizer.from_pretrained(kept[-1]).state_dict()
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_step_and_windows(tmp_path):
