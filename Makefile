@@ -40,7 +40,7 @@ demo: $(INSTALLED) $(MARKET_MADE)
 	$(BIN)/kronos-qlib compare kronos_demo lightgbm_demo reversal_demo --out $(DEMO)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

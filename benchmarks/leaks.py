@@ -199,13 +199,13 @@ def t_values(seed: int, signal: float, models: Sequence[str], size: Size, folder
         return {model: ask[model]() for model in models}
 
 
-def signal_faults(t: Sequence[float]) -> list[str]:
+def signal_faults(t: Sequence[float], standard_errors: float = STANDARD_ERRORS) -> list[str]:
     """What speaks against "there is nothing to be found here" in the t of some seeds: one line each."""
     t, faults = np.asarray(t), []
     beyond = np.abs(t) > LARGEST_T
     if beyond.any():
         faults.append(f"|t| is above {LARGEST_T} for {beyond.sum()} of {len(t)} seeds")
-    if abs(t.mean()) > STANDARD_ERRORS * standard_error(t):
+    if abs(t.mean()) > standard_errors * standard_error(t):
         faults.append(f"the mean t is {abs(t.mean()) / standard_error(t):.1f} standard errors away from 0")
     return faults
 

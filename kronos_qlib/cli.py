@@ -62,8 +62,8 @@ _COMPARE = """\
     other; verdicts in words. The runs need Qlib's SignalRecord, SigAnaRecord and PortAnaRecord; factors and capacity
     need the Qlib store they ran on.
 
-    With --out, DIR gets comparison.csv and pairs.csv (the same figures with all their digits, returns as ratios: 0.05
-    is 5 %) and excess_return.png (cumulative excess return after and before costs, drawdown below).
+    With --out, DIR gets comparison.csv and pairs.csv (the same figures with all their digits, returns as
+    ratios: 0.05 is 5 %) and excess_return.png (cumulative excess return after and before costs, drawdown below).
 """
 
 _COMPARE_EXAMPLES = """\

@@ -136,7 +136,7 @@ def generate(
     if part is None:
         threads = torch.get_num_threads() if on_cpu else 1
         part = -(-batch // (threads * -(-batch // (threads * PART)))) if on_cpu else batch  # as many for every thread
-    assert len(net.ranks) == 2  # computed here once, and not by every thread
+    ranks = net.ranks if sampling.top_k != 1 else (None, None)  # the likeliest token needs no order
     parts = [slice(start, min(start + part, batch)) for start in range(0, batch, part)]
     with tqdm(total=len(parts) * horizon, desc="forecast", unit="step", disable=not progress) as bar:
 
@@ -146,7 +146,8 @@ def generate(
 
         def paths(rows: slice) -> Tensor:
             with torch.inference_mode():  # of this thread
-                drawn = _paths(net, x[rows], x_stamp[rows], y_stamp[rows], uniform[:, :, rows], sampling, step_done)
+                inputs = x[rows], x_stamp[rows], y_stamp[rows], uniform[:, :, rows]
+                drawn = _paths(net, *inputs, sampling, ranks, step_done)
             part_done(rows.stop - rows.start)
             return drawn
 
@@ -163,6 +164,7 @@ def _paths(
     y_stamp: Tensor,
     uniform: Tensor,
     sampling: Sampling,
+    ranks: tuple[Tensor, Tensor] | tuple[None, None],
     step_done: Callable[[], None],
 ) -> Tensor:
     """Paths [B, S, P, d_in] for uniform numbers [P, 2, B, S]."""
@@ -187,8 +189,8 @@ def _paths(
         if state.filled < step:
             new = slice(state.filled, step)
             state.append(net.model.embed(own_s1[:, new], own_s2[:, new], own_time[:, new, None]))
-        own_s1[:, step] = draw(state.s1_logits(), uniform[step, 0], *filters, net.ranks[0])
-        own_s2[:, step] = draw(state.s2_logits(own_s1[:, step]), uniform[step, 1], *filters, net.ranks[1])
+        own_s1[:, step] = draw(state.s1_logits(), uniform[step, 0], *filters, ranks[0])
+        own_s2[:, step] = draw(state.s2_logits(own_s1[:, step]), uniform[step, 1], *filters, ranks[1])
         step_done()
     out = slice(length - min(length, limit - horizon), length)  # of the context, what the decoder still sees
     paths = _decode(net.tokenizer, (s1[:, out], s2[:, out]), (own_s1, own_s2), layout, mask[:, out.start :])
