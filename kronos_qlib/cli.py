@@ -62,8 +62,9 @@ _COMPARE = """\
     other; verdicts in words. The runs need Qlib's SignalRecord, SigAnaRecord and PortAnaRecord; factors and capacity
     need the Qlib store they ran on.
 
-    With --out, DIR gets comparison.csv and pairs.csv (the same figures with all their digits, returns as
-    ratios: 0.05 is 5 %) and excess_return.png (cumulative excess return after and before costs, drawdown below).
+    With --out, DIR gets report.html (one page that needs no network: verdicts, tables, figures, forecasts over the
+    bars that came, settings), comparison.csv and pairs.csv (the same figures with all their digits, returns as
+    ratios: 0.05 is 5 %) and excess_return.png, rolling_ic.png and deciles.png.
 """
 
 _COMPARE_EXAMPLES = """\
@@ -136,7 +137,6 @@ def _finetune(options: argparse.Namespace) -> int:
 
 def _compare(options: argparse.Namespace) -> int:
     from kronos_qlib.analysis.comparison import compare_runs, write_tables
-    from kronos_qlib.analysis.figures import plot_excess_return
     from kronos_qlib.analysis.results import ResultsError, load_runs
     from kronos_qlib.analysis.tables import terminal_text
 
@@ -144,9 +144,12 @@ def _compare(options: argparse.Namespace) -> int:
         comparison = compare_runs(load_runs(options.names, options.uri))
         print(terminal_text(comparison))
         if options.out is not None:
-            written = write_tables(comparison, options.out)
-            plot_excess_return(comparison.runs, options.out / "excess_return.png")
-            print(f"\nwritten: {', '.join(map(str, [*written, options.out / 'excess_return.png']))}")
+            from kronos_qlib.analysis.figures import plot_comparison
+            from kronos_qlib.analysis.report import write_report
+
+            written = [*write_tables(comparison, options.out), *plot_comparison(comparison, options.out)]
+            written.append(write_report(comparison, options.out / "report.html"))
+            print(f"\nwritten: {', '.join(map(str, written))}")
     except (ResultsError, OSError) as error:
         return _fail("compare", error)
     return 0
@@ -233,7 +236,7 @@ def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="MLflow store of the runs (default: sqlite:///mlflow.db, in this folder)",
     )
     command.add_argument(
-        "--out", type=Path, metavar="DIR", help="also write comparison.csv, pairs.csv and excess_return.png to DIR"
+        "--out", type=Path, metavar="DIR", help="also write report.html, tables as .csv and figures as .png to DIR"
     )
     command.set_defaults(run=_compare)
 

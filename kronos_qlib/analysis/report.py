@@ -1,0 +1,344 @@
+"""The comparison as one HTML page that needs no network."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+import yaml
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from kronos_qlib.analysis import charts, tables
+from kronos_qlib.analysis.comparison import Comparison, backtest_period, synthetic_note
+from kronos_qlib.analysis.fans import Fan, FansError, load_fans
+from kronos_qlib.analysis.results import RunResult
+from kronos_qlib.analysis.verdicts import pair_verdict, residual_verdict, run_verdict
+from kronos_qlib.files import whole_file
+
+_HERE = Path(__file__).parent
+_WARNINGS = ("CAUTION", "SYNTHETIC", "Survivorship")  # how notes begin that must not be missed
+_MOST_SENTENCES = 6  # of a kind, before they are folded away
+
+
+@dataclass(frozen=True)
+class _Figure:
+    chart: go.Figure
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class _Part:
+    figures: list[_Figure] = field(default_factory=list)
+    title: str = ""
+    text: str = ""
+    columns: int = 1
+
+
+@dataclass(frozen=True)
+class _Section:
+    name: str
+    title: str
+    text: str
+    parts: list[_Part]
+
+
+@dataclass(frozen=True)
+class _Table:
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    recorded: str = ""
+
+
+@dataclass(frozen=True)
+class _Sentences:
+    title: str
+    items_: list[str]
+    folded: bool = False
+
+
+def write_report(comparison: Comparison, path: Path) -> Path:
+    """Write the comparison to `path` as a page of its own: verdict, warnings, tables, figures, settings; return `path`.
+
+    Forecast fans and calibration are shown of the runs that have their files; for others a sentence says what is
+    missing. Figures of more than `charts.MOST_POINTS` days show every n-th, and the page says so.
+    """
+    environment = Environment(loader=FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["json"] = _json
+    page = environment.get_template("report.html.jinja").render(
+        names=[run.name for run in comparison.runs],
+        about=_about(comparison),
+        synthetic=synthetic_note(comparison.runs),
+        verdicts=_verdicts(comparison),
+        warnings=[note for note in comparison.notes if note.startswith(_WARNINGS)],
+        notes=[*tables._LEGEND, *(note for note in comparison.notes if not note.startswith(_WARNINGS))],
+        tables=_tables(comparison),
+        sections=list(_sections(comparison)),
+        settings=[_settings(comparison, run) for run in comparison.runs],
+        css=Markup((_HERE / "report.css").read_text()),
+        plotly=Markup(get_plotlyjs()),
+        dark=charts.DARK,
+    )
+    with whole_file(path) as draft:
+        draft.write_text(page, encoding="utf-8")
+    return path
+
+
+def _json(chart: go.Figure) -> Markup:
+    """A figure for a script element, which any `</script` in a name would end."""
+    return Markup(chart.to_json().replace("<", "\\u003c"))
+
+
+def _about(comparison: Comparison) -> str:
+    days = comparison.rank_ic.index
+    rows = int(comparison.dropped["kept_rows"].iloc[0])
+    return (
+        f"Scores of {days[0]:%d %b %Y} to {days[-1]:%d %b %Y}: {len(days):,} days, {rows:,} rows that all of "
+        f"{len(comparison.runs)} run{'s' if len(comparison.runs) > 1 else ''} score. Intervals: 95 %."
+    )
+
+
+def _verdicts(comparison: Comparison) -> list[_Sentences]:
+    kronos = {run.name for run in comparison.runs if run.kronos_run}
+    pairs = list(comparison.pairs.index)
+    first = [pair for pair in pairs if kronos & set(pair)] or pairs
+    others = [pair for pair in pairs if pair not in first]
+    names = list(comparison.table.index)
+    judged = [name for name in names if comparison.residual_rank_ic[name].notna().any()]
+    return [
+        _sentences("One against the other", [pair_verdict(comparison, *pair) for pair in first], folded=False),
+        _sentences("The other pairs", [pair_verdict(comparison, *pair) for pair in others], folded=True),
+        _sentences("Each run by itself", [run_verdict(comparison, name) for name in names]),
+        _sentences("After simple factors", [residual_verdict(comparison, name) for name in judged]),
+    ]
+
+
+def _sentences(title: str, items: list[str], folded: bool | None = None) -> _Sentences:
+    return _Sentences(title, items, len(items) > _MOST_SENTENCES if folded is None else folded)
+
+
+def _tables(comparison: Comparison) -> list[_Table]:
+    blocks = [
+        _table("Scores against returns", comparison.table, tables._SIGNAL),
+        _table("Shape of the signal", comparison.table, tables._SHAPE),
+        _table("Backtest", comparison.table, tables._BACKTEST),
+        _table("Pairs: first less second", comparison.pairs, tables._PAIRS),
+        _table("After simple factors: rank IC of the residual score", comparison.table, tables._RESIDUAL),
+        _exposures(comparison.exposures),
+        _table("Rows that count: scored and labelled in all runs", comparison.dropped, tables._DROPPED),
+    ]
+    return [block for block in blocks if block.rows]
+
+
+def _table(title: str, rows: pd.DataFrame, columns: dict[str, tables.Cell]) -> _Table:
+    body = [[_name(name), *(_minus(cell(row)) for cell in columns.values())] for name, row in rows.iterrows()]
+    return _Table(title, ["", *columns], body)
+
+
+def _exposures(exposures: pd.DataFrame) -> _Table:
+    known = exposures.dropna(how="all")
+    body = [
+        [name, *("n/a" if pd.isna(value) else _minus(f"{value:+.2f}") for value in row)]
+        for name, *row in known.itertuples()
+    ]
+    columns = ["", *(str(factor).replace("_", " ") for factor in exposures)]
+    return _Table("Exposures: mean daily rank correlation of the score with simple factors", columns, body)
+
+
+def _minus(number: str) -> str:
+    return number.replace("-", "−")
+
+
+def _name(name: str | tuple[str, str]) -> str:
+    return name if isinstance(name, str) else " − ".join(name)
+
+
+def _sections(comparison: Comparison) -> Iterator[_Section]:
+    runs = comparison.runs
+    yield _uncertainty(comparison)
+    yield _one(
+        "excess-return",
+        "Cumulative excess return and drawdown",
+        "Over the benchmark, summed. Solid: after costs; dotted: before. Below: drawdown after costs."
+        + _thinning(max(len(run.report) for run in runs)),
+        charts.excess_return(runs),
+    )
+    yield _rolling(comparison)
+    yield _one("monthly", "Rank IC by month", "Mean of the month's daily rank IC.", charts.monthly_rank_ic(comparison))
+    yield _one(
+        "deciles", "Deciles", "Mean label of the tenths of the instruments by score.", charts.deciles(comparison)
+    )
+    yield _one(
+        "turnover",
+        "Turnover and cost",
+        f"Above: bought plus sold over the account, mean of {charts.TURNOVER_DAYS} days. Below: costs over the "
+        "account, summed." + _thinning(max(len(run.report) for run in runs)),
+        charts.turnover_and_cost(runs),
+    )
+    yield _one(
+        "score-correlation",
+        "Score correlation",
+        "Mean daily rank correlation of the scores. 1: the same order every day.",
+        charts.score_correlation(comparison),
+    )
+    yield _calibration(runs)
+    yield _fans(comparison)
+
+
+def _one(name: str, title: str, text: str, chart: go.Figure) -> _Section:
+    return _Section(name, title, text, [_Part([_Figure(chart)])])
+
+
+def _thinning(days: int) -> str:
+    apart = charts.every(days)
+    return f" One day in {apart} is drawn." if apart > 1 else ""
+
+
+def _uncertainty(comparison: Comparison) -> _Section:
+    figures = [_Figure(charts.rank_ic_intervals(comparison), "Each run")]
+    if len(comparison.pairs):
+        figures.append(_Figure(charts.pair_intervals(comparison), "Differences: first less second"))
+    text = "Mean daily rank IC with its 95 % interval. An interval across zero is no evidence of a signal."
+    return _Section("uncertainty", "How sure the rank IC is", text, [_Part(figures, columns=2)])
+
+
+def _rolling(comparison: Comparison) -> _Section:
+    title, days = f"Rolling IC, {charts.ROLLING_DAYS} days", len(comparison.rank_ic)
+    if days < charts.ROLLING_DAYS:
+        return _Section("rolling-ic", title, f"Not drawn: the runs have {days} days in common.", [])
+    text = f"Mean of the last {charts.ROLLING_DAYS} days: rank IC above, IC below." + _thinning(days)
+    return _one("rolling-ic", title, text, charts.rolling_ic(comparison))
+
+
+def _calibration(runs: list[RunResult]) -> _Section:
+    title = "Calibration of the forecasts"
+    parts = [part for run in runs if (part := _calibration_of(run))]
+    if parts:
+        return _Section("calibration", title, "Forecast closes against the closes that came.", parts)
+    text = "No run has the artifacts of a ForecastRecord here, which measures forecasts against the bars that came."
+    return _Section("calibration", title, text, [])
+
+
+def _calibration_of(run: RunResult) -> _Part | None:
+    folder = run.artifacts / "forecast_evaluation" if run.artifacts else None
+    if folder is None or not (folder / "steps.csv").is_file():
+        return None
+    steps = pd.read_csv(folder / "steps.csv", index_col=0)
+    figures = [
+        _Figure(charts.coverage(steps), "Share of closes within the 50 % and 90 % bands; dotted: as it should be"),
+        _Figure(charts.crps(steps), "CRPS over the last close; less is better"),
+        _Figure(charts.pit(pd.read_csv(folder / "pit.csv")), "PIT, all steps; dotted: calibrated"),
+    ]
+    if (folder / "calibration.csv").is_file():
+        fitted = pd.read_csv(folder / "calibration.csv")
+        figures.append(_Figure(charts.calibrated(fitted), "Coverage before and after calibration on the valid segment"))
+    if (folder / "prob_up.csv").is_file():
+        prob_up = pd.read_csv(folder / "prob_up.csv")
+        figures.append(_Figure(charts.reliability(prob_up), "prob_up and the share that rose; size: forecasts"))
+    return _Part(figures, title=run.name, columns=2)
+
+
+def _fans(comparison: Comparison) -> _Section:
+    kronos = [run for run in comparison.runs if run.kronos_run]
+    title = "Forecasts over what came"
+    if not kronos:
+        return _Section("fans", title, "No run among these forecasts bars.", [])
+    text = (
+        "The best, the median and the worst day by rank IC, and of each the instruments with the highest, the median "
+        "and the lowest score. Shades: 90 % and 50 % bands of the close; line: median; candles: the bars that came."
+    )
+    return _Section("fans", title, text, [part for run in kronos for part in _fans_of(run, comparison)])
+
+
+def _fans_of(run: RunResult, comparison: Comparison) -> list[_Part]:
+    try:
+        fans = load_fans(run, comparison.rank_ic[run.name])
+    except FansError as error:
+        return [_Part(title=run.name, text=f"Not drawn: {error}.")]
+    days = dict.fromkeys((fan.day_was, fan.day, fan.rank_ic) for fan in fans)
+    return [
+        _Part(
+            [_Figure(charts.fan(fan), _fan_caption(fan)) for fan in fans if fan.day_was == day_was],
+            title=f"{run.name}: {day_was} day, {day:%d %b %Y}, rank IC " + _minus(f"{rank_ic:+.3f}"),
+            columns=3,
+        )
+        for day_was, day, rank_ic in days
+    ]
+
+
+def _fan_caption(fan: Fan) -> str:
+    return f"{fan.instrument}: {fan.score_was} score, " + _minus(f"{fan.score:+.4f}")
+
+
+def _settings(comparison: Comparison, run: RunResult) -> _Table:
+    rows = [[name, value] for name, value in _facts(comparison, run).items() if value]
+    recorded = {"config": run.config, "kronos_run": run.kronos_run}
+    plain = json.loads(json.dumps(recorded, default=_plain))
+    return _Table(run.name, ["", ""], rows, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+
+
+def _facts(comparison: Comparison, run: RunResult) -> dict[str, str]:
+    task, data = run.config.get("task", {}), run.kronos_run.get("data", {})
+    days = run.scores.index.get_level_values("datetime")
+    dataset = task.get("dataset", {}).get("kwargs", {}) if isinstance(task.get("dataset"), dict) else {}
+    handler = dataset.get("handler", {}).get("kwargs", {}) if isinstance(dataset.get("handler"), dict) else {}
+    return {
+        "Recorder": run.run_id,
+        "Qlib store": str(run.provider_uri or "") + (" (synthetic)" if run.synthetic else ""),
+        "Scores": f"{days.min():%Y-%m-%d} … {days.max():%Y-%m-%d}, {len(run.scores):,} rows",
+        "Instruments": f"{run.scores.index.get_level_values('instrument').nunique():,}",
+        "Universe": str(data.get("universe") or handler.get("instruments") or ""),
+        "Bars": _range([data.get("first") or handler.get("start_time"), data.get("last") or handler.get("end_time")]),
+        **_segments(data.get("segments") or dataset.get("segments")),
+        "Model": _called(task.get("model")),
+        "Score": str(run.kronos_run.get("model", {}).get("score") or ""),
+        "Lookback, horizon": f"{data['lookback']}, {data['horizon']} bars" if "horizon" in data else "",
+        "Newey–West lag": f"{comparison.lags[run.name]} days",
+        "Backtest": backtest_period(run),
+        **_backtest(task.get("record")),
+    }
+
+
+def _segments(segments: Any) -> dict[str, str]:
+    return {f"Segment {name}": _range(span) for name, span in segments.items()} if isinstance(segments, dict) else {}
+
+
+def _range(span: Any) -> str:
+    return " … ".join(str(end).split(" ")[0] for end in span) if isinstance(span, (list, tuple)) and all(span) else ""
+
+
+def _backtest(records: Any) -> dict[str, str]:
+    """Strategy, benchmark and costs of the record that has a backtest."""
+    for record in records if isinstance(records, list) else [records]:
+        config = record.get("kwargs", {}).get("config") if isinstance(record, dict) else None
+        if isinstance(config, dict):
+            backtest = config.get("backtest", {})
+            return {
+                "Strategy": _called(config.get("strategy")),
+                "Benchmark": str(backtest.get("benchmark") or ""),
+                "Account": f"{backtest['account']:,}" if "account" in backtest else "",
+                "Exchange": _listed(backtest.get("exchange_kwargs")),
+            }
+    return {}
+
+
+def _called(settings: Any) -> str:
+    """A class of a workflow with its arguments, those that are plain values."""
+    if not isinstance(settings, dict) or "class" not in settings:
+        return ""
+    arguments = _listed(settings.get("kwargs"))
+    return f"{settings['class']}: {arguments}" if arguments else str(settings["class"])
+
+
+def _listed(arguments: Any) -> str:
+    plain = arguments if isinstance(arguments, dict) else {}
+    return ", ".join(f"{key} {value}" for key, value in plain.items() if isinstance(value, (str, int, float)))
+
+
+def _plain(value: Any) -> str:
+    return str(value) if type(value).__str__ is not object.__str__ else f"({type(value).__name__.strip('_').lower()})"

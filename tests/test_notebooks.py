@@ -1,0 +1,101 @@
+"""The notebooks run from a fresh kernel, and the outputs committed with them are theirs."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+import nbformat
+import pytest
+from nbformat import NotebookNode
+
+from kronos_qlib.data.demo import write_demo_market
+
+HERE = Path(__file__).parents[1] / "notebooks"
+UNFINISHED = {"2_kronos_against_lightgbm"}  # has no outputs yet
+NOTEBOOKS = sorted(path for path in HERE.glob("*.ipynb") if path.stem not in UNFINISHED)
+LARGEST = 400 * 1024
+THIS_MACHINE = re.compile(r"/(home|root|tmp|work|Users|var|opt)/|/(tmp|root)\b|[A-Z]:\\|0x[0-9a-f]{8,}")
+
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def load_execute() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("execute", HERE / "execute.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+execute = load_execute()
+
+
+@pytest.fixture(scope="session")
+def market(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_demo_market(tmp_path_factory.mktemp("notebooks") / "market", instruments=40, days=520, signal=0.1)
+
+
+def read(path: Path) -> NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def kinds(notebook: NotebookNode) -> list[list[str]]:
+    """What each code cell shows: streams by name, other outputs by their media types."""
+    return [
+        [output.name if output.output_type == "stream" else " ".join(sorted(output.data)) for output in cell.outputs]
+        for cell in execute.code_cells(notebook)
+    ]
+
+
+def text_of(notebook: NotebookNode) -> str:
+    """All of a notebook that is read: sources and outputs, pictures left out."""
+    notebook = nbformat.from_dict(json.loads(json.dumps(notebook)))
+    for cell in execute.code_cells(notebook):
+        for output in cell.outputs:
+            output.get("data", {}).pop("image/png", None)
+    return json.dumps(notebook.cells, ensure_ascii=False)
+
+
+def test_these_are_all_the_notebooks():
+    assert [path.stem for path in NOTEBOOKS] == [
+        "1_forecast_one_instrument",
+        "3_reading_a_backtest",
+        "4_your_own_data",
+    ]
+
+
+@every_notebook
+def test_a_notebook_runs_and_shows_what_its_committed_outputs_show(path, market, tmp_path, monkeypatch):
+    monkeypatch.setenv("DEMO_MARKET", str(market))
+    monkeypatch.delenv("PYTEST_CURRENT_TEST", raising=False)  # ipykernel looks at it and then misses some output
+    fresh = execute.executed(path, tmp_path, timeout=600)  # a failing cell raises
+    assert kinds(fresh) == kinds(read(path))
+    assert list(tmp_path.iterdir()) == [], "a notebook writes into its own folder only"
+
+
+@every_notebook
+def test_committed_outputs_belong_to_the_committed_sources(path):
+    notebook = read(path)
+    cells = execute.code_cells(notebook)
+    assert notebook.metadata["executed_sources"] == execute.sources_digest(notebook), "run notebooks/execute.py"
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+
+
+@every_notebook
+def test_committed_outputs_hold_neither_errors_nor_traces_of_a_machine(path):
+    notebook = read(path)
+    shown = {kind for cell in kinds(notebook) for kind in cell}
+    assert "image/png text/plain" in shown
+    assert "stderr" not in shown
+    assert not [
+        output for cell in execute.code_cells(notebook) for output in cell.outputs if output.output_type == "error"
+    ]
+    assert not THIS_MACHINE.search(text_of(notebook))
+    assert path.stat().st_size < LARGEST
+
+
+@every_notebook
+def test_a_notebook_says_that_its_market_is_synthetic(path):
+    first = read(path).cells[0]
+    assert first.cell_type == "markdown" and "synthetic" in first.source
