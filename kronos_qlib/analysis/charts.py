@@ -338,4 +338,5 @@ def _step_curve(
 
 
 def _by_step(figure: go.Figure) -> go.Figure:
-    return figure.update_layout(height=340).update_xaxes(title_text="bars ahead", showgrid=False, nticks=10)
+    apart = max(1, len(figure.data[0].x) // 10)
+    return figure.update_layout(height=340).update_xaxes(title_text="bars ahead", showgrid=False, dtick=apart, tick0=1)

@@ -79,7 +79,7 @@ def plot_rolling_ic(comparison: Comparison, path: Path) -> None:
     if len(comparison.rank_ic) < ROLLING_DAYS:
         said = f"the runs have {len(comparison.rank_ic)} days in common"
         axes.text(0.5, 0.5, said, transform=axes.transAxes, ha="center", color=_QUIET)
-    axes.legend(frameon=False, labelcolor=_INK)
+    axes.legend(facecolor="white", framealpha=0.85, edgecolor="none", labelcolor=_INK)
     first, last = comparison.rank_ic.index[[0, -1]]
     said = f"daily rank IC, mean of {ROLLING_DAYS} days · scores of {first:%d %b %Y} to {last:%d %b %Y}"
     _title(figure, comparison.runs, "Rolling rank IC", said)
@@ -95,7 +95,7 @@ def plot_deciles(comparison: Comparison, path: Path) -> None:
     _style(axes, "mean label")
     axes.set_xticks(comparison.deciles.index)
     axes.set_xlabel("decile of the score, 10 the highest", color=_QUIET)
-    axes.legend(frameon=False, labelcolor=_INK)
+    axes.legend(facecolor="white", framealpha=0.85, edgecolor="none", labelcolor=_INK)
     _title(figure, comparison.runs, "Deciles", "mean label a day of the tenths of the instruments by score")
     _save(figure, path)
 

@@ -305,7 +305,9 @@ def test_compare_prints_and_writes_table_and_picture(
     assert "SYNTHETIC demo market" in printed
     assert "Backtest 2018-03-02 … 2018-05-18" in printed
     assert "Rank IC" in printed
-    assert sorted(path.name for path in out.iterdir()) == ["comparison.csv", "excess_return.png", "pairs.csv"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("comparison.csv", "deciles.png", "excess_return.png", "pairs.csv", "report.html", "rolling_ic.png")
+    ]
     table = pd.read_csv(out / "comparison.csv", index_col="run")
     pd.testing.assert_frame_equal(table[COLUMNS], compared.table, check_exact=False, rtol=1e-12)
     assert table["synthetic"].all()
