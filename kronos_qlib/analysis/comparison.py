@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from kronos_qlib.analysis.factors import exposures, residual_scores
-from kronos_qlib.analysis.market import FACTORS, MarketError, read_market
+from kronos_qlib.analysis.market import MarketError, read_market
 from kronos_qlib.analysis.portfolio import capacity, cost_a_year, mean_turnover
 from kronos_qlib.analysis.results import ResultsError, RunResult
 from kronos_qlib.analysis.signals import (
@@ -22,6 +22,7 @@ from kronos_qlib.analysis.signals import (
     wide,
 )
 from kronos_qlib.analysis.significance import bootstrap_interval, holm, newey_west
+from kronos_qlib.data.factors import FACTORS
 from kronos_qlib.files import whole_file
 
 COLUMNS = [
@@ -73,7 +74,7 @@ def compare_runs(runs: Sequence[RunResult]) -> Comparison:
     number of runs, _low, _high: 95 %, stationary bootstrap; decile_spread: mean label of the top decile less the bottom
     one's, of a day; monotonicity: Spearman, decile number and mean label; hit_rate: share of days with a rank IC above
     0; signal_half_life: days until the rank autocorrelation of the scores is a half, infinite if that is not seen;
-    residual_rank_ic and on: rank IC of what the simple factors (`market.FACTORS`) leave of the scores, per day.
+    residual_rank_ic and on: rank IC of what the simple factors (`data.factors.FACTORS`) leave of the scores, per day.
     Of the backtest, whatever its rows: turnover a day; excess_return, excess_return_with_cost (a year, over the
     benchmark), information_ratio (annualised) and max_drawdown with cost, as Qlib stored them; cost a year; capacity
     (`portfolio.capacity`), in the market's currency. Ratios: 0.05 is 5 %. NaN: cannot be computed.

@@ -4,8 +4,9 @@ import numpy as np
 import pandas as pd
 
 from kronos_qlib.analysis.signals import daily_rank_ic
+from kronos_qlib.data.cross_section import residuals
 
-_NOTHING_LEFT = 1e-6  # of the ranks' spread: below this a residual is rounding
+_NOTHING_LEFT = 0.03  # of the ranks' spread: less, one part in a thousand of the variance, is rounding and ties
 
 
 def residual_scores(scores: pd.Series, factors: pd.DataFrame) -> pd.Series:
@@ -27,9 +28,6 @@ def exposures(scores: pd.DataFrame, factors: dict[str, pd.DataFrame]) -> pd.Seri
 
 
 def _residual(day: pd.DataFrame) -> pd.Series:
-    score = day["score"] - day["score"].mean()
-    against = day.drop(columns="score")
-    against = against - against.mean()
-    weights = np.linalg.lstsq(against.to_numpy(), score.to_numpy(), rcond=None)[0]
-    residual = score - against @ weights
-    return residual if residual.std() > _NOTHING_LEFT * max(score.std(), 1) else residual.iloc[:0]
+    score = day["score"]
+    left = pd.Series(residuals(score.to_numpy(), day.drop(columns="score").to_numpy()), day.index)
+    return left if left.std() > _NOTHING_LEFT * max(score.std(), 1) else left.iloc[:0]

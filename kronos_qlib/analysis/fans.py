@@ -51,9 +51,10 @@ def load_fans(run: RunResult, rank_ic: pd.Series) -> list[Fan]:
     days = _days(rank_ic)
     forecasts = _forecasts(run, list(days.values()))
     horizon = int(run.kronos_run["data"]["horizon"])
+    forecasts["score"] = run.scores.reindex(forecasts.index)
     fans = []
     for day_was, day in days.items():
-        rows = forecasts.loc[day].sort_values(run.kronos_run["model"]["score"])
+        rows = forecasts.loc[day].sort_values("score")
         for score_was, place in (("highest", -1), ("median", len(rows) // 2), ("lowest", 0)):
             row = rows.iloc[place]
             fans.append(
@@ -63,7 +64,7 @@ def load_fans(run: RunResult, rank_ic: pd.Series) -> list[Fan]:
                     day_was=day_was,
                     rank_ic=float(rank_ic[day]),
                     score_was=score_was,
-                    score=float(row[run.kronos_run["model"]["score"]]),
+                    score=float(row["score"]),
                     last_close=float(row["last_close"]),
                     bars=_bars(run.store, row, day, horizon),
                     quantiles=_quantiles(row, horizon),
@@ -80,7 +81,10 @@ def _days(rank_ic: pd.Series) -> dict[str, pd.Timestamp]:
 
 
 def _forecasts(run: RunResult, days: list[pd.Timestamp]) -> pd.DataFrame:
-    """The stored forecasts of some days, index (datetime, instrument): those whose scores are the run's."""
+    """The stored forecasts of some days, index (datetime, instrument): those whose scores are the run's.
+
+    Neutralised scores cannot be told by them: then only one set of forecasts may hold these days.
+    """
     settings = run.kronos_run.get("model", {})
     cache_dir, score = settings.get("forecast", {}).get("cache_dir"), settings.get("score")
     if cache_dir is None:
@@ -89,12 +93,21 @@ def _forecasts(run: RunResult, days: list[pd.Timestamp]) -> pd.DataFrame:
     if not folders:
         raise FansError(f"its forecasts ({cache_dir}) are not at hand")
     wanted = run.scores[run.scores.index.get_level_values("datetime").isin(days)].dropna()
+    changed = bool(settings.get("neutralise"))
+    found = []
     for folder in folders:
         rows = _read(folder, days)
         here = rows.get(score, pd.Series(dtype=float)).reindex(wanted.index)
-        if len(here) and np.allclose(here, wanted, rtol=1e-6, atol=1e-9):
-            return rows.loc[wanted.index]
-    raise FansError(f"the forecasts in {cache_dir} are not those of this run's scores")
+        fits = here.notna().all() if changed else np.allclose(here, wanted, rtol=1e-6, atol=1e-9)
+        if len(here) and fits:
+            found.append(rows.loc[wanted.index])
+            if not changed:
+                break
+    if not found:
+        raise FansError(f"the forecasts in {cache_dir} are not those of this run's scores")
+    if changed and len(found) > 1:
+        raise FansError(f"{len(found)} sets of forecasts in {cache_dir} could be those of its neutralised scores")
+    return found[0]
 
 
 def _places(run: RunResult, cache_dir: Path) -> list[Path]:

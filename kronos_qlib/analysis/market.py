@@ -1,7 +1,4 @@
-"""The simple factors and traded amounts of a Qlib store, read in another process: qlib.init is for a whole process.
-
-Every figure of day t is made of bars up to t.
-"""
+"""The simple factors and traded amounts of a Qlib store, read in another process: qlib.init is for a whole process."""
 
 import pickle
 import subprocess
@@ -12,16 +9,7 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 
-# Qlib expressions. AMOUNT stands for the value traded, which `_amount` finds an expression for.
-FACTORS = {
-    "reversal": "Ref($close, 5)/$close",
-    "momentum": "$close/Ref($close, 20)",
-    "volatility": "Std($close/Ref($close, 1), 20)",
-    "volume_change": "Mean($volume, 5)/(Mean($volume, 20)+1e-12)",  # turnover over its own past: no share counts here
-    "size": "Log(Mean(AMOUNT, 20)+1)",
-}
-# Below this a 32-bit float still tells quarters, so that a share count and a share count over a factor differ.
-_FINE = 2**21
+from kronos_qlib.data.factors import FACTORS, amount_expression, read_factors
 
 
 class MarketError(Exception):
@@ -52,32 +40,10 @@ def read_market(
 
 def _read(store: str, instruments: list[str], first: pd.Timestamp, last: pd.Timestamp, region: str) -> pd.DataFrame:
     import qlib
-    from qlib.data import D
 
     qlib.init(provider_uri=store, region=region, kernels=1, logging_level=50)
-    amount = _amount(Path(store), instruments, first, last)
-    fields = [*(expression.replace("AMOUNT", amount) for expression in FACTORS.values()), amount]
-    bars = D.features(instruments, fields, start_time=first, end_time=last)
-    return bars.set_axis([*FACTORS, "amount"], axis=1).swaplevel().sort_index()
-
-
-def _amount(store: Path, instruments: list[str], first: pd.Timestamp, last: pd.Timestamp) -> str:
-    """The expression of the value traded: $amount if there is one, else from the volume.
-
-    Qlib's convention is a volume divided by the adjustment factor, which the adjusted price cancels. Some stores hold
-    plain share counts, whole numbers, instead; there the factor must go.
-    """
-    from qlib.data import D
-
-    features = store / "features"
-    if any(features.glob("*/amount.day.bin")):
-        return "$amount"
-    if not any(features.glob("*/factor.day.bin")):
-        return "($volume*$close)"
-    bars = D.features(instruments, ["$volume", "$factor"], start_time=first, end_time=last)
-    volume = bars.loc[bars["$volume"].between(1, _FINE) & ((bars["$factor"] - 1).abs() > 0.01), "$volume"]
-    counts = len(volume) > 0 and (volume % 1 == 0).mean() > 0.9
-    return "($volume*$close/$factor)" if counts else "($volume*$close)"
+    amount = amount_expression(instruments, first, last, "day")
+    return read_factors([*FACTORS, "amount"], instruments, first, last, amount, "day")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def write_report(comparison: Comparison, path: Path) -> Path:
         synthetic=synthetic_note(comparison.runs),
         verdicts=_verdicts(comparison),
         warnings=[note for note in comparison.notes if note.startswith(_WARNINGS)],
-        notes=[*tables._LEGEND, *(note for note in comparison.notes if not note.startswith(_WARNINGS))],
+        notes=[*tables.LEGEND, *(note for note in comparison.notes if not note.startswith(_WARNINGS))],
         tables=_tables(comparison),
         sections=list(_sections(comparison)),
         settings=[_settings(comparison, run) for run in comparison.runs],
@@ -124,13 +124,13 @@ def _sentences(title: str, items: list[str], folded: bool | None = None) -> _Sen
 
 def _tables(comparison: Comparison) -> list[_Table]:
     blocks = [
-        _table("Scores against returns", comparison.table, tables._SIGNAL),
-        _table("Shape of the signal", comparison.table, tables._SHAPE),
-        _table("Backtest", comparison.table, tables._BACKTEST),
-        _table("Pairs: first less second", comparison.pairs, tables._PAIRS),
-        _table("After simple factors: rank IC of the residual score", comparison.table, tables._RESIDUAL),
+        _table("Scores against returns", comparison.table, tables.SIGNAL),
+        _table("Shape of the signal", comparison.table, tables.SHAPE),
+        _table("Backtest", comparison.table, tables.BACKTEST),
+        _table("Pairs: first less second", comparison.pairs, tables.PAIRS),
+        _table("After simple factors: rank IC of the residual score", comparison.table, tables.RESIDUAL),
         _exposures(comparison.exposures),
-        _table("Rows that count: scored and labelled in all runs", comparison.dropped, tables._DROPPED),
+        _table("Rows that count: scored and labelled in all runs", comparison.dropped, tables.DROPPED),
     ]
     return [block for block in blocks if block.rows]
 

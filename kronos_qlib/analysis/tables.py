@@ -19,14 +19,14 @@ Cell = Callable[[pd.Series], str]
 def terminal_text(comparison: Comparison) -> str:
     """Verdicts, then tables of the signal, the backtest, the pairs and the dropped rows, then notes, in 100 columns."""
     blocks = [
-        _block("Scores against returns", comparison.table, _SIGNAL),
-        _block("Shape of the signal", comparison.table, _SHAPE),
-        _block("After simple factors (reversal, momentum, volatility, volume, size)", comparison.table, _RESIDUAL),
-        _block("Backtest", comparison.table, _BACKTEST),
-        _block("Pairs: first less second", comparison.pairs, _PAIRS) if len(comparison.pairs) else "",
-        _block("Rows that count: scored and labelled in all runs", comparison.dropped, _DROPPED),
+        _block("Scores against returns", comparison.table, SIGNAL),
+        _block("Shape of the signal", comparison.table, SHAPE),
+        _block("After simple factors (reversal, momentum, volatility, volume, size)", comparison.table, RESIDUAL),
+        _block("Backtest", comparison.table, BACKTEST),
+        _block("Pairs: first less second", comparison.pairs, PAIRS) if len(comparison.pairs) else "",
+        _block("Rows that count: scored and labelled in all runs", comparison.dropped, DROPPED),
         _list("Verdict", verdicts(comparison)),
-        _list("Notes", [*_LEGEND, *comparison.notes]),
+        _list("Notes", [*LEGEND, *comparison.notes]),
     ]
     return "\n\n".join(block for block in blocks if block)
 
@@ -42,14 +42,14 @@ def _interval(name: str) -> Cell:
 
 def _half_life(row: pd.Series) -> str:
     days = row["signal_half_life"]
-    return f"> {LONGEST_LAG} d" if np.isinf(days) else "n/a" if np.isnan(days) else f"{days:.1f} d"
+    return "long" if np.isinf(days) else "n/a" if np.isnan(days) else f"{days:.1f} d"
 
 
 def _capacity(row: pd.Series) -> str:
     return f"{row['capacity'] / 1e6:,.1f} m" if np.isfinite(row["capacity"]) else "n/a"
 
 
-_SIGNAL: dict[str, Cell] = {
+SIGNAL: dict[str, Cell] = {
     "IC": _number("ic", "{:+.4f}"),
     "ICIR": _number("icir", "{:+.3f}"),
     "Rank IC": _number("rank_ic", "{:+.4f}"),
@@ -58,19 +58,19 @@ _SIGNAL: dict[str, Cell] = {
     "p (Holm)": _number("rank_ic_p_holm", "{:.2f}"),
     "95 %": _interval("rank_ic"),
 }
-_SHAPE: dict[str, Cell] = {
+SHAPE: dict[str, Cell] = {
     "Decile spread": _number("decile_spread", "{:+.3%}"),
     "Monotonicity": _number("monotonicity", "{:+.2f}"),
     "Hit rate": _number("hit_rate", "{:.1%}"),
     "Half-life": _half_life,
 }
-_RESIDUAL: dict[str, Cell] = {
+RESIDUAL: dict[str, Cell] = {
     "Rank IC": _number("residual_rank_ic", "{:+.4f}"),
     "t": _number("residual_rank_ic_t", "{:+.2f}"),
     "p (Holm)": _number("residual_rank_ic_p_holm", "{:.2f}"),
     "95 %": _interval("residual_rank_ic"),
 }
-_BACKTEST: dict[str, Cell] = {
+BACKTEST: dict[str, Cell] = {
     "Excess/yr": _number("excess_return", "{:+.1%}"),
     "after cost": _number("excess_return_with_cost", "{:+.1%}"),
     "Inf. ratio": _number("information_ratio", "{:+.2f}"),
@@ -79,14 +79,14 @@ _BACKTEST: dict[str, Cell] = {
     "Cost/yr": _number("cost", "{:.1%}"),
     "Capacity": _capacity,
 }
-_PAIRS: dict[str, Cell] = {
+PAIRS: dict[str, Cell] = {
     "Rank IC": _number("rank_ic_difference", "{:+.4f}"),
     "t": _number("t", "{:+.2f}"),
     "Holm": _number("p_holm", "{:.2f}"),
     "95 %": _interval(""),
     "Corr.": _number("score_correlation", "{:+.2f}"),
 }
-_DROPPED: dict[str, Cell] = {
+DROPPED: dict[str, Cell] = {
     "scored": _number("scored_rows", "{:,}"),
     "no label": _number("unlabelled_rows", "{:,}"),
     "dropped": _number("dropped_rows", "{:,}"),
@@ -94,11 +94,12 @@ _DROPPED: dict[str, Cell] = {
     "days dropped": _number("dropped_days", "{:,}"),
     "days kept": _number("kept_days", "{:,}"),
 }
-_LEGEND = (
+LEGEND = (
     "t: Newey–West. 95 %: stationary block bootstrap of the mean. p and Holm: two-sided p after Holm's correction for "
     "the rows of its table.",
     "Decile spread: label of the top tenth less the bottom tenth, a day. Half-life: days until the rank "
-    "autocorrelation of the scores is a half. Corr.: mean daily rank correlation of the scores.",
+    f"autocorrelation of the scores is a half; long: not within {LONGEST_LAG} days or half of all. Corr.: mean daily "
+    "rank correlation of the scores.",
     "Excess: over the benchmark. Inf. ratio and Drawdown: after costs. Turnover: a day, bought and sold. Capacity: the "
     "account, in millions, at which 95 % of the trades are at most 1 % of the traded amount.",
 )

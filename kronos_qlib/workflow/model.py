@@ -33,6 +33,7 @@ from kronos_qlib.train.loop import evenly_spaced
 from kronos_qlib.train.plan import recency
 from kronos_qlib.train.report import write_report
 from kronos_qlib.train.stopping import TrainingStopped
+from kronos_qlib.workflow.neutral import factor_ranks, neutralised
 from kronos_qlib.workflow.provenance import (
     active_recorder,
     end_as_failed,
@@ -60,6 +61,8 @@ class KronosModel(ModelFT):
         score: one of `kronos_qlib.forecast.scores.SCORES`.
         device: auto, cpu, mps, cuda, cuda:N. dtype: auto, float32, bfloat16 (of the matrix products).
         seed: decides new weights, the order of training windows, dropout and every draw.
+        neutralise: names of `kronos_qlib.data.factors`, such as volatility and size: what they explain of a day's
+            scores is taken out of them.
 
     Raises:
         ValueError: an unknown key, a wrong type, an impossible value, networks with different bits, an absent device.
@@ -77,12 +80,14 @@ class KronosModel(ModelFT):
         device: str = "auto",
         dtype: str = "auto",
         seed: int = 100,
+        neutralise: Sequence[str] = (),
         **unknown: Any,
     ) -> None:
         values = {"tokenizer": tokenizer, "model": model, "max_context": max_context, "finetune": finetune}
         values |= {
             "forecast": forecast or {},
             "score": score,
+            "neutralise": list(neutralise) if isinstance(neutralise, (list, tuple)) else neutralise,
             "device": device,
             "dtype": dtype,
             "seed": seed,
@@ -180,8 +185,16 @@ class KronosModel(ModelFT):
         Returns:
             The Series `score`, float64, indexed by (datetime, instrument), sorted. A score at t is a function of the
             bars up to t, the weights, the settings and the seed.
+
+        Raises:
+            ValueError: `neutralise` is set and too few instruments are scored on every day; if that is so on some
+                days, these have no score.
         """
-        return self.forecast(dataset, segment, [self.settings.score])[self.settings.score].rename("score")
+        self._check(dataset)
+        name, factors = self.settings.score, self.settings.neutralise
+        ranks = factor_ranks(dataset, dataset.score_windows(segment), factors) if factors else None
+        score = self.forecast(dataset, segment, [name])[name].rename("score")
+        return score if ranks is None else neutralised(score, ranks)
 
     def forecast(
         self, dataset: KLineDataset, segment: str | slice = "test", columns: Sequence[str] | None = None
@@ -206,9 +219,27 @@ class KronosModel(ModelFT):
         windows = dataset.score_windows(segment)
         self._warn_of_overlap(windows)
         record_run(self.settings, dataset)
-        values = self._forecast(dataset, windows, columns or known)
-        index = pd.MultiIndex.from_arrays([windows.dates, windows.instruments], names=["datetime", "instrument"])
-        return pd.DataFrame(values, index=index).sort_index()
+        return pd.DataFrame(self._forecast(dataset, windows, columns or known), _rows(windows)).sort_index()
+
+    def paths(self, dataset: KLineDataset, segment: str | slice = "test") -> tuple[pd.MultiIndex, np.ndarray]:
+        """The sample paths of every window of a segment; those that are in `cache_dir` are read there.
+
+        Returns:
+            Index (datetime, instrument), sorted, of W windows, and float32 [W, S, P, 6] in the store's units: S samples
+            of P bars of open, high, low, close, volume and amount. 60,000 windows of 5 samples of 10 bars take 70 MiB.
+
+        Raises:
+            ValueError: `forecast.keep_paths` is false. RuntimeError: processes died again and again.
+        """
+        self._check(dataset)
+        samples, horizon = self.settings.forecast.sample_count, dataset.horizon
+        if not self.settings.forecast.keep_paths:
+            raise ValueError("KronosModel: the sample paths are not kept: set forecast.keep_paths and a cache_dir")
+        windows = dataset.score_windows(segment)
+        self._warn_of_overlap(windows)
+        record_run(self.settings, dataset)
+        flat = self._forecast(dataset, windows, ["paths"])["paths"]
+        return _rows(windows), flat.reshape(len(windows), samples, horizon, len(COLUMNS))
 
     def _train(self, job: Job, dataset: KLineDataset) -> None:
         record_run(self.settings, dataset)
@@ -310,6 +341,10 @@ class KronosModel(ModelFT):
             record_tags({"pretraining_overlap": overlap})
 
 
+def _rows(windows: Windows) -> pd.MultiIndex:
+    return pd.MultiIndex.from_arrays([windows.dates, windows.instruments], names=["datetime", "instrument"])
+
+
 def _warn_of_seen_dates(test: Windows, **trained: Windows) -> None:
     """Warn if windows that decide the weights reach into the dates to be scored."""
     first = test.dates.min()
@@ -335,8 +370,7 @@ def _window_weights(windows: Windows, settings: FinetuneSettings, reweighter: Re
             raise ValueError(
                 "KronosModel: a reweighter needs windows_per_epoch: an epoch of all windows draws all once"
             )
-        index = pd.MultiIndex.from_arrays([windows.dates, windows.instruments], names=["datetime", "instrument"])
-        given = reweighter.reweight(pd.DataFrame(windows.bars.values[windows.ends], index, list(COLUMNS)))
+        given = reweighter.reweight(pd.DataFrame(windows.bars.values[windows.ends], _rows(windows), list(COLUMNS)))
         weights = np.asarray(given, np.float64).reshape(-1) * (1.0 if weights is None else weights)
         if weights.shape != (len(windows),) or not (np.isfinite(weights).all() and (weights > 0).all()):
             raise ValueError(

@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from qlib.config import C
+from qlib.data.dataset import Dataset
 from qlib.log import get_module_logger
+from qlib.model.base import BaseModel
 from qlib.workflow.record_temp import RecordTemp
 from qlib.workflow.recorder import Recorder
 
 from kronos_qlib.data.dataset import KLineDataset
 from kronos_qlib.data.demo import is_synthetic
 from kronos_qlib.data.settings import Settings, read_settings
-from kronos_qlib.data.windows import CLOSE, COLUMNS
+from kronos_qlib.data.windows import CLOSE
 from kronos_qlib.forecast.calibration import Calibration, before_and_after, fit_calibration, reliability
 from kronos_qlib.forecast.evaluation import (
     Outcomes,
@@ -54,22 +56,23 @@ class ForecastRecord(RecordTemp):
     are metrics of the recorder, `forecast.crps` and so on.
 
     Args:
-        model, dataset: a fitted KronosModel and its KLineDataset (`<MODEL>` and `<DATASET>` in a workflow).
+        model, dataset: a fitted KronosModel and its KLineDataset (`<MODEL>` and `<DATASET>` in a workflow). Of another
+            Qlib model there is nothing to measure, and it says so: workflows of all models may share their records.
         segment: whose forecasts are measured.
         calibrate_on: a segment that ends before `segment` starts. On its forecasts, those of which all bars lie within
             it, a spread per step and an isotonic `prob_up` are fitted; what they change on `segment` is recorded. It
             changes no score. The forecasts of this segment are computed too, unless they are in the cache.
 
     Raises:
-        ValueError: an unknown key, another model or dataset, an unknown segment, a lookback of fewer than 3 bars.
+        ValueError: an unknown key, no model, another dataset, an unknown segment, a lookback of fewer than 3 bars.
     """
 
     artifact_path = "forecast_evaluation"
 
     def __init__(
         self,
-        model: KronosModel,
-        dataset: KLineDataset,
+        model: BaseModel,
+        dataset: Dataset,
         recorder: Recorder | None = None,
         segment: str = "test",
         calibrate_on: str | None = None,
@@ -77,7 +80,10 @@ class ForecastRecord(RecordTemp):
     ) -> None:
         super().__init__(recorder)
         values = {"segment": segment, "calibrate_on": calibrate_on, **unknown}
-        settings = read_settings(RecordSettings, "ForecastRecord", values)
+        self.model, self.dataset = model, dataset
+        self.settings = settings = read_settings(RecordSettings, "ForecastRecord", values)
+        if not self._has_forecasts:
+            return
         for name, given, kind in (("model", model, KronosModel), ("dataset", dataset, KLineDataset)):
             if not isinstance(given, kind):
                 raise ValueError(f"ForecastRecord: {name} should be a {kind.__name__}, not a {type(given).__name__}")
@@ -90,7 +96,10 @@ class ForecastRecord(RecordTemp):
             raise ValueError(
                 f"ForecastRecord: the historical volatility needs a lookback of 3 bars or more, not {dataset.lookback}"
             )
-        self.model, self.dataset, self.settings = model, dataset, settings
+
+    @property
+    def _has_forecasts(self) -> bool:
+        return isinstance(self.model, KronosModel) or not isinstance(self.model, BaseModel)
 
     def generate(self, **kwargs: Any) -> None:
         """Measure the forecasts and save what came of it.
@@ -99,6 +108,9 @@ class ForecastRecord(RecordTemp):
             ValueError: no bar follows any score date of the segment; `calibrate_on` does not end before it, has no
                 window of which all bars lie within it, or no spread.
         """
+        if not self._has_forecasts:
+            logger.info(f"ForecastRecord: {type(self.model).__name__} forecasts no bars: there is nothing to measure")
+            return
         calibration = self._calibration()
         outcomes = segment_outcomes(self.model, self.dataset, self.settings.segment)
         if np.isnan(outcomes.closes).all():
@@ -118,6 +130,8 @@ class ForecastRecord(RecordTemp):
 
     def list(self) -> list[str]:
         """The names of the artifacts."""
+        if not self._has_forecasts:
+            return []
         names = ["steps.csv", "overall.csv", "by_year.csv", "by_volatility.csv", "pit.csv", "about.json"]
         names += ["calibration.csv", "prob_up.csv"] if self.settings.calibrate_on else []
         return [*names, "forecast_evaluation.png"]
@@ -159,9 +173,8 @@ def segment_outcomes(model: KronosModel, dataset: KLineDataset, segment: str) ->
     quantiles = frame[names].to_numpy(np.float64).reshape(len(frame), len(QUANTILES), horizon).swapaxes(1, 2)
     paths = None
     if options.keep_paths:
-        flat = model._forecast(dataset, windows, ["paths"])["paths"]
-        close = flat.reshape(len(flat), options.sample_count, horizon, len(COLUMNS))[..., CLOSE]
-        paths = close / last_close[:, None, None].astype(np.float32)
+        _, bars = model.paths(dataset, segment)
+        paths = bars[..., CLOSE] / last_close[:, None, None].astype(np.float32)
     closes, ends = realised(windows, horizon)
     return Outcomes(
         dates=windows.dates,

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from kronos_qlib.data.factors import FACTORS
 from kronos_qlib.data.settings import Settings
 from kronos_qlib.forecast.scores import SCORES
 from kronos_qlib.nn.device import DTYPES
@@ -51,7 +52,10 @@ class ForecastSettings(Settings):
 
 
 class ModelSettings(Settings):
-    """The keyword arguments of `KronosModel`."""
+    """The keyword arguments of `KronosModel`.
+
+    neutralise: names of `kronos_qlib.data.factors.FACTORS`, whose part in the scores is taken out, day by day.
+    """
 
     tokenizer: Annotated[Any, BeforeValidator(_network)]
     model: Annotated[Any, BeforeValidator(_network)]
@@ -59,6 +63,7 @@ class ModelSettings(Settings):
     finetune: Annotated[FinetuneSettings | None, Field(strict=False)] = None
     forecast: Annotated[ForecastSettings, Field(strict=False)] = ForecastSettings()
     score: str = "mean_return"
+    neutralise: list[str] = []
     device: str = "auto"
     dtype: str = "auto"
     seed: int = Field(default=100, ge=0, lt=2**63)
@@ -69,6 +74,13 @@ class ModelSettings(Settings):
         if score not in SCORES:
             raise ValueError(f"should be one of {', '.join(SCORES)}")
         return score
+
+    @field_validator("neutralise")
+    @classmethod
+    def _known_factors(cls, names: list[str]) -> list[str]:
+        if len(set(names) & set(FACTORS)) < len(names):
+            raise ValueError(f"should be a list of different names among {', '.join(FACTORS)}")
+        return names
 
     @field_validator("dtype")
     @classmethod

@@ -216,6 +216,23 @@ def test_forecasts_of_other_scores_or_none_are_said_and_not_shown(page: Page, tm
     assert "No run has the artifacts of a ForecastRecord" in _sections(text)["calibration"]
 
 
+def test_neutralised_scores_find_their_forecasts_if_only_one_set_can_be_meant(page: Page) -> None:
+    rank_ic = page.comparison.rank_ic["kronos_demo"]
+    settings = page.kronos.kronos_run
+    model = settings["model"] | {"neutralise": ["size"]}
+    run = dataclasses.replace(page.kronos, scores=-page.kronos.scores, kronos_run=settings | {"model": model})
+    fans, plain = load_fans(run, rank_ic), load_fans(page.kronos, rank_ic)
+    assert (fans[0].instrument, fans[0].score) == (plain[2].instrument, -plain[2].score)
+    folder = next(run.artifacts.resolve().parents[3].glob("forecasts/*"))
+    other = shutil.copytree(folder, folder.with_name("other-weights"))
+    try:
+        with pytest.raises(FansError, match="2 sets of forecasts in forecasts could be those"):
+            load_fans(run, rank_ic)
+        assert load_fans(page.kronos, rank_ic)
+    finally:
+        shutil.rmtree(other)
+
+
 def test_long_lines_are_thinned_to_their_last_day_and_the_page_says_so() -> None:
     daily = pd.Series(range(2500), pd.bdate_range("2015-01-01", periods=2500))
     drawn = charts.thinned(daily)

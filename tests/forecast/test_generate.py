@@ -1,11 +1,14 @@
 """Generation agrees with the reference, and a row's path depends on its own key alone."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from kronos_qlib import Kronos, KronosTokenizer
 from kronos_qlib.forecast import sample_paths
+from kronos_qlib.forecast.generate import Sampling, _paths
 from kronos_qlib.forecast.randomness import uniforms
 from kronos_qlib.forecast.sampling import draw
 from kronos_qlib.forecast.weights import prepare
@@ -155,6 +158,23 @@ def test_keys_are_integers_of_any_size_as_a_list_an_array_or_a_tensor(small):
         assert torch.equal(paths(small, keys=keys, **SAMPLING), expected)
     with pytest.raises(ValueError, match="keys must hold one integer"):
         paths(small, keys=[1.5, 2.0, 3.0])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("max_context", [512, 44])
+@pytest.mark.parametrize("options", [{"top_p": 0.9}, {"top_k": 5}, {"top_k": 1}, {}])
+def test_no_step_waits_for_the_device(small, max_context, options):
+    """On the meta device tensors have shapes and no values: whatever looks at one from the host is an error there."""
+    tokenizer, model = (copy.deepcopy(network).to("meta") for network in (small.tokenizer, small.model))
+    x, x_stamp, y_stamp = (tensor.to("meta") for tensor in inputs(small))
+    horizon = y_stamp.shape[1]
+    uniform = torch.empty(horizon, 2, len(x), 3, device="meta")
+    net = prepare(tokenizer, model, max_context, torch.bfloat16, x.shape[1])
+    sampling = Sampling(**{"sample_count": 3, "s2_rotation": "aligned"} | options)
+    drawn = _paths(net, x, x_stamp, y_stamp, uniform, sampling, net.ranks, lambda: None)
+    assert drawn.shape == (len(x), 3, horizon, x.shape[2]) and drawn.device.type == "meta"
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        bool(drawn.any())  # as a look would be
 
 
 def test_bfloat16_stays_near_float32(small):

@@ -25,7 +25,7 @@ def workflow(market: Path, folder: Path, **model) -> Path:
     """A tiny workflow over the demo workflows' base: other networks, dates and portfolio size, the same records."""
     base = yaml.safe_load(BASE.read_text())
     records = base["task"]["record"]
-    backtest = records[-1]["kwargs"]["config"]
+    (backtest,) = [record["kwargs"]["config"] for record in records if record["class"] == "PortAnaRecord"]
     backtest["strategy"] = STRATEGY
     backtest["backtest"] |= {"start_time": "2018-06-18", "end_time": "2018-07-27"}
     stage = STAGE | {"epochs": 1}
@@ -70,6 +70,7 @@ def test_qrun_ends_with_scores_their_analysis_and_a_backtest(market, tmp_path, m
     (recorder,) = R.list_recorders(experiment_name="tiny").values()
     assert recorder.info["status"] == "FINISHED"
     artifacts = set(recorder.list_artifacts())
+    assert "forecast_evaluation/calibration.csv" in recorder.list_artifacts("forecast_evaluation")
     assert SIGNAL | {"params.pkl", "dataset", "kronos_run.json", "sig_analysis", "portfolio_analysis"} <= artifacts
     assert "sig_analysis/ic.pkl" in recorder.list_artifacts("sig_analysis")
     assert "portfolio_analysis/report_normal_1day.pkl" in recorder.list_artifacts("portfolio_analysis")

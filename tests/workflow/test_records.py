@@ -17,6 +17,7 @@ from tiny import HORIZON, LOOKBACK, MODEL, SEGMENTS, TOKENIZER, make_dataset, ma
 
 from kronos_qlib import KLineDataset, KronosModel
 from kronos_qlib.workflow.records import ForecastRecord, segment_outcomes
+from kronos_qlib.workflow.rules import FactorScore
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,27 @@ def test_a_workflow_names_it_and_qlib_fills_in_model_and_dataset(here, warnings_
 def test_wrong_settings_are_named(here, wrong, message):
     with pytest.raises(ValueError, match=message):
         ForecastRecord(**{"model": here.model, "dataset": here.dataset} | wrong)
+
+
+def test_other_models_have_nothing_to_measure(here):
+    recorder = here.recorder
+    record = ForecastRecord(FactorScore("RETURN5"), here.dataset, recorder)
+    before = recorder.list_metrics()
+    record.generate()
+    assert record.list() == [] and recorder.list_metrics() == before
+
+
+def test_paths_are_those_that_the_scores_are_made_of(here):
+    index, paths = here.model.paths(here.dataset)
+    frame = here.model.forecast(here.dataset, "test", ["last_close", "mean_return"])
+    assert index.equals(frame.index) and paths.shape == (len(frame), 4, HORIZON, 6)
+    means = paths[..., 3].astype(float).mean((1, 2)) / frame["last_close"].to_numpy() - 1
+    np.testing.assert_allclose(means, frame["mean_return"], atol=1e-6)
+
+
+def test_paths_that_were_not_kept_are_refused(here):
+    with pytest.raises(ValueError, match="the sample paths are not kept: set forecast.keep_paths"):
+        make_model().paths(here.dataset)
 
 
 def test_a_lookback_without_volatility_is_refused(here):

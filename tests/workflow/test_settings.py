@@ -27,7 +27,7 @@ def stage(**changes):
 @pytest.mark.parametrize(
     ("settings", "key", "known"),
     [
-        ({"samples": 5}, "samples", "tokenizer, model, max_context, finetune, forecast, score, device, dtype, seed"),
+        ({"samples": 5}, "samples", "tokenizer, model, max_context, finetune, forecast, score, neutralise"),
         (
             {"finetune": {"output_dir": "out", "epochs": 3}},
             "finetune.epochs",

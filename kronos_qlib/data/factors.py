@@ -1,0 +1,57 @@
+"""Simple factors of the Qlib store in use: what a score may be made of without anybody noticing.
+
+Every figure of bar t is made of bars up to t.
+"""
+
+from collections.abc import Sequence
+
+import pandas as pd
+from qlib.data import D
+
+from kronos_qlib.data.loader import store_folder
+
+# Qlib expressions. AMOUNT stands for the value traded, which `amount_expression` finds an expression for.
+FACTORS = {
+    "reversal": "Ref($close, 5)/$close",
+    "momentum": "$close/Ref($close, 20)",
+    "volatility": "Std($close/Ref($close, 1), 20)",
+    "volume_change": "Mean($volume, 5)/(Mean($volume, 20)+1e-12)",  # turnover over its own past: no share counts here
+    "size": "Log(Mean(AMOUNT, 20)+1)",
+}
+# Below this a 32-bit float still tells quarters, so that a share count and a share count over a factor differ.
+_FINE = 2**21
+
+
+def read_factors(
+    names: Sequence[str], instruments: Sequence[str], first: pd.Timestamp, last: pd.Timestamp, amount: str, freq: str
+) -> pd.DataFrame:
+    """The named factors from `first` to `last`, both included.
+
+    Args:
+        names: of `FACTORS`, or `amount`, the value traded in the market's currency.
+        amount: the expression of the value traded, see `amount_expression`.
+
+    Returns:
+        Index (datetime, instrument), sorted; a column per name. Days without a bar are missing, what cannot be
+        computed (the first 20 days of an instrument, say) is NaN.
+    """
+    fields = [{**FACTORS, "amount": "AMOUNT"}[name].replace("AMOUNT", amount) for name in names]
+    rows = D.features(list(instruments), fields, start_time=first, end_time=last, freq=freq)
+    return rows.set_axis(list(names), axis=1).swaplevel().sort_index()
+
+
+def amount_expression(instruments: Sequence[str], first: pd.Timestamp, last: pd.Timestamp, freq: str) -> str:
+    """The expression of the value traded: $amount if there is one, else from the volume, judged from `first` to `last`.
+
+    Qlib's convention is a volume divided by the adjustment factor, which the adjusted price cancels. Some stores hold
+    plain share counts, whole numbers, instead; there the factor must go.
+    """
+    features = store_folder(freq) / "features"
+    if any(features.glob(f"*/amount.{freq}.bin")):
+        return "$amount"
+    if not any(features.glob(f"*/factor.{freq}.bin")):
+        return "($volume*$close)"
+    bars = D.features(list(instruments), ["$volume", "$factor"], start_time=first, end_time=last, freq=freq)
+    volume = bars.loc[bars["$volume"].between(1, _FINE) & ((bars["$factor"] - 1).abs() > 0.01), "$volume"]
+    counts = len(volume) > 0 and (volume % 1 == 0).mean() > 0.9
+    return "($volume*$close/$factor)" if counts else "($volume*$close)"
