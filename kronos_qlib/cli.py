@@ -75,7 +75,10 @@ _COMPARE_EXAMPLES = """\
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return the exit status: 0, or 2 after an error of the caller's, told in one line."""
+    """Run one subcommand and return the exit status.
+
+    0; 2 after an error of the caller's, told in one line; of a training whatever ended it, 128 + a signal's number.
+    """
     options = _parser().parse_args(argv)
     return options.run(options)
 
@@ -102,15 +105,13 @@ def _demo_data(options: argparse.Namespace) -> int:
 
 def _finetune(options: argparse.Namespace) -> int:
     from kronos_qlib.train.group import launched
+    from kronos_qlib.train.worker import together
 
     if launched() and options.dry_run:
         return _fail("finetune", ValueError("--dry-run needs no torchrun; run it alone"))
     if launched() and os.environ["RANK"] != "0":
-        from kronos_qlib.train.worker import together
-
         return together()[0]  # what is to be said, the first process says
 
-    from kronos_qlib.train.worker import together
     from kronos_qlib.workflow.finetuning import Finetuning
 
     try:

@@ -1,6 +1,6 @@
 """Figures of the report: plotly, in light colours, of which `DARK` names the dark ones."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -131,12 +131,17 @@ def score_correlation(comparison: Comparison) -> go.Figure:
     return figure.update_xaxes(showgrid=False, type="category").update_yaxes(showgrid=False, type="category")
 
 
-def coverage(steps: pd.DataFrame) -> go.Figure:
-    """How often the close came to lie within the 50 % and 90 % bands, per step (index: 1 … horizon)."""
+def coverage(steps: pd.DataFrame, perfect: Mapping[str, float]) -> go.Figure:
+    """How often the close came to lie within the 50 % and 90 % bands, per step (index: 1 … horizon).
+
+    Dotted: as it should be; dashed: what bands from so few samples of the right forecast would cover (`perfect`).
+    """
     figure = _figure()
     for band in ("coverage_50", "coverage_90"):
         first = band == "coverage_90"
         figure.add_hline(int(band[-2:]) / 100, line={"color": _INK, "width": 1, "dash": "dot"})
+        if band in perfect:
+            figure.add_hline(perfect[band], line={"color": _INK, "width": 1, "dash": "dash"})
         figure.add_trace(_step_curve(steps, f"{band}_volatility", "historical volatility", 1, first, band[-2:]))
         figure.add_trace(_step_curve(steps, band, "Kronos", 0, first, band[-2:]))
     figure.update_yaxes(range=[0, 1.02], tickformat=".0%", hoverformat=".1%")

@@ -35,6 +35,7 @@ COLUMNS = [
 PAIR_COLUMNS = ["rank_ic_difference", "t", "p", "p_holm", "low", "high", "score_correlation", "days"]
 ASSUMED_HORIZON = 10
 SYNTHETIC = "SYNTHETIC demo market"
+_DISTINCT = 0.5  # of a day's scores: with fewer, ties decide what is bought
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Comparison:
     ic, rank_ic, decile_spread, residual_rank_ic: day × run. deciles: decile 1 (lowest scores) … 10 × run, mean label.
     autocorrelation: lag in days × run, of the scores' ranks. score_correlation: run × run, mean of the daily rank
         correlation. exposures: run × factor, mean daily rank correlation of the score with each simple factor.
-    lags: the Newey–West lag of each run, days. notes: what a reader must know to judge the figures, in words.
+    lag: of Newey–West, days: the longest horizon recorded. notes: what a reader must know to judge the figures.
     """
 
     runs: list[RunResult]
@@ -62,7 +63,7 @@ class Comparison:
     score_correlation: pd.DataFrame
     residual_rank_ic: pd.DataFrame
     exposures: pd.DataFrame
-    lags: dict[str, int]
+    lag: int
     notes: list[str]
 
 
@@ -70,11 +71,12 @@ def compare_runs(runs: Sequence[RunResult]) -> Comparison:
     """Judge every run on the dates and instruments for which all have a finite score and a finite label.
 
     The columns of `table`: ic, rank_ic: mean of the daily (rank) information coefficient; icir, rank_icir: that mean
-    over its standard deviation; rank_ic_t, _p: Newey–West with the run's horizon as lag, _p_holm: corrected for the
-    number of runs, _low, _high: 95 %, stationary bootstrap; decile_spread: mean label of the top decile less the bottom
-    one's, of a day; monotonicity: Spearman, decile number and mean label; hit_rate: share of days with a rank IC above
-    0; signal_half_life: days until the rank autocorrelation of the scores is a half, infinite if that is not seen;
-    residual_rank_ic and on: rank IC of what the simple factors (`data.factors.FACTORS`) leave of the scores, per day.
+    over its standard deviation; rank_ic_t, _p: Newey–West with the longest recorded horizon as lag, _p_holm: corrected
+    for the number of runs, _low, _high: 95 %, stationary bootstrap; decile_spread: mean label of the top decile less
+    the bottom one's, of a day; monotonicity: Spearman, decile number and mean label; hit_rate: share of days with a
+    rank IC above 0; signal_half_life: days until the rank autocorrelation of the scores is a half, infinite if that is
+    not seen; residual_rank_ic and on: rank IC of what the simple factors (`data.factors.FACTORS`) leave of the scores,
+    per day.
     Of the backtest, whatever its rows: turnover a day; excess_return, excess_return_with_cost (a year, over the
     benchmark), information_ratio (annualised) and max_drawdown with cost, as Qlib stored them; cost a year; capacity
     (`portfolio.capacity`), in the market's currency. Ratios: 0.05 is 5 %. NaN: cannot be computed.
@@ -83,7 +85,7 @@ def compare_runs(runs: Sequence[RunResult]) -> Comparison:
     """
     runs = list(runs)
     scores, labels, dropped = _common_rows(runs)
-    lags = {run.name: run.horizon or ASSUMED_HORIZON for run in runs}
+    lag = max((run.horizon for run in runs if run.horizon), default=ASSUMED_HORIZON)  # one, so that t's compare
     markets, unread = _markets(runs, scores)
     tables = {name: wide(rows) for name, rows in scores.items()}
     returns = {name: wide(rows) for name, rows in labels.items()}
@@ -104,13 +106,13 @@ def compare_runs(runs: Sequence[RunResult]) -> Comparison:
             "signal_half_life": autocorrelation.apply(half_life),
             "rank_icir": rank_ic.mean() / rank_ic.std(),
         }
-    ).join([_judged("rank_ic", rank_ic, lags), _judged("residual_rank_ic", residual, lags)])
+    ).join([_judged("rank_ic", rank_ic, lag), _judged("residual_rank_ic", residual, lag)])
     table = signal.join(_backtests(runs, markets)).reindex(columns=COLUMNS).rename_axis("run")
     correlation = _score_correlation(tables)
     return Comparison(
         runs=runs,
         table=table,
-        pairs=_pairs(rank_ic, correlation, lags),
+        pairs=_pairs(rank_ic, correlation, lag),
         dropped=dropped,
         ic=ic,
         rank_ic=rank_ic,
@@ -120,8 +122,8 @@ def compare_runs(runs: Sequence[RunResult]) -> Comparison:
         score_correlation=correlation,
         residual_rank_ic=residual,
         exposures=_exposures(tables, markets),
-        lags=lags,
-        notes=_notes(runs, dropped, labels, lags, unread),
+        lag=lag,
+        notes=[*_notes(runs, labels, lag, unread), *_score_notes(tables), *_residual_notes(residual, rank_ic, unread)],
     )
 
 
@@ -210,11 +212,11 @@ def _exposures(tables: dict[str, pd.DataFrame], markets: dict[str, pd.DataFrame 
     return pd.DataFrame(rows).T.rename_axis("run")
 
 
-def _judged(name: str, daily: pd.DataFrame, lags: dict[str, int]) -> pd.DataFrame:
+def _judged(name: str, daily: pd.DataFrame, lag: int) -> pd.DataFrame:
     """Mean of each column with t, p, Holm's p and interval, one row per run."""
     rows = {}
     for run, days in daily.items():
-        t, p = newey_west(days, lags[run])
+        t, p = newey_west(days, lag)
         low, high = bootstrap_interval(days)
         rows[run] = {name: days.mean(), f"{name}_t": t, f"{name}_p": p, f"{name}_low": low, f"{name}_high": high}
     judged = pd.DataFrame(rows).T
@@ -247,12 +249,12 @@ def _score_correlation(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     return correlation
 
 
-def _pairs(rank_ic: pd.DataFrame, correlation: pd.DataFrame, lags: dict[str, int]) -> pd.DataFrame:
+def _pairs(rank_ic: pd.DataFrame, correlation: pd.DataFrame, lag: int) -> pd.DataFrame:
     """Every two runs: the first one's daily rank IC less the other's, on days where both have one."""
     rows = []
     for one, other in combinations(rank_ic.columns, 2):
         difference = rank_ic[one] - rank_ic[other]
-        t, p = newey_west(difference, max(lags[one], lags[other]))
+        t, p = newey_west(difference, lag)
         low, high = bootstrap_interval(difference)
         together = correlation.loc[one, other]
         rows.append((one, other, difference.mean(), t, p, np.nan, low, high, together, difference.notna().sum()))
@@ -260,17 +262,12 @@ def _pairs(rank_ic: pd.DataFrame, correlation: pd.DataFrame, lags: dict[str, int
     return pairs.assign(p_holm=holm(pairs["p"]))
 
 
-def _notes(
-    runs: Sequence[RunResult],
-    dropped: pd.DataFrame,
-    labels: dict[str, pd.Series],
-    lags: dict[str, int],
-    unread: Sequence[str],
-) -> list[str]:
+def _notes(runs: Sequence[RunResult], labels: dict[str, pd.Series], lag: int, unread: Sequence[str]) -> list[str]:
     return [
         *_backtest_notes(runs),
         *_label_notes(labels),
-        *_lag_notes(runs, lags),
+        _lag_note(runs, lag),
+        *_sample_notes(runs, next(iter(labels.values())).index[0][0]),
         *[f"n/a after simple factors and for capacity: {reason}." for reason in unread],
         *[f"CAUTION: {run.name}: {run.overlap}." for run in runs if run.overlap],
         *_market_notes(runs),
@@ -279,13 +276,34 @@ def _notes(
 
 def _backtest_notes(runs: Sequence[RunResult]) -> list[str]:
     periods = {run.name: backtest_period(run) for run in runs}
+    rules = _backtest_rules(runs)
+    differ = sorted(key for key in set().union(*rules.values()) if len({held.get(key) for held in rules.values()}) > 1)
+    settings = [f"CAUTION: the backtests differ in {', '.join(differ)}: their rows do not compare."] if differ else []
     if len(set(periods.values())) == 1:
-        return [f"Backtest {next(iter(periods.values()))}; it holds what each run scored, common to all or not."]
+        period = next(iter(periods.values()))
+        return [*settings, f"Backtest {period}; it holds what each run scored, common to all or not."]
     return [
+        *settings,
         "CAUTION: the backtests cover different dates, so their rows do not compare: "
         + "; ".join(f"{name}: {period}" for name, period in periods.items())
-        + "."
+        + ".",
     ]
+
+
+def _backtest_rules(runs: Sequence[RunResult]) -> dict[str, dict[str, str]]:
+    """Strategy and exchange of each run's backtest, as far as recorded; dates are compared by what was run."""
+    rules = {}
+    for run in runs:
+        records = run.config.get("task", {}).get("record")
+        for record in records if isinstance(records, list) else []:
+            config = record.get("kwargs", {}).get("config") if isinstance(record, dict) else None
+            if isinstance(config, dict):
+                strategy, backtest = config.get("strategy", {}), config.get("backtest", {})
+                parts = {"strategy": strategy.get("class"), **strategy.get("kwargs", {}), **backtest}
+                parts |= parts.pop("exchange_kwargs", None) or {}
+                skipped = ("signal", "start_time", "end_time")
+                rules[run.name] = {key: str(value) for key, value in parts.items() if key not in skipped}
+    return rules
 
 
 def _label_notes(labels: dict[str, pd.Series]) -> list[str]:
@@ -294,12 +312,62 @@ def _label_notes(labels: dict[str, pd.Series]) -> list[str]:
     return [f"CAUTION: labels differ from those of {first[0]}: {', '.join(differ)}."] if differ else []
 
 
-def _lag_notes(runs: Sequence[RunResult], lags: dict[str, int]) -> list[str]:
-    recorded = [f"{run.name} {lags[run.name]}" for run in runs if run.horizon]
-    assumed = [run.name for run in runs if not run.horizon]
-    parts = [f"the recorded horizon ({', '.join(recorded)})"] if recorded else []
-    parts += [f"{ASSUMED_HORIZON}, assumed ({', '.join(assumed)})"] if assumed else []
-    return [f"Newey–West lag in days: {'; '.join(parts)}."]
+def _lag_note(runs: Sequence[RunResult], lag: int) -> str:
+    recorded = [run.name for run in runs if run.horizon == lag]
+    why = f"the longest horizon recorded ({', '.join(recorded)})" if recorded else "assumed, no run records a horizon"
+    return f"Newey–West lag of all rows: {lag} days, {why}."
+
+
+def _sample_notes(runs: Sequence[RunResult], first: pd.Timestamp) -> list[str]:
+    """Runs whose train or valid segment reaches the days that are compared."""
+    notes = []
+    for run in runs:
+        ends = {name: end for name, end in _segment_ends(run).items() if end >= first}
+        notes += [
+            f"CAUTION: {run.name}: its {name} segment ends on {end:%Y-%m-%d} and scores are compared from "
+            f"{first:%Y-%m-%d} on: up to then they are not out of sample."
+            for name, end in ends.items()
+        ]
+    return notes
+
+
+def _segment_ends(run: RunResult) -> dict[str, pd.Timestamp]:
+    """The last days of the segments train and valid, as far as they are recorded."""
+    dataset = run.config.get("task", {}).get("dataset")
+    kwargs = dataset.get("kwargs", {}) if isinstance(dataset, dict) else {}
+    segments = run.kronos_run.get("data", {}).get("segments") or kwargs.get("segments")
+    spans = segments if isinstance(segments, dict) else {}
+    ends = {}
+    for name in ("train", "valid"):
+        span = spans.get(name)
+        if isinstance(span, (list, tuple)) and len(span) == 2 and span[1] is not None:
+            ends[name] = pd.Timestamp(str(span[1]))
+    return ends
+
+
+def _score_notes(tables: dict[str, pd.DataFrame]) -> list[str]:
+    notes = []
+    for name, scores in tables.items():
+        distinct = scores.nunique(axis=1).mean()
+        share = distinct / scores.notna().sum(axis=1).mean()
+        if distinct == 1:
+            notes.append(f"CAUTION: {name}: all scores of a day are equal, so its backtest is one arbitrary draw.")
+        elif share < _DISTINCT:
+            notes.append(
+                f"{name}: {distinct:.0f} distinct scores a day for {distinct / share:.0f} instruments: which of equal "
+                "ones the backtest buys is arbitrary."
+            )
+    return notes
+
+
+def _residual_notes(residual: pd.DataFrame, rank_ic: pd.DataFrame, unread: Sequence[str]) -> list[str]:
+    days = residual.notna().sum()
+    fewer = [
+        f"{name}: {days[name]} of {scored}"
+        for name, scored in rank_ic.notna().sum().items()
+        if days[name] < scored and not any(reason.startswith(f"{name}:") for reason in unread)
+    ]
+    return [f"Days with something left after simple factors: {'; '.join(fewer)}."] if fewer else []
 
 
 def _market_notes(runs: Sequence[RunResult]) -> list[str]:
@@ -330,7 +398,7 @@ def write_tables(comparison: Comparison, folder: Path) -> list[Path]:
     comparison.csv has beside `COLUMNS` those of `Comparison.dropped`, `lag`, and `synthetic` (True for a demo market).
     """
     runs = comparison.table.join(comparison.dropped).assign(
-        lag=pd.Series(comparison.lags), synthetic=[run.synthetic for run in comparison.runs]
+        lag=comparison.lag, synthetic=[run.synthetic for run in comparison.runs]
     )
     written = {folder / "comparison.csv": runs, folder / "pairs.csv": comparison.pairs}
     for path, table in written.items():

@@ -12,7 +12,7 @@ from kronos_qlib.analysis.results import RunResult
 from kronos_qlib.forecast.scorer import QUANTILES
 
 BARS_BEFORE = 40
-_FIELDS = ("open", "high", "low", "close")
+_FIELDS = ("open", "high", "low", "close", "volume")
 
 
 class FansError(Exception):
@@ -144,6 +144,7 @@ def _bars(store: Path, row: pd.Series, day: pd.Timestamp, horizon: int) -> pd.Da
     calendar = pd.DatetimeIndex((store / "calendars" / "day.txt").read_text().split())
     try:
         bars = pd.DataFrame({name: _field(store, instrument, name, calendar) for name in _FIELDS}).dropna()
+        bars = bars[bars["volume"] > 0].drop(columns="volume")  # a suspended day is no bar
     except FileNotFoundError as error:
         raise FansError(f"the Qlib store has no {Path(error.filename).name} of {instrument}") from error
     if day not in bars.index or not np.isclose(bars.loc[day, "close"], row["last_close"], rtol=1e-4):

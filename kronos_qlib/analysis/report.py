@@ -37,6 +37,7 @@ class _Part:
     title: str = ""
     text: str = ""
     columns: int = 1
+    tables: list["_Table"] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,10 @@ def _uncertainty(comparison: Comparison) -> _Section:
     figures = [_Figure(charts.rank_ic_intervals(comparison), "Each run")]
     if len(comparison.pairs):
         figures.append(_Figure(charts.pair_intervals(comparison), "Differences: first less second"))
-    text = "Mean daily rank IC with its 95 % interval. An interval across zero is no evidence of a signal."
+    text = (
+        "Mean daily rank IC with its 95 % interval. An interval across zero is no evidence of a signal. Each interval "
+        "is by itself; the verdict corrects for how many there are."
+    )
     return _Section("uncertainty", "How sure the rank IC is", text, [_Part(figures, columns=2)])
 
 
@@ -229,18 +233,44 @@ def _calibration_of(run: RunResult) -> _Part | None:
     if folder is None or not (folder / "steps.csv").is_file():
         return None
     steps = pd.read_csv(folder / "steps.csv", index_col=0)
+    about = json.loads((folder / "about.json").read_text())
+    samples = f"{about['samples']} samples"
+    bands = f"Share of closes within the 50 % and 90 % bands; dotted: as it should be, dashed: {samples} at best"
+    rough = ", rough in the tails as it is from quantiles" if about["pit_from"] == "quantiles" else ""
     figures = [
-        _Figure(charts.coverage(steps), "Share of closes within the 50 % and 90 % bands; dotted: as it should be"),
-        _Figure(charts.crps(steps), "CRPS over the last close; less is better"),
-        _Figure(charts.pit(pd.read_csv(folder / "pit.csv")), "PIT, all steps; dotted: calibrated"),
+        _Figure(charts.coverage(steps, about["perfect_coverage"]), bands),
+        _Figure(charts.crps(steps), f"CRPS over the last close, from {samples}; less is better"),
+        _Figure(charts.pit(pd.read_csv(folder / "pit.csv")), f"PIT, all steps; dotted: calibrated{rough}"),
     ]
     if (folder / "calibration.csv").is_file():
         fitted = pd.read_csv(folder / "calibration.csv")
-        figures.append(_Figure(charts.calibrated(fitted), "Coverage before and after calibration on the valid segment"))
+        before = f"Coverage before and after calibration on earlier days, to {about['calibration']['last_bar']}"
+        figures.append(_Figure(charts.calibrated(fitted), before))
     if (folder / "prob_up.csv").is_file():
         prob_up = pd.read_csv(folder / "prob_up.csv")
         figures.append(_Figure(charts.reliability(prob_up), "prob_up and the share that rose; size: forecasts"))
-    return _Part(figures, title=run.name, columns=2)
+    return _Part(figures, title=run.name, columns=2, tables=_evaluation_tables(folder))
+
+
+def _evaluation_tables(folder: Path) -> list[_Table]:
+    """The figures of a ForecastRecord: all, by year, by third of volatility."""
+    files = {"overall.csv": "All", "by_year.csv": "", "by_volatility.csv": "Volatility "}
+    rows = []
+    for name, prefix in files.items():
+        if (folder / name).is_file():
+            for _, row in pd.read_csv(folder / name, dtype={"year": str}).iterrows():
+                group = prefix if name == "overall.csv" else f"{prefix}{row.iloc[0]}"
+                rows.append([group, *_evaluated(row)])
+    columns = ["", "CRPS", "last value", "hist. volatility", "MAE", "RMSE", "50 % band", "90 % band"]
+    columns += ["direction", "95 %"]
+    return [_Table("Forecast closes against those that came, over the last close", columns, rows)] if rows else []
+
+
+def _evaluated(row: pd.Series) -> list[str]:
+    names = ["crps", "crps_last_value", "crps_volatility", "mae", "rmse", "coverage_50", "coverage_90", "direction"]
+    cells = [f"{row[name]:.2%}" if name[:2] in ("cr", "ma", "rm") else f"{row[name]:.1%}" for name in names]
+    ends = row["direction_low"], row["direction_high"]
+    return [*cells, "n/a" if pd.isna(ends[0]) else f"{ends[0]:.1%} … {ends[1]:.1%}"]
 
 
 def _fans(comparison: Comparison) -> _Section:
@@ -298,7 +328,7 @@ def _facts(comparison: Comparison, run: RunResult) -> dict[str, str]:
         "Model": _called(task.get("model")),
         "Score": str(run.kronos_run.get("model", {}).get("score") or ""),
         "Lookback, horizon": f"{data['lookback']}, {data['horizon']} bars" if "horizon" in data else "",
-        "Newey–West lag": f"{comparison.lags[run.name]} days",
+        "Newey–West lag": f"{comparison.lag} days",
         "Backtest": backtest_period(run),
         **_backtest(task.get("record")),
     }

@@ -89,8 +89,11 @@ def load_runs(names: Sequence[str], uri: str = DEFAULT_URI) -> list[RunResult]:
     except (MlflowException, SQLAlchemyError) as error:
         raise ResultsError(f"the MLflow store {uri} cannot be read: {str(error).splitlines()[0]}") from error
     folder = database.parent if database else Path.cwd()
-    found = [_find_run(client, experiments, name, uri) for name in dict.fromkeys(names)]
-    return [_load_run(client, name, run, folder) for name, run in found]
+    found: dict[str, tuple[str, MlflowRun]] = {}
+    for name in names:  # an experiment and its newest recorder are one run
+        called, run = _find_run(client, experiments, name, uri)
+        found.setdefault(run.info.run_id, (called, run))
+    return [_load_run(client, name, run, folder) for name, run in found.values()]
 
 
 def _database(uri: str) -> Path | None:
@@ -154,8 +157,10 @@ def _load_run(client: MlflowClient, name: str, run: MlflowRun, folder: Path) -> 
         trades = _trades(pd.read_pickle(traded)) if traded else None
         config = _plain_pickle(saved) if saved else {}  # only qrun saves it
         kronos_run = json.loads(kronos.read_text()) if kronos else {}
-    provider_uri = config.get("qlib_init", {}).get("provider_uri")
-    stores = _stores(provider_uri, folder)
+    recorded = kronos_run.get("data", {}).get("provider_uri")
+    provider_uri = config.get("qlib_init", {}).get("provider_uri") or recorded
+    stores = [*_stores(recorded, folder), *_stores(provider_uri, folder)]
+    store = next((store for store in stores if (store / "calendars" / "day.txt").is_file()), None)
     return RunResult(
         name=name,
         run_id=run.info.run_id,
@@ -165,8 +170,8 @@ def _load_run(client: MlflowClient, name: str, run: MlflowRun, folder: Path) -> 
         labels=labels,
         trades=trades,
         provider_uri=provider_uri,
-        store=next((store for store in stores if (store / "calendars" / "day.txt").is_file()), None),
-        synthetic=BENCHMARK in set(_strings(config)) or any(is_synthetic(store) for store in stores),
+        store=store,
+        synthetic=BENCHMARK in set(_strings(config)) or (store is not None and is_synthetic(store)),
         horizon=kronos_run.get("data", {}).get("horizon"),
         overlap=run.data.tags.get("pretraining_overlap"),
         config=config,
@@ -230,9 +235,9 @@ def _local(uri: str) -> Path | None:
 
 
 def _stores(provider_uri: str | Mapping[str, str] | None, folder: Path) -> list[Path]:
-    """Where the store of daily bars may lie: as named, seen from here and from beside the database."""
+    """Where the store of daily bars may lie: as named, seen from beside the database, where qrun ran, and from here."""
     named = provider_uri.get("day") if isinstance(provider_uri, Mapping) else provider_uri
-    return [base / Path(named).expanduser() for base in (Path.cwd(), folder)] if named else []
+    return [base / Path(named).expanduser() for base in (folder, Path.cwd())] if named else []
 
 
 def _strings(config: Any) -> Iterator[str]:

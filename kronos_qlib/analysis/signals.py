@@ -5,6 +5,7 @@ Scores and labels are day × instrument tables (`wide`), float, NaN where a row 
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 DECILES = 10
 LONGEST_LAG = 60  # trading days looked ahead for the half-life
@@ -32,13 +33,24 @@ def daily_rank_ic(scores: pd.DataFrame, labels: pd.DataFrame) -> pd.Series:
 def decile_labels(scores: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
     """The mean label of each tenth of the instruments by score, 1 the lowest to 10 the highest, of each day.
 
-    Equal scores share their mean rank and so stay together: no order is invented among them, and a decile may be empty
-    (NaN).
+    Of equal scores none comes first: each has their mean label, which is what an order by chance would come to. NaN on
+    days on which all scores are equal, and in tenths that no instrument falls into (of fewer than ten).
     """
-    ranks = scores.where(labels.notna()).rank(axis=1)
-    count = ranks.notna().sum(axis=1)
-    decile = np.ceil((ranks - 0.5).div(count, axis=0) * DECILES).clip(1, DECILES)
-    return pd.DataFrame({number: labels.where(decile == number).mean(axis=1) for number in range(1, DECILES + 1)})
+    pairs = zip(scores.where(labels.notna()).to_numpy(), labels.to_numpy(np.float64))
+    days = [_deciles(score[known], label[known]) for score, label in pairs for known in [~np.isnan(score)]]
+    return pd.DataFrame(days, scores.index, range(1, DECILES + 1), dtype=float)
+
+
+def _deciles(scores: NDArray[np.float64], labels: NDArray[np.float64]) -> NDArray[np.float64]:
+    values, group, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    if len(values) < 2:
+        return np.full(DECILES, np.nan)
+    shared = (np.bincount(group, labels) / counts)[group]
+    rank = scores.argsort(kind="stable").argsort(kind="stable")
+    decile = ((rank + 0.5) / len(scores) * DECILES).astype(int)
+    held = np.bincount(decile, minlength=DECILES)
+    total = np.bincount(decile, shared, minlength=DECILES)
+    return np.divide(total, held, out=np.full(DECILES, np.nan), where=held > 0)
 
 
 def monotonicity(deciles: pd.Series) -> float:

@@ -17,12 +17,12 @@ _FEWEST_DAYS = 20  # for the choice of a block length and for an interval to mea
 def newey_west(daily: pd.Series, lag: int) -> tuple[float, float]:
     """t of the mean of `daily` against zero and its two-sided p, robust to autocorrelation up to `lag` days.
 
-    Days without a value are left out. Both are NaN with `lag` + 2 days or fewer, or if every day is the same. Newey &
-    West (1987), "A Simple, Positive Semi-definite, Heteroskedasticity and Autocorrelation Consistent Covariance
-    Matrix"; p by Student's t.
+    Days without a value are left out. Both are NaN with fewer than 4 × `lag` or 4 days, where t says too much, or if
+    every day is the same. Newey & West (1987), "A Simple, Positive Semi-definite, Heteroskedasticity and
+    Autocorrelation Consistent Covariance Matrix"; p by Student's t.
     """
     values = _finite(daily)
-    if len(values) <= lag + 2 or np.ptp(values) == 0:
+    if len(values) < max(4 * lag, 4) or np.ptp(values) == 0:
         return np.nan, np.nan
     fit = sm.OLS(values, np.ones(len(values))).fit(cov_type="HAC", cov_kwds={"maxlags": lag}, use_t=True)
     return float(fit.tvalues[0]), float(fit.pvalues[0])

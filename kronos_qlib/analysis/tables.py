@@ -35,6 +35,10 @@ def _number(column: str, layout: str) -> Cell:
     return lambda row: layout.format(row[column]) if np.isfinite(row[column]) else "n/a"
 
 
+def _p(column: str) -> Cell:
+    return lambda row: "n/a" if np.isnan(row[column]) else "<0.01" if row[column] < 0.005 else f"{row[column]:.2f}"
+
+
 def _interval(name: str) -> Cell:
     low, high = (f"{name}_low", f"{name}_high") if name else ("low", "high")
     return lambda row: f"{row[low]:+.4f} … {row[high]:+.4f}" if np.isfinite(row[low]) else "n/a"
@@ -55,7 +59,7 @@ SIGNAL: dict[str, Cell] = {
     "Rank IC": _number("rank_ic", "{:+.4f}"),
     "Rank ICIR": _number("rank_icir", "{:+.3f}"),
     "t": _number("rank_ic_t", "{:+.2f}"),
-    "p (Holm)": _number("rank_ic_p_holm", "{:.2f}"),
+    "p (Holm)": _p("rank_ic_p_holm"),
     "95 %": _interval("rank_ic"),
 }
 SHAPE: dict[str, Cell] = {
@@ -67,7 +71,7 @@ SHAPE: dict[str, Cell] = {
 RESIDUAL: dict[str, Cell] = {
     "Rank IC": _number("residual_rank_ic", "{:+.4f}"),
     "t": _number("residual_rank_ic_t", "{:+.2f}"),
-    "p (Holm)": _number("residual_rank_ic_p_holm", "{:.2f}"),
+    "p (Holm)": _p("residual_rank_ic_p_holm"),
     "95 %": _interval("residual_rank_ic"),
 }
 BACKTEST: dict[str, Cell] = {
@@ -82,7 +86,7 @@ BACKTEST: dict[str, Cell] = {
 PAIRS: dict[str, Cell] = {
     "Rank IC": _number("rank_ic_difference", "{:+.4f}"),
     "t": _number("t", "{:+.2f}"),
-    "Holm": _number("p_holm", "{:.2f}"),
+    "Holm": _p("p_holm"),
     "95 %": _interval(""),
     "Corr.": _number("score_correlation", "{:+.2f}"),
 }

@@ -1,6 +1,7 @@
 """The comparison in sentences, uncertainty first."""
 
 import numpy as np
+import pandas as pd
 
 from kronos_qlib.analysis.comparison import Comparison
 
@@ -26,7 +27,8 @@ def pair_verdict(comparison: Comparison, run: str, other: str) -> str:
         (row["rank_ic_difference"], row["low"], row["high"], row["p_holm"]),
         found=f"{better} is better than {worse}",
         nothing="no evidence of a difference",
-        tried=f"{len(comparison.pairs)} pairs",
+        tried=_counted(comparison.pairs["p_holm"], "pair"),
+        days=comparison.rank_ic[run] - comparison.rank_ic[other],
     )
 
 
@@ -38,7 +40,8 @@ def run_verdict(comparison: Comparison, run: str) -> str:
         tuple(row[["rank_ic", "rank_ic_low", "rank_ic_high", "rank_ic_p_holm"]]),
         found="evidence of a signal" if row["rank_ic"] > 0 else "evidence of a signal of the wrong sign",
         nothing="no evidence of a signal",
-        tried=f"{len(comparison.table)} runs",
+        tried=_counted(comparison.table["rank_ic_p_holm"], "run"),
+        days=comparison.rank_ic[run],
     )
 
 
@@ -51,15 +54,26 @@ def residual_verdict(comparison: Comparison, run: str) -> str:
         tuple(row[[name, f"{name}_low", f"{name}_high", f"{name}_p_holm"]]),
         found="evidence of something they lack" if row[name] > 0 else "evidence of the wrong sign",
         nothing="no evidence that anything is left",
-        tried=f"{len(comparison.table)} runs",
+        tried=_counted(comparison.table[f"{name}_p_holm"], "run"),
+        days=comparison.residual_rank_ic[run],
     )
 
 
-def _sentence(subject: str, figures: tuple[float, float, float, float], found: str, nothing: str, tried: str) -> str:
+def _counted(p_values: pd.Series, what: str) -> str:
+    """How many p-values were corrected for one another."""
+    count = int(p_values.notna().sum())
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _sentence(
+    subject: str, figures: tuple[float, float, float, float], found: str, nothing: str, tried: str, days: pd.Series
+) -> str:
     """Evidence needs both: an interval without zero, and a p that stands after Holm's correction."""
     mean, low, high, p = figures
     if not np.isfinite(mean):
         return f"{subject}: n/a: the scores do not vary within a day, or nothing is left of them"
+    if (days.dropna() == 0).all():
+        return f"{subject}: 0 on every day: the two order the instruments alike"
     if not np.isfinite([low, high, p]).all():
         return f"{subject}: {_signed(mean)}: too few days to say how sure that is"
     verdict = nothing

@@ -41,13 +41,13 @@ def read_factors(
 
 
 def amount_expression(instruments: Sequence[str], first: pd.Timestamp, last: pd.Timestamp, freq: str) -> str:
-    """The expression of the value traded: $amount if there is one, else from the volume, judged from `first` to `last`.
+    """The expression of the value traded: $amount if all have it, else from the volume, judged from `first` to `last`.
 
     Qlib's convention is a volume divided by the adjustment factor, which the adjusted price cancels. Some stores hold
     plain share counts, whole numbers, instead; there the factor must go.
     """
     features = store_folder(freq) / "features"
-    if any(features.glob(f"*/amount.{freq}.bin")):
+    if all((features / name.lower() / f"amount.{freq}.bin").is_file() for name in instruments):
         return "$amount"
     if not any(features.glob(f"*/factor.{freq}.bin")):
         return "($volume*$close)"

@@ -68,10 +68,15 @@ class Layout:
         both = like.new_empty(2, self.groups, rows, heads, width // heads)
         return Cache(both[0], both[1], length)
 
-    def mask(self, length: int, device: torch.device) -> Tensor:
-        """What own rows see of `length` context rows and of each other: 0 or −inf, float32 [P · n, L + P · n]."""
-        rows = torch.arange(self.horizon * self.size, device=device)
+    def mask(self, length: int, like: Tensor) -> Tensor:
+        """What own rows see of `length` context rows and of each other: 0 or −inf, [P · n, L + P · n].
+
+        On the device and in the precision of `like`, the weight of what the cache keeps, and with rows that begin on
+        multiples of 8: kernels of GPUs want it so.
+        """
+        rows = torch.arange(self.horizon * self.size, device=like.device)
         step, sample = rows // self.size, rows % self.size
         seen = (sample[:, None] == sample) & (step[:, None] >= step)
-        own = torch.zeros(seen.shape, device=device).masked_fill_(~seen, -torch.inf)
-        return F.pad(own, (length, 0))
+        own = like.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+        columns = length + len(rows)
+        return F.pad(own, (length, -columns % 8))[:, :columns]

@@ -35,7 +35,7 @@ def compute_on_cluster(
         ModuleNotFoundError: the extra `ray` is not installed. ConnectionError: there is no cluster.
         RuntimeError: a chunk was lost again and again, or the cluster has no room for a task.
     """
-    ray = _ray()
+    ray = require_ray()
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS", "auto")
         try:
@@ -87,7 +87,8 @@ def _table(name: str, task: Task, rows: np.ndarray) -> pa.Table:
         return _SCORERS[name].table(rows)
 
 
-def _ray() -> "ray":
+def require_ray() -> "ray":
+    """Ray, or a ModuleNotFoundError that names the extra."""
     try:
         import ray
     except ImportError as error:

@@ -13,6 +13,7 @@ import pandas as pd
 import scoringrules
 from numpy.typing import NDArray
 from scipy.stats import kstest, lognorm
+from scipy.stats import t as t_distribution
 from statsmodels.regression.linear_model import OLS
 
 from kronos_qlib.data.windows import CLOSE, Windows
@@ -106,7 +107,8 @@ def volatility_terciles(outcomes: Outcomes) -> NDArray[np.object_]:
 def measure(outcomes: Outcomes) -> dict[str, Floats]:
     """Every forecast's measures by name, [W, H] each but for `direction` and `up` [W]; NaN where no bar came.
 
-    `crps`: see `crps_of_quantiles`; the same for all three forecasts, so that none gains by how it is approximated.
+    `crps`: see `crps_of_quantiles`; over the same levels for all three forecasts. That of few samples is the larger for
+    their number, as quantiles of them are rough.
     `crps_paths`: of the samples as they are; `crps_fair`: what more of the same samples would come to (Ferro 2014);
     `crps_volatility_exact`: in closed form; these three where paths are kept. `coverage_50`, `coverage_90`: whether the
     close lay in the band. `error`: close less the median. `pit`: see `pit_of_paths` and `pit_of_quantiles`.
@@ -205,15 +207,17 @@ def perfect_coverage(samples: int) -> dict[str, float]:
 def interval(values: Floats, dates: np.ndarray, steps: int) -> tuple[float, float]:
     """The 95 % interval of the mean of values [N], by the standard error of Driscoll & Kraay (1998).
 
-    Values of one day depend on each other, and so do those of days less than `steps` apart, whose horizons overlap: the
-    lags are `steps` − 1. NaN for fewer than 2 × `steps` days.
+    Values of one day depend on each other, and so do those of days less than `steps` apart, whose horizons overlap.
+    The weights of the lags fall to zero, so there are twice as many as days overlap, 2 × (`steps` − 1). Student's t, of
+    the number of days. NaN for fewer than 5 × `steps` days.
     """
     days, time = np.unique(dates, return_inverse=True)
-    if len(days) < max(2 * steps, 2):
+    if len(days) < max(5 * steps, 2):
         return np.nan, np.nan
-    fit = OLS(values, np.ones(len(values))).fit(cov_type="hac-groupsum", cov_kwds={"time": time, "maxlags": steps - 1})
-    low, high = fit.conf_int()[0]
-    return float(low), float(high)
+    lags = {"time": time, "maxlags": 2 * (steps - 1)}
+    fit = OLS(values, np.ones(len(values))).fit(cov_type="hac-groupsum", cov_kwds=lags)
+    away = t_distribution.ppf(0.975, len(days) - 1) * fit.bse[0]
+    return float(fit.params[0] - away), float(fit.params[0] + away)
 
 
 def by_step(outcomes: Outcomes, measured: Mapping[str, Floats]) -> pd.DataFrame:

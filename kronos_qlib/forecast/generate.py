@@ -177,7 +177,7 @@ def _paths(
     own_time = own_time.repeat_interleave(layout.copies, 0)
     own_s1 = torch.empty(layout.groups, horizon, layout.size, dtype=torch.long, device=net.device)
     own_s2 = torch.empty_like(own_s1)
-    mask = layout.mask(length, net.device)
+    like = net.model.cross_kv.weight
     aligned = sampling.s2_rotation == "aligned"
     filters = sampling.temperature, sampling.top_k, sampling.top_p
     state: _ContextState | None = None
@@ -185,7 +185,7 @@ def _paths(
         prefix = min(length, limit - step)  # context bars still in sight
         if state is None or state.prefix != prefix:  # the first step, or the window slid and positions restart
             inputs = net.model.embed(s1[:, -prefix:], s2[:, -prefix:], time[:, -prefix:])
-            state = _ContextState.start(net.model, inputs, layout, mask[:, length - prefix :], aligned)
+            state = _ContextState.start(net.model, inputs, layout, layout.mask(prefix, like), aligned)
         if state.filled < step:
             new = slice(state.filled, step)
             state.append(net.model.embed(own_s1[:, new], own_s2[:, new], own_time[:, new, None]))
@@ -193,7 +193,8 @@ def _paths(
         own_s2[:, step] = draw(state.s2_logits(own_s1[:, step]), uniform[step, 1], *filters, ranks[1])
         step_done()
     out = slice(length - min(length, limit - horizon), length)  # of the context, what the decoder still sees
-    paths = _decode(net.tokenizer, (s1[:, out], s2[:, out]), (own_s1, own_s2), layout, mask[:, out.start :])
+    mask = layout.mask(length - out.start, like)
+    paths = _decode(net.tokenizer, (s1[:, out], s2[:, out]), (own_s1, own_s2), layout, mask)
     return paths.unflatten(0, (batch, -1)).transpose(2, 3).flatten(1, 2)
 
 

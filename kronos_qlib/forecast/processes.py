@@ -23,7 +23,7 @@ from kronos_qlib.forecast.task import Task
 
 logger = logging.getLogger("qlib.KronosForecast")
 WORKER = "-m", "kronos_qlib.forecast.worker"
-DEATHS = 3  # of processes on one chunk, until the chunk is given up
+DEATHS = 3  # of processes on one chunk, or for each process without any chunk finished, until all is given up
 
 
 def compute_in_processes(
@@ -40,7 +40,8 @@ def compute_in_processes(
         folder: for the task and, without a store, for the chunks, while the work lasts.
 
     Raises:
-        RuntimeError: processes died DEATHS times on one chunk; or what a process raised, told in its words.
+        RuntimeError: processes died DEATHS times on one chunk, or again and again; or what a process raised, told in
+            its words.
     """
     task.save(folder / "task")
     for number, rows in enumerate(missing):
@@ -65,7 +66,7 @@ def compute_in_processes(
     ]
     for worker in workers:
         worker.start()
-    deaths = dict.fromkeys(range(len(missing)), 0)
+    deaths, in_vain = dict.fromkeys(range(len(missing)), 0), 0
     left = len(missing)
     try:
         while left:
@@ -75,20 +76,23 @@ def compute_in_processes(
                 raise RuntimeError(said.error)
             if said.died is not None:
                 deaths[said.chunk] += 1
-                if deaths[said.chunk] == DEATHS:
+                in_vain += 1
+                if deaths[said.chunk] == DEATHS or in_vain == DEATHS * processes:
+                    where = f"on the same {len(missing[said.chunk])} windows" if deaths[said.chunk] == DEATHS else ""
                     raise RuntimeError(
-                        f"forecasting processes died {DEATHS} times on the same {len(missing[said.chunk])} windows "
+                        f"forecasting processes died {max(deaths[said.chunk], in_vain)} times {where or 'in a row'} "
                         f"({said.died}); what they said stands above, and what is finished is kept in "
                         f"{'nothing: no cache_dir was given' if own else chunks.folder}"
                     )
                 logger.warning(f"a forecasting process died ({said.died}); its chunk goes to another")
                 work.put(said.chunk)
             elif said.finished:
-                left -= 1
                 rows = missing[said.chunk]
                 table = chunks.load(rows)
-                if table is None:
-                    raise RuntimeError(f"the chunk {said.chunk} that a process has written to {chunks.folder} is gone")
+                if table is None:  # another run may have taken it for damaged
+                    news.put(_News(said.chunk, windows=-len(rows), died="its chunk was gone from the folder"))
+                    continue
+                left, in_vain = left - 1, 0
                 if own:
                     chunks.path(task.window_digests(rows)).unlink()
                 yield rows, table
@@ -125,7 +129,7 @@ class _Worker(threading.Thread):
         self.command = [sys.executable, *WORKER, str(folder), str(cache_dir), str(device)]
         self.threads, self.work, self.news = threads, work, news
         self.process: subprocess.Popen[str] | None = None
-        self.stopped = False
+        self.stopped, self.lock = False, threading.Lock()
 
     def run(self) -> None:
         while not self.stopped:
@@ -133,25 +137,36 @@ class _Worker(threading.Thread):
                 chunk = self.work.get(timeout=0.5)
             except queue.Empty:
                 continue
-            self._forecast(chunk)
+            try:
+                self._forecast(chunk)
+            except Exception as error:  # a thread that ends unheard would leave its chunk to nobody
+                self.news.put(_News(chunk, error=f"{type(error).__name__}: {error}"))
 
     def stop(self) -> None:
         """End the process now; a chunk that it has not finished is lost."""
-        self.stopped = True
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
+        with self.lock:
+            self.stopped, process = True, self.process
+        if process is not None:
+            process.kill()
+            process.wait()
+
+    def _living(self) -> subprocess.Popen[str] | None:
+        """The process, started if there is none; None once all is to end."""
+        with self.lock:
+            if self.process is None and not self.stopped:
+                environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
+                self.process = subprocess.Popen(
+                    self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+                )
+            return self.process
 
     def _forecast(self, chunk: int) -> None:
-        if self.process is None:
-            environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
-            self.process = subprocess.Popen(
-                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-            )
-        told = 0
+        process, told = self._living(), 0
+        if process is None:
+            return
         try:
-            _say(self.process.stdin, str(chunk))
-            for line in self.process.stdout:
+            _say(process.stdin, str(chunk))
+            for line in process.stdout:
                 said = json.loads(line)
                 told += said.get("windows", 0)
                 self.news.put(_News(chunk, **said))
@@ -159,7 +174,9 @@ class _Worker(threading.Thread):
                     return
         except OSError:
             pass
-        status, self.process = self.process.wait(), None
+        status = process.wait()
+        with self.lock:
+            self.process = None
         if not self.stopped:
             self.news.put(_News(chunk, windows=-told, died=_cause(status)))
 
@@ -170,7 +187,8 @@ def _say(pipe: IO[str], line: str) -> None:
 
 
 def _cause(status: int) -> str:
-    return signal.Signals(-status).name if status < 0 else f"exit code {status}"
+    known = {number.value: number.name for number in signal.Signals}
+    return known.get(-status, f"signal {-status}") if status < 0 else f"exit code {status}"
 
 
 def _device(device: torch.device, rank: int) -> torch.device:

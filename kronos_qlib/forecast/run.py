@@ -1,23 +1,28 @@
 """A forecast from beginning to end: what is there already, what is left, who computes it."""
 
+import contextlib
 import logging
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from kronos_qlib.forecast.processes import compute_in_processes
 from kronos_qlib.forecast.scorer import Scorer, part_size
-from kronos_qlib.forecast.store import Store
+from kronos_qlib.forecast.store import Store, chunks
 from kronos_qlib.forecast.task import Task
 from kronos_qlib.nn.cpu import memory_kept
 
 logger = logging.getLogger("qlib.KronosForecast")
+SCRATCH = "kronos-"  # how the names of folders begin that last as long as a run
 CHUNK = 512  # windows a file, or a part for each thread if that is more: what a killed process loses at most
 
 
@@ -53,14 +58,14 @@ def forecast(task: Task, run: Run, columns: Sequence[str]) -> tuple[dict[str, np
     result = _Columns(len(task), columns)
     store, missing = Store(run.cache_dir, task) if run.cache_dir else None, []
     if store is None:
-        missing = [np.arange(start, min(start + chunk, len(task))) for start in range(0, len(task), chunk)]
+        missing = chunks(len(task), chunk)
     else:
         for rows, table in store.read(chunk, missing):
             result.put(rows, table)
     left = sum(len(rows) for rows in missing)
     resumed = len(task) - left
     if store is not None:
-        logger.info(f"resumed {resumed:,} of {len(task):,} windows from {store.folder}")
+        logger.info(f"resumed {resumed} of {len(task)} windows from {store.folder}")
     if missing:
         with tqdm(total=len(task), initial=resumed, desc="forecast", unit="window", smoothing=0.05) as bar:
             for rows, table in _compute(task, run, store, missing, bar.update):
@@ -79,12 +84,22 @@ def _compute(
                 store.write(table)
             yield rows, table
     elif run.processes > 1:
-        if run.cache_dir:
-            run.cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="kronos-", dir=run.cache_dir) as folder:
-            yield from compute_in_processes(task, Path(folder), store, missing, run.processes, done)
+        with _scratch(run.cache_dir) as folder:
+            yield from compute_in_processes(task, folder, store, missing, run.processes, done)
     else:
         yield from _compute_here(task, store, missing, done)
+
+
+@contextmanager
+def _scratch(cache_dir: Path | None) -> Iterator[Path]:
+    """A folder for what processes share, beside the chunks; those of runs that were killed are removed."""
+    if cache_dir:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        for lock in cache_dir.glob(f"{SCRATCH}*/lock"):
+            with contextlib.suppress(Timeout, OSError), FileLock(lock, timeout=0):
+                shutil.rmtree(lock.parent)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=cache_dir) as folder, FileLock(Path(folder) / "lock"):
+        yield Path(folder)
 
 
 def _compute_here(

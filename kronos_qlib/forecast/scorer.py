@@ -1,6 +1,7 @@
 """From windows to the columns that are kept of a forecast: scores, quantiles of the close, sample paths."""
 
 import logging
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -9,6 +10,7 @@ import pyarrow as pa
 import torch
 
 from kronos_qlib.data.windows import CLOSE, COLUMNS, denormalise
+from kronos_qlib.forecast.caches import Layout
 from kronos_qlib.forecast.generate import PART, generate
 from kronos_qlib.forecast.scores import SCORES, scores
 from kronos_qlib.forecast.task import DIGEST_BYTES, Task
@@ -16,7 +18,7 @@ from kronos_qlib.forecast.weights import prepare
 
 logger = logging.getLogger("qlib.KronosForecast")
 QUANTILES = 5, 10, 25, 50, 75, 90, 95  # per cent, of the close per step over the samples
-CPU_SHARE, GPU_SHARE = 0.5, 0.6  # of the free memory that windows on their way may take
+CPU_SHARE, GPU_SHARE = 0.3, 0.5  # of the memory that windows on their way may take
 GPU_PART, OTHER_BYTES = 4096, 4 * 2**30  # windows at a time at most; memory of a device that does not tell
 
 
@@ -57,16 +59,34 @@ class Scorer:
         S × P × 6 values of each window in price units.
 
         A GPU without memory enough for a part is given half of it.
+
+        Raises:
+            RuntimeError: the memory does not suffice for a single window.
         """
         while True:
+            told = 0
+
+            def tell(windows: int) -> None:
+                nonlocal told
+                told += windows
+                done(windows)
+
             try:
-                return self._table(rows, done)
-            except torch.OutOfMemoryError:
-                if self.part == 1:
-                    raise
-                self.part = -(-self.part // 2)
-                logger.warning(f"{self.task.device} is out of memory; going on with {self.part} windows at a time")
-                torch.cuda.empty_cache()
+                return self._table(rows, tell)
+            except torch.OutOfMemoryError as error:
+                reason = str(error).splitlines()[0]
+            # Behind the handler, which held on to the tensors of the part that failed.
+            done(-told)
+            if self.part == 1:
+                raise RuntimeError(
+                    f"{self.task.device} has not memory enough for one window: give it less sample_count, horizon or "
+                    f"lookback ({reason})"
+                )
+            self.part = -(-self.part // 2)
+            logger.warning(f"{self.task.device} is out of memory; going on with {self.part} windows at a time")
+            if self.task.device.type == "cuda":
+                with torch.cuda.device(self.task.device):
+                    torch.cuda.empty_cache()
 
     def _table(self, rows: np.ndarray, done: Callable[[int], None]) -> pa.Table:
         task, fields, windows = self.task, schema(self.task), self.task.windows.take(rows)
@@ -89,12 +109,14 @@ class Scorer:
         # last part on bars to come.
         rows = rows[np.minimum(np.arange(-(-count // self.part) * self.part), count - 1)]
         batch = task.windows.gather(rows)
-        left = [count]
+        left, lock = count, threading.Lock()
 
         def part_done(windows: int) -> None:
-            real = min(windows, left[0])
-            left[0] -= real
-            done(real)
+            nonlocal left
+            with lock:  # parts are done by threads side by side
+                real = min(windows, left)
+                left -= real
+                done(real)
 
         paths = generate(
             self.net,
@@ -116,17 +138,20 @@ class Scorer:
 
 
 def part_size(task: Task) -> int:
-    """How many windows to take through the networks at a time, as the memory allows that is free.
+    """How many windows to take through the networks at a time: a power of two, as the device's memory allows.
 
+    It may decide how a forecast is rounded, so it hangs on how much memory there is, not on how much is free just now.
     On a CPU no more than its caches like, whatever the number of its cores: every thread has such a part in hand.
     """
     config, cpu = task.model.config, task.device.type == "cpu"
     cached = 2 * (config["n_layers"] + 1) * config["d_model"]
     active = 5 * config["d_model"] + 4 * config["ff_dim"]
-    window = 4 * (task.windows.lookback + task.sampling.sample_count * task.horizon) * (cached + active)
+    layout = Layout.of(1, task.sampling.sample_count, task.horizon)
+    rows = layout.copies * (task.windows.lookback + layout.size * task.horizon)
     if cpu:
-        free, most = psutil.virtual_memory().available * CPU_SHARE / torch.get_num_threads(), PART
+        room, most = psutil.virtual_memory().total * CPU_SHARE / torch.get_num_threads(), PART
     else:
-        free = torch.cuda.mem_get_info(task.device)[0] * GPU_SHARE if task.device.type == "cuda" else OTHER_BYTES
-        most = GPU_PART
-    return max(1, min(int(free / window), most))
+        total = torch.cuda.get_device_properties(task.device).total_memory if task.device.type == "cuda" else 0
+        room, most = total * GPU_SHARE or OTHER_BYTES, GPU_PART
+    fits = max(1, int(room / (4 * rows * (cached + active))))
+    return min(2 ** (fits.bit_length() - 1), most)

@@ -21,6 +21,11 @@ SETTINGS = "forecast.json"
 DRAFT_SECONDS = 3600  # an unfinished file that is older has no writer any more
 
 
+def chunks(count: int, size: int) -> list[np.ndarray]:
+    """The positions of `count` windows, `size` at a time."""
+    return [np.arange(start, min(start + size, count)) for start in range(0, count, size)]
+
+
 class Store:
     """The folder `cache_dir`/<digest of weights and settings>: one Parquet file for each chunk.
 
@@ -31,15 +36,11 @@ class Store:
     def __init__(self, cache_dir: Path, task: Task) -> None:
         self.task, self.folder = task, cache_dir / task.digest
 
-    def chunks(self, size: int) -> list[np.ndarray]:
-        """The positions of all windows, `size` at a time."""
-        return [np.arange(start, min(start + size, len(self.task))) for start in range(0, len(self.task), size)]
-
     def read(self, size: int, missing: list[np.ndarray]) -> Iterator[tuple[np.ndarray, pa.Table]]:
         """Positions and forecasts of all windows that are here; chunks of those that are not are put into `missing`."""
         self._remove_drafts()
         others, partly = set(self.folder.glob("chunk-*.parquet")), []
-        for rows in self.chunks(size):
+        for rows in chunks(len(self.task), size):
             digests = self.task.window_digests(rows)
             path = self.path(digests)
             table = self._load(path, digests) if path in others else None
@@ -55,14 +56,15 @@ class Store:
         order = np.argsort(_text(digests), kind="stable")
         wanted = _text(digests)[order]
         for path in sorted(others):
-            table = self._load(path)
-            if table is None:
+            names = self._load(path, columns=["digest"])  # the rest is read where it is wanted
+            if names is None:
                 continue
-            here = _text(_digests(table))
+            here = _text(_digests(names))
             place = np.minimum(wanted.searchsorted(here), len(wanted) - 1)
             at = rows[order[place]]
             found = np.flatnonzero((wanted[place] == here) & absent[at])
-            if len(found):
+            table = self._load(path) if len(found) else None
+            if table is not None:
                 absent[at[found]] = False
                 yield at[found], table.take(found)
         whole = [rows for rows, _ in partly if absent[rows].all()]
@@ -97,16 +99,26 @@ class Store:
                 if time.time() - draft.stat().st_mtime > DRAFT_SECONDS:
                     draft.unlink()
 
-    def _load(self, path: Path, digests: np.ndarray | None = None) -> pa.Table | None:
-        """A chunk that is whole and of these windows, or None; a damaged one is removed."""
+    def _load(self, path: Path, digests: np.ndarray | None = None, columns: list[str] | None = None) -> pa.Table | None:
+        """A chunk that is whole and of these windows, or None; a damaged one is removed.
+
+        One that a run without paths has left is of no use to a run that wants them, and the reverse is.
+        """
+        wanted = columns or schema(self.task).names
         try:
-            table = pq.read_table(path, page_checksum_verification=True, memory_map=False)
+            there = pq.read_schema(path).names
+            if "paths" in wanted and "paths" not in there:
+                return None
+            missing = [name for name in wanted if name not in there]
+            if missing:
+                return self._discard(path, f"it has no column {missing[0]!r}")
+            table = pq.read_table(path, columns=wanted, page_checksum_verification=True, memory_map=False)
         except FileNotFoundError:
             return None
         except (OSError, pa.ArrowException) as error:
+            if isinstance(error, MemoryError) or getattr(error, "errno", None):
+                raise  # the system could not read it now; that says nothing of the file
             return self._discard(path, str(error).splitlines()[0])
-        if table.schema.names != schema(self.task).names:
-            return self._discard(path, "it has other columns")
         here = _digests(table)
         if path != self.path(here) or (digests is not None and not np.array_equal(here, digests)):
             return self._discard(path, "it holds other windows than its name says")

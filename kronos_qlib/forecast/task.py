@@ -19,7 +19,7 @@ from kronos_qlib.nn.checkpoint import digest_of_weights
 from kronos_qlib.nn.device import DTYPES
 
 # Neither pandas nor Qlib in this file: the processes that forecast stay small.
-GENERATION = 1  # raised when the same task would give other scores: what was cached before is not used any more
+GENERATION = 2  # raised when the same task would give other scores: what was cached before is not used any more
 FILE, STAMPS, DIGEST_BYTES = "task.json", "future_stamp.npy", 16
 
 
@@ -74,10 +74,10 @@ class Task:
             "sampling": asdict(self.sampling),
             "max_context": self.max_context,
             "dtype": self.precision,
+            "device": self.device.type,  # another kind rounds otherwise
             "lookback": windows.lookback,
             "clip": windows.clip,
             "horizon": self.horizon,
-            "paths": self.paths,
         }
 
     @cached_property

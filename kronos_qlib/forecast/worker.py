@@ -10,6 +10,7 @@ import queue
 import signal
 import sys
 import threading
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +36,9 @@ def main(folder: Path, cache_dir: Path, device: torch.device) -> None:
     try:
         task = Task.load(folder / "task").on(device)
         scorer, store = Scorer(task), Store(cache_dir, task)
-    except (ValueError, OSError) as error:
+    except Exception as error:
         orders.get()
-        say(error=str(error))
+        say(error=_told(error))
         return
     with memory_kept():
         while True:
@@ -45,10 +46,18 @@ def main(folder: Path, cache_dir: Path, device: torch.device) -> None:
             try:
                 rows = np.load(folder / "chunks" / f"{chunk}.npy")
                 store.write(scorer.table(rows, lambda count: say(windows=count)))
-            except (ValueError, OSError) as error:
-                say(error=str(error))
+            except Exception as error:
+                say(error=_told(error))
                 continue
             say(finished=True)
+
+
+def _told(error: Exception) -> str:
+    """What whoever gives the orders is to say; errors that nobody wrote for a reader have their trace printed here."""
+    if isinstance(error, (ValueError, OSError, RuntimeError)):
+        return str(error)
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {error}"
 
 
 def _listen(orders: "queue.SimpleQueue[int]") -> None:

@@ -1,13 +1,13 @@
 """A CPU at work: its cores side by side, and the C library's heap meanwhile."""
 
 import ctypes
-import ctypes.util
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -51,6 +51,13 @@ class _Kept:
     blocks = 0
 
 
+@cache
+def _c_library() -> ctypes.CDLL | None:
+    """This process's own C library, where it is glibc."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
+
+
 @contextmanager
 def memory_kept() -> Iterator[None]:
     """Keep freed memory for the next tensor instead of giving it back to the system, for the length of a block.
@@ -58,8 +65,8 @@ def memory_kept() -> Iterator[None]:
     Most operations of a network make tensors of some MiB. glibc fetches each from the system and gives it back when it
     is freed, and the system clears it page by page: up to a third of the time. Elsewhere nothing happens.
     """
-    library = ctypes.CDLL(ctypes.util.find_library("c")) if sys.platform == "linux" else None
-    if library is None or not hasattr(library, "mallopt"):
+    library = _c_library()
+    if library is None:
         yield
         return
     with _Kept.lock:

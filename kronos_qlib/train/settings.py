@@ -101,11 +101,11 @@ class FinetuneSettings(Settings):
     checkpoint_every: steps between two checkpoints; the last two are kept.
     tokenizer, predictor: the stages; null skips one.
     processes: how many train together; auto is one per GPU, one on a CPU. The result does not depend on it, but for
-        rounding and for dropout.
+        rounding where a batch has fewer parts than there are processes.
     max_restarts: how often dead processes are started again, from the last checkpoint.
     micro_batch_size: windows that go through the network at a time, on a CPU in each thread; the gradients of a batch
         are accumulated over such parts. auto is a part for every core, or what an estimate finds room for.
-    compile: let torch.compile build the training step: minutes at the start, faster steps after.
+    compile: let torch.compile build the training step: minutes at the start, and on a CPU slower steps than without.
     half_life_days: draw older windows less often, half as often for every so many days before the newest.
     extra_data: further universes or stores to train on, see `kronos_qlib.data.extra.ExtraData`; validation stays with
         the dataset's own.

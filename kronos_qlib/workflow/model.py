@@ -1,5 +1,6 @@
 """KronosModel: Kronos as a Qlib model, from windows of bars to scores."""
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from kronos_qlib.data.dataset import KLineDataset
 from kronos_qlib.data.extra import training_set
 from kronos_qlib.data.settings import read_settings
 from kronos_qlib.data.windows import COLUMNS, Windows
+from kronos_qlib.forecast.cluster import require_ray
 from kronos_qlib.forecast.generate import Sampling
 from kronos_qlib.forecast.run import Run, forecast
 from kronos_qlib.forecast.scorer import quantile_columns
@@ -98,6 +100,7 @@ class KronosModel(ModelFT):
         self.tokenizer = _network(KronosTokenizer, "tokenizer", self.settings.tokenizer, seed)
         self.model = _network(Kronos, "model", self.settings.model, seed)
         check_pair(self.tokenizer, self.model)
+        self._run()  # what it cannot do is said now, not after the training
         if self.settings.finetune is not None:
             self._check_finetune(self.settings.finetune)
         if self.tokenizer.d_in != len(COLUMNS):
@@ -219,7 +222,7 @@ class KronosModel(ModelFT):
         windows = dataset.score_windows(segment)
         self._warn_of_overlap(windows)
         record_run(self.settings, dataset)
-        return pd.DataFrame(self._forecast(dataset, windows, columns or known), _rows(windows)).sort_index()
+        return pd.DataFrame(self._forecast(dataset, windows, columns or known), _rows(windows), copy=False)
 
     def paths(self, dataset: KLineDataset, segment: str | slice = "test") -> tuple[pd.MultiIndex, np.ndarray]:
         """The sample paths of every window of a segment; those that are in `cache_dir` are read there.
@@ -300,19 +303,31 @@ class KronosModel(ModelFT):
             part=None if options.batch_size == "auto" else options.batch_size,
             paths=options.keep_paths,
         )
-        run = Run(
-            cache_dir=Path(options.cache_dir) if options.cache_dir else None,
-            processes=process_count("forecast", options.processes, device),
-            engine=options.engine,
-        )
         started = time.perf_counter()
         try:
-            values, resumed = forecast(task, run, columns)
+            values, resumed = forecast(task, self._run(), columns)
         finally:
             self._to("cpu")
         figures = {"seconds": time.perf_counter() - started, "windows": len(windows), "resumed": resumed}
         record_metrics({f"forecast.{name}": value for name, value in figures.items()}, None)
         return values
+
+    def _run(self) -> Run:
+        """How forecasts are worked on.
+
+        Raises:
+            ValueError: more processes than GPUs, a cache_dir that cannot be written. ModuleNotFoundError: no Ray.
+        """
+        options, ray = self.settings.forecast, self.settings.forecast.engine == "ray"
+        processes = process_count("KronosModel: forecast", options.processes, resolve_device(self.settings.device))
+        if ray:
+            require_ray()
+        cache_dir = Path(options.cache_dir).expanduser() if options.cache_dir else None
+        if cache_dir is not None:
+            there = next(place for place in (cache_dir, *cache_dir.absolute().parents) if place.exists())
+            if not there.is_dir() or not os.access(there, os.W_OK):
+                raise ValueError(f"KronosModel: forecast.cache_dir: {cache_dir} cannot be made or written: see {there}")
+        return Run(cache_dir, 1 if ray else processes, options.engine)
 
     def _to(self, device: torch.device | str) -> None:
         """Move both networks; they rest on the CPU, where they can be pickled for any machine."""
@@ -342,6 +357,7 @@ class KronosModel(ModelFT):
 
 
 def _rows(windows: Windows) -> pd.MultiIndex:
+    """The windows' (datetime, instrument), by which a dataset's are sorted."""
     return pd.MultiIndex.from_arrays([windows.dates, windows.instruments], names=["datetime", "instrument"])
 
 

@@ -153,7 +153,8 @@ class ForecastRecord(RecordTemp):
             covered = perfect_coverage(samples)["coverage_90"]
             logger.warning(
                 f"ForecastRecord: bands from {samples} samples are rough: "
-                f"so many samples of the right distribution make a 90 % band that covers {covered:.0%}"
+                f"so many samples of the right distribution make a 90 % band that covers {covered:.0%}, "
+                "and a larger CRPS"
             )
 
     def _note(self) -> str:

@@ -50,6 +50,12 @@ class ForecastSettings(Settings):
             raise ValueError("keep_paths needs a cache_dir to keep them in")
         return self
 
+    @model_validator(mode="after")
+    def _a_cluster_divides_its_own(self) -> "ForecastSettings":
+        if self.engine == "ray" and self.processes != "auto":
+            raise ValueError("processes are of this machine; with engine: ray leave them auto")
+        return self
+
 
 class ModelSettings(Settings):
     """The keyword arguments of `KronosModel`.

@@ -15,6 +15,7 @@ from kronos_qlib.analysis.comparison import COLUMNS, PAIR_COLUMNS, Comparison, c
 from kronos_qlib.analysis.figures import plot_excess_return
 from kronos_qlib.analysis.results import ResultsError, RunResult, load_runs
 from kronos_qlib.analysis.signals import daily_ic, daily_rank_ic, wide
+from kronos_qlib.analysis.significance import newey_west_t
 from kronos_qlib.analysis.tables import WIDTH, terminal_text
 from kronos_qlib.analysis.verdicts import pair_verdict, residual_verdict, run_verdict
 from kronos_qlib.cli import main
@@ -223,11 +224,54 @@ def test_without_the_store_factors_and_capacity_are_not_known_and_that_is_said(r
     assert "its Qlib store (market) is not at hand" in terminal_text(compared)
 
 
-def test_lag_is_the_recorded_horizon_or_said_to_be_assumed(recorded: Recorded) -> None:
+def test_lag_is_the_longest_recorded_horizon_or_said_to_be_assumed(recorded: Recorded) -> None:
     one, other = _without_store(load_runs(["reversal", "momentum"], recorded.uri))
     compared = compare_runs([dataclasses.replace(one, horizon=4), other])
-    assert compared.lags == {"reversal": 4, "momentum": 10}
-    assert "the recorded horizon (reversal 4); 10, assumed (momentum)" in " ".join(compared.notes)
+    assert compared.lag == 4
+    assert "lag of all rows: 4 days, the longest horizon recorded (reversal)" in " ".join(compared.notes)
+    assert compared.table.loc["momentum", "rank_ic_t"] == newey_west_t(compared.rank_ic["momentum"], 4)
+    alone = compare_runs([other])
+    assert alone.lag == 10 and "assumed, no run records a horizon" in " ".join(alone.notes)
+
+
+def test_segments_that_reach_the_days_compared_are_told(recorded: Recorded) -> None:
+    (run,) = _without_store(load_runs(["reversal"], recorded.uri))
+    first = run.scores.index[0][0]
+    spans = {"train": ["2018-01-02", str(first.date())], "valid": ["2017-01-02", "2017-12-29"]}
+    config = run.config | {"task": {"dataset": {"kwargs": {"segments": spans}}}}
+    notes = " ".join(compare_runs([dataclasses.replace(run, config=config)]).notes)
+    assert f"CAUTION: reversal: its train segment ends on {first:%Y-%m-%d}" in notes
+    assert "its valid segment" not in notes and "segment ends" not in " ".join(compare_runs([run]).notes)
+
+
+def test_backtests_with_other_rules_are_told(recorded: Recorded) -> None:
+    def with_rules(run: RunResult, topk: int, open_cost: float) -> RunResult:
+        strategy = {"class": "TopkDropoutStrategy", "kwargs": {"signal": run.name, "topk": topk}}
+        backtest = {"start_time": run.name, "account": 1e8, "exchange_kwargs": {"open_cost": open_cost}}
+        record = {"class": "PortAnaRecord", "kwargs": {"config": {"strategy": strategy, "backtest": backtest}}}
+        return dataclasses.replace(run, config={"task": {"record": [{"class": "SigAnaRecord"}, record]}})
+
+    one, other = _without_store(load_runs(["reversal", "momentum"], recorded.uri))
+    alike = [with_rules(run, 50, 0.001) for run in (one, other)]
+    assert "the backtests differ" not in " ".join(compare_runs(alike).notes)
+    notes = " ".join(compare_runs([alike[0], with_rules(other, 30, 0.0)]).notes)
+    assert "CAUTION: the backtests differ in open_cost, topk: their rows do not compare." in notes
+
+
+def test_scores_with_ties_are_told(recorded: Recorded) -> None:
+    (run,) = _without_store(load_runs(["reversal"], recorded.uri))
+    signs = compare_runs([dataclasses.replace(run, scores=np.sign(run.scores - 1))])
+    assert "reversal: 2 distinct scores a day for" in " ".join(signs.notes)
+    constant = compare_runs([dataclasses.replace(run, scores=run.scores * 0)])
+    assert "CAUTION: reversal: all scores of a day are equal" in " ".join(constant.notes)
+    assert "distinct" not in " ".join(compare_runs([run]).notes)
+
+
+def test_one_run_by_two_names_is_one_row_and_a_copy_is_said_to_be_the_same(recorded: Recorded) -> None:
+    (run,) = _without_store(load_runs(["reversal"], recorded.uri))
+    assert [each.run_id for each in load_runs(["reversal", run.run_id], recorded.uri)] == [run.run_id]
+    compared = compare_runs([run, dataclasses.replace(run, name="copy")])
+    assert pair_verdict(compared, "reversal", "copy").endswith("0 on every day: the two order the instruments alike")
 
 
 def test_overlap_with_pretraining_is_told(recorded: Recorded) -> None:

@@ -90,6 +90,16 @@ def _write_evaluation(folder: Path) -> None:
     for number, column in enumerate(("crps", "crps_volatility", "crps_last_value")):
         steps[column] = 0.01 * (1 + 0.1 * number) * np.sqrt(steps.index)
     steps.to_csv(folder / "steps.csv")
+    about = {"samples": 5, "perfect_coverage": {"coverage_50": 1 / 3, "coverage_90": 0.6}, "pit_from": "quantiles"}
+    (folder / "about.json").write_text(json.dumps(about | {"calibration": {"last_bar": "2020-01-31"}}))
+    names = ["crps", "crps_last_value", "crps_volatility", "mae", "rmse", "coverage_50", "coverage_90", "direction"]
+    row = dict.fromkeys(names, 0.01) | {"crps": 0.0281, "direction_low": 0.48, "direction_high": 0.55}
+    for name, column, groups in (
+        ("overall.csv", "evaluated_windows", [700]),
+        ("by_year.csv", "year", [2019, 2020]),
+        ("by_volatility.csv", "volatility", ["low", "middle", "high"]),
+    ):
+        pd.DataFrame([{column: group} | row for group in groups]).to_csv(folder / name, index=False)
     low = np.arange(20) / 20
     histogram = {"step": "all", "low": low, "high": low + 0.05, "density": 1.0, "density_volatility": 1.1}
     pd.DataFrame(histogram).to_csv(folder / "pit.csv", index=False)
@@ -214,6 +224,15 @@ def test_forecasts_of_other_scores_or_none_are_said_and_not_shown(page: Page, tm
     text = write_report(dataclasses.replace(page.comparison, runs=runs), tmp_path / "report.html").read_text()
     assert "Not drawn: its forecasts (forecasts) are not at hand." in _sections(text)["fans"]
     assert "No run has the artifacts of a ForecastRecord" in _sections(text)["calibration"]
+
+
+def test_calibration_says_how_many_samples_and_gives_the_figures(page: Page) -> None:
+    section = _sections(page.text)["calibration"]
+    assert "dashed: 5 samples at best" in section and "rough in the tails as it is from quantiles" in section
+    assert "on earlier days, to 2020-01-31" in section
+    rows = re.findall(r'<th scope="row">([^<]*)</th><td>2.81%</td>', section)
+    assert rows == ["All", "2019", "2020", "Volatility low", "Volatility middle", "Volatility high"]
+    assert "<td>48.0% … 55.0%</td>" in section
 
 
 def test_neutralised_scores_find_their_forecasts_if_only_one_set_can_be_meant(page: Page) -> None:

@@ -46,11 +46,18 @@ def test_deciles_of_scores_that_are_the_labels_rise_and_hold_a_tenth_each() -> N
     assert monotonicity(-deciles.mean()) == pytest.approx(-1)
 
 
-def test_equal_scores_stay_in_one_decile() -> None:
-    scores = _noise(0) * 0
-    scores.iloc[:, :6] = 1.0
-    filled = decile_labels(scores, _noise(1)).iloc[0].dropna()
-    assert list(filled.index) == [5, 10]
+def test_equal_scores_share_their_mean_label_whatever_their_order() -> None:
+    scores, labels = _noise(0) * 0, _noise(1)
+    scores.iloc[:, :9] = 1.0
+    deciles = decile_labels(scores, labels).iloc[0]
+    high, low = labels.iloc[0, :9].mean(), labels.iloc[0, 9:].mean()
+    assert deciles[10] == pytest.approx(high)
+    assert deciles[9] == pytest.approx((high + low) / 2)  # three of each
+    assert deciles[:8].tolist() == pytest.approx([low] * 8)
+    order = np.random.default_rng(2).permutation(len(NAMES))
+    mixed = decile_labels(scores.iloc[:, order], labels.iloc[:, order])
+    pd.testing.assert_series_equal(mixed.iloc[0], deciles)
+    assert decile_labels(scores * 0, labels).isna().all().all()
 
 
 def test_half_life_of_ranks_that_fade_by_a_known_rate() -> None:

@@ -19,6 +19,15 @@ def test_without_lags_t_is_the_ordinary_one() -> None:
     assert p == pytest.approx(plain.pvalue, rel=0.05)
 
 
+def test_t_is_the_sum_of_newey_and_west_written_out() -> None:
+    daily, lag = _fading(120, 0.7, 3) + 0.2, 6
+    away = (daily - daily.mean()).to_numpy()
+    variance = away @ away
+    for distance in range(1, lag + 1):
+        variance += 2 * (1 - distance / (lag + 1)) * (away[distance:] @ away[:-distance])
+    assert newey_west_t(daily, lag) == pytest.approx(daily.sum() / np.sqrt(variance))
+
+
 def test_autocorrelation_lowers_t_and_widens_the_interval() -> None:
     daily = _fading(1000, 0.8, 0) + 0.1
     assert abs(newey_west_t(daily, 10)) < 0.6 * abs(newey_west_t(daily, 0))
@@ -43,6 +52,12 @@ def test_same_seed_same_interval_and_days_without_value_are_left_out() -> None:
     assert bootstrap_interval(daily) == bootstrap_interval(gaps)
     assert bootstrap_interval(daily) != bootstrap_interval(daily, seed=1)
     assert newey_west(daily, 5) == newey_west(gaps, 5)
+
+
+def test_t_needs_four_times_as_many_days_as_lags() -> None:
+    daily = _fading(40, 0.3, 4)
+    assert np.isfinite(newey_west(daily, 10)).all()
+    assert np.isnan(newey_west(daily[:39], 10)).all()
 
 
 @pytest.mark.parametrize("daily", [[], [0.1] * 50, [0.1, 0.2, 0.3], [np.nan] * 50])

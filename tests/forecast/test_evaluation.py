@@ -148,8 +148,19 @@ def test_the_interval_allows_for_what_a_day_and_overlapping_horizons_share():
     }
     assert width["alone"] == pytest.approx(2 * 1.96 / 100, rel=0.2)
     assert width["day"] == pytest.approx(2 * 1.96 / np.sqrt(200), rel=0.2)
-    assert width["overlapping"] > 1.7 * width["day"]
-    assert np.isnan(interval(alone[:950], dates[:950], 10)).all(), "19 days are too few for 10 steps"
+    assert 2.2 < width["overlapping"] / width["day"] < 3.5, "the mean of ten is √10 = 3.2 times as uncertain"
+    assert np.isnan(interval(alone[:2450], dates[:2450], 10)).all(), "49 days are too few for 10 steps"
+    assert np.isfinite(interval(alone[:2500], dates[:2500], 10)).all()
+
+
+def test_intervals_of_overlapping_horizons_cover_the_truth_about_as_often_as_they_say():
+    hits = 0
+    for seed in range(100):
+        shocks = np.random.default_rng(seed).standard_normal(210)
+        values = np.convolve(shocks, np.ones(10) / 10, "valid")
+        low, high = interval(values, np.arange(len(values)), 10)
+        hits += low < 0 < high
+    assert hits >= 87
 
 
 def test_terciles_of_volatility_are_each_days_own():

@@ -1,5 +1,6 @@
 """A forecast is never computed twice, whatever happens to it, and comes out the same."""
 
+import errno
 import os
 import signal
 import time
@@ -10,14 +11,18 @@ import pyarrow.parquet as pq
 import pytest
 import tasks
 import torch
-from tasks import COLUMNS, NAMES, assert_same, chunks, make_task, make_windows, run, started, with_bar_changed
+from filelock import FileLock
+from tasks import COLUMNS, LOOKBACK, NAMES, assert_same, chunks, make_task, make_windows, run, started, with_bar_changed
 
 from kronos_qlib.forecast import run as runs
 from kronos_qlib.forecast import scorer as scoring
+from kronos_qlib.forecast import store as stores
 from kronos_qlib.forecast.generate import Sampling
 from kronos_qlib.forecast.scorer import QUANTILES
 from kronos_qlib.forecast.scores import scores
-from kronos_qlib.forecast.task import Task
+from kronos_qlib.forecast.task import GENERATION, Task
+
+LAST_RETURNS = [0.02716, -0.04658, -0.04316, -0.04004, 0.01816]
 
 
 @pytest.fixture(autouse=True)
@@ -196,9 +201,9 @@ def test_a_device_out_of_memory_is_given_half(monkeypatch, caplog, plain):
 
 def test_the_memory_for_a_part_is_looked_at(monkeypatch):
     task = make_task()
-    monkeypatch.setattr(scoring.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2**20}))
+    monkeypatch.setattr(scoring.psutil, "virtual_memory", lambda: type("Memory", (), {"total": 2**20}))
     little = scoring.part_size(task)
-    monkeypatch.setattr(scoring.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2**40}))
+    monkeypatch.setattr(scoring.psutil, "virtual_memory", lambda: type("Memory", (), {"total": 2**40}))
     assert 1 <= little < scoring.part_size(task) == scoring.PART
 
 
@@ -243,8 +248,54 @@ def test_a_chunk_that_kills_every_process_is_given_up_and_named(tmp_path, monkey
     from kronos_qlib.forecast import processes
 
     monkeypatch.setattr(processes, "WORKER", ("-c", "import os; input(); os.kill(os.getpid(), 9)"))
-    with pytest.raises(RuntimeError, match="died 3 times on the same 64 windows .*SIGKILL"):
+    with pytest.raises(RuntimeError, match="died 6 times in a row .*SIGKILL"):
         run(make_task(), tmp_path, processes=2)
+    with pytest.raises(RuntimeError, match="died 3 times on the same 30 windows .*SIGKILL"):
+        run(make_task(make_windows(last=25)), tmp_path, processes=2)
+
+
+def test_what_a_killed_run_has_left_is_removed_and_what_another_uses_is_not(plain, tmp_path):
+    process = started(tmp_path, "processes=2", slow=True)
+    end = time.monotonic() + 60
+    while not chunks(tmp_path):
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    (left,) = tmp_path.glob("kronos-*")
+    used = tmp_path / "kronos-used"
+    used.mkdir()
+    with FileLock(used / "lock"):
+        again, resumed = run(make_task(), tmp_path, processes=2)
+        assert used.exists()
+    assert not left.exists() and resumed >= 56
+    assert_same(again, plain)
+
+
+def test_chunks_with_paths_serve_those_who_want_none(plain, tmp_path):
+    run(make_task(paths=True), tmp_path)
+    again, resumed = run(make_task(), tmp_path)
+    assert resumed == len(make_task())
+    assert_same(again, plain)
+
+
+def test_a_file_that_cannot_be_read_now_is_not_taken_for_damaged(tmp_path, monkeypatch):
+    run(make_task(), tmp_path)
+
+    def busy(*args, **options):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(stores.pq, "read_table", busy)
+    with pytest.raises(OSError, match="Too many open files"):
+        run(make_task(), tmp_path)
+    assert len(chunks(tmp_path)) == -(-len(make_task()) // 64)
+
+
+def test_the_generation_is_raised_when_forecasts_change():
+    """Old caches must not be served as new forecasts: if these closes change, raise GENERATION and write them anew."""
+    values, _ = run(make_task(make_windows(last=LOOKBACK)))
+    assert GENERATION == 2
+    np.testing.assert_allclose(values["last_return"], LAST_RETURNS, atol=2e-4)
 
 
 def test_what_a_process_cannot_do_is_said_in_its_words(tmp_path, monkeypatch):

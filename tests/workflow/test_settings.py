@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 
 import huggingface_hub
 import pytest
@@ -163,6 +164,15 @@ def test_return_to_risk_needs_a_spread_of_samples():
 def test_an_impossible_way_to_train_is_refused_before_any_work(changes, message):
     settings = {"finetune": {"output_dir": "out", "tokenizer": {"epochs": 1}} | changes}
     assert refusal(**settings).startswith(f"KronosModel: {message}")
+
+
+def test_what_forecasting_cannot_do_is_said_before_any_training(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    assert "forecast.cache_dir: " in refusal(forecast={"cache_dir": str(tmp_path / "file" / "cache")})
+    assert "with engine: ray leave them auto" in refusal(forecast={"engine": "ray", "processes": 2})
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ModuleNotFoundError, match="the extra"):
+        make_model(forecast={"engine": "ray"})
 
 
 def test_paths_cannot_be_kept_nowhere():
