@@ -1,6 +1,6 @@
 """Proof that nothing leaks: on markets without signal no model finds one, and where something leaks the test says so.
 
-    python benchmarks/leaks.py                       # all three cases, 20 seeds; a quarter of an hour on two cores
+    python benchmarks/leaks.py                       # all three cases, 20 seeds; seven minutes on two cores
     python benchmarks/leaks.py --signal 0            # one case alone
     python benchmarks/leaks.py --signal 0.05
     python benchmarks/leaks.py --leak
