@@ -68,6 +68,7 @@ def test_these_are_all_the_notebooks():
 @every_notebook
 def test_a_notebook_runs_and_shows_what_its_committed_outputs_show(path, market, tmp_path, monkeypatch):
     monkeypatch.setenv("DEMO_MARKET", str(market))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # other tests run beside it
     monkeypatch.delenv("PYTEST_CURRENT_TEST", raising=False)  # ipykernel looks at it and then misses some output
     fresh = execute.executed(path, tmp_path, timeout=600)  # a failing cell raises
     assert kinds(fresh) == kinds(read(path))

@@ -38,7 +38,7 @@ def task(name: str, segments: dict[str, Any] = SEGMENTS, feature: str | None = N
     dataset["handler"]["kwargs"]["end_time"] = WHOLE[1]
     if feature is not None:
         dataset["handler"]["kwargs"]["data_loader"]["kwargs"]["config"]["feature"][0][0] = feature
-    config = task["record"][-1]["kwargs"]["config"]
+    (config,) = [record["kwargs"]["config"] for record in task["record"] if record["class"] == "PortAnaRecord"]
     config["strategy"]["kwargs"] |= {"topk": 3, "n_drop": 1}
     config["backtest"] |= {"start_time": SEGMENTS["test"][0], "end_time": SEGMENTS["test"][1]}
     return task
