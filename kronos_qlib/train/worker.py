@@ -83,4 +83,9 @@ def log_as_qlib_does() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])))
+    status = main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    logging.shutdown()
+    sys.stdout.flush()
+    # All is on disk. A thread of the process group that outlives the interpreter would abort the process ("terminate
+    # called without an active exception", seen once), and the launcher take it for one that died.
+    os._exit(status)
