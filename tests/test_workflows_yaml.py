@@ -219,5 +219,4 @@ def test_the_demo_is_set_up_as_csi300_but_for_market_dates_and_portfolio_size():
             backtest["backtest"].pop(key)
         for key in ("topk", "n_drop"):
             backtest["strategy"]["kwargs"].pop(key)
-        record_kwargs(config, "ForecastRecord").pop("calibrate_on", None)  # for the year of real bars it takes minutes
     assert demo == csi300

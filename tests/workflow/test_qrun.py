@@ -70,7 +70,7 @@ def test_qrun_ends_with_scores_their_analysis_and_a_backtest(market, tmp_path, m
     (recorder,) = R.list_recorders(experiment_name="tiny").values()
     assert recorder.info["status"] == "FINISHED"
     artifacts = set(recorder.list_artifacts())
-    assert "forecast_evaluation/calibration.csv" in recorder.list_artifacts("forecast_evaluation")
+    assert "forecast_evaluation/steps.csv" in recorder.list_artifacts("forecast_evaluation")
     assert SIGNAL | {"params.pkl", "dataset", "kronos_run.json", "sig_analysis", "portfolio_analysis"} <= artifacts
     assert "sig_analysis/ic.pkl" in recorder.list_artifacts("sig_analysis")
     assert "portfolio_analysis/report_normal_1day.pkl" in recorder.list_artifacts("portfolio_analysis")
