@@ -10,6 +10,7 @@ import pandas as pd
 
 from kronos_qlib.analysis.factors import exposures, residual_scores
 from kronos_qlib.analysis.market import MarketError, read_market
+from kronos_qlib.analysis.notes import reservations
 from kronos_qlib.analysis.portfolio import capacity, cost_a_year, mean_turnover
 from kronos_qlib.analysis.results import ResultsError, RunResult
 from kronos_qlib.analysis.signals import (
@@ -34,8 +35,6 @@ COLUMNS = [
 ]
 PAIR_COLUMNS = ["rank_ic_difference", "t", "p", "p_holm", "low", "high", "score_correlation", "days"]
 ASSUMED_HORIZON = 10
-SYNTHETIC = "SYNTHETIC demo market"
-_DISTINCT = 0.5  # of a day's scores: with fewer, ties decide what is bought
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def compare_runs(runs: Sequence[RunResult]) -> Comparison:
         residual_rank_ic=residual,
         exposures=_exposures(tables, markets),
         lag=lag,
-        notes=[*_notes(runs, labels, lag, unread), *_score_notes(tables), *_residual_notes(residual, rank_ic, unread)],
+        notes=reservations(runs, labels, tables, rank_ic, residual, lag, unread),
     )
 
 
@@ -260,136 +259,6 @@ def _pairs(rank_ic: pd.DataFrame, correlation: pd.DataFrame, lag: int) -> pd.Dat
         rows.append((one, other, difference.mean(), t, p, np.nan, low, high, together, difference.notna().sum()))
     pairs = pd.DataFrame(rows, columns=["run", "other", *PAIR_COLUMNS]).set_index(["run", "other"])
     return pairs.assign(p_holm=holm(pairs["p"]))
-
-
-def _notes(runs: Sequence[RunResult], labels: dict[str, pd.Series], lag: int, unread: Sequence[str]) -> list[str]:
-    return [
-        *_backtest_notes(runs),
-        *_label_notes(labels),
-        _lag_note(runs, lag),
-        *_sample_notes(runs, next(iter(labels.values())).index[0][0]),
-        *[f"n/a after simple factors and for capacity: {reason}." for reason in unread],
-        *[f"CAUTION: {run.name}: {run.overlap}." for run in runs if run.overlap],
-        *_market_notes(runs),
-    ]
-
-
-def _backtest_notes(runs: Sequence[RunResult]) -> list[str]:
-    periods = {run.name: backtest_period(run) for run in runs}
-    rules = _backtest_rules(runs)
-    differ = sorted(key for key in set().union(*rules.values()) if len({held.get(key) for held in rules.values()}) > 1)
-    settings = [f"CAUTION: the backtests differ in {', '.join(differ)}: their rows do not compare."] if differ else []
-    if len(set(periods.values())) == 1:
-        period = next(iter(periods.values()))
-        return [*settings, f"Backtest {period}; it holds what each run scored, common to all or not."]
-    return [
-        *settings,
-        "CAUTION: the backtests cover different dates, so their rows do not compare: "
-        + "; ".join(f"{name}: {period}" for name, period in periods.items())
-        + ".",
-    ]
-
-
-def _backtest_rules(runs: Sequence[RunResult]) -> dict[str, dict[str, str]]:
-    """Strategy and exchange of each run's backtest, as far as recorded; dates are compared by what was run."""
-    rules = {}
-    for run in runs:
-        records = run.config.get("task", {}).get("record")
-        for record in records if isinstance(records, list) else []:
-            config = record.get("kwargs", {}).get("config") if isinstance(record, dict) else None
-            if isinstance(config, dict):
-                strategy, backtest = config.get("strategy", {}), config.get("backtest", {})
-                parts = {"strategy": strategy.get("class"), **strategy.get("kwargs", {}), **backtest}
-                parts |= parts.pop("exchange_kwargs", None) or {}
-                skipped = ("signal", "start_time", "end_time")
-                rules[run.name] = {key: str(value) for key, value in parts.items() if key not in skipped}
-    return rules
-
-
-def _label_notes(labels: dict[str, pd.Series]) -> list[str]:
-    first, *others = labels.items()
-    differ = [name for name, rows in others if not np.allclose(rows, first[1], rtol=1e-4, atol=1e-6)]
-    return [f"CAUTION: labels differ from those of {first[0]}: {', '.join(differ)}."] if differ else []
-
-
-def _lag_note(runs: Sequence[RunResult], lag: int) -> str:
-    recorded = [run.name for run in runs if run.horizon == lag]
-    why = f"the longest horizon recorded ({', '.join(recorded)})" if recorded else "assumed, no run records a horizon"
-    return f"Newey–West lag of all rows: {lag} days, {why}."
-
-
-def _sample_notes(runs: Sequence[RunResult], first: pd.Timestamp) -> list[str]:
-    """Runs whose train or valid segment reaches the days that are compared."""
-    notes = []
-    for run in runs:
-        ends = {name: end for name, end in _segment_ends(run).items() if end >= first}
-        notes += [
-            f"CAUTION: {run.name}: its {name} segment ends on {end:%Y-%m-%d} and scores are compared from "
-            f"{first:%Y-%m-%d} on: up to then they are not out of sample."
-            for name, end in ends.items()
-        ]
-    return notes
-
-
-def _segment_ends(run: RunResult) -> dict[str, pd.Timestamp]:
-    """The last days of the segments train and valid, as far as they are recorded."""
-    dataset = run.config.get("task", {}).get("dataset")
-    kwargs = dataset.get("kwargs", {}) if isinstance(dataset, dict) else {}
-    segments = run.kronos_run.get("data", {}).get("segments") or kwargs.get("segments")
-    spans = segments if isinstance(segments, dict) else {}
-    ends = {}
-    for name in ("train", "valid"):
-        span = spans.get(name)
-        if isinstance(span, (list, tuple)) and len(span) == 2 and span[1] is not None:
-            ends[name] = pd.Timestamp(str(span[1]))
-    return ends
-
-
-def _score_notes(tables: dict[str, pd.DataFrame]) -> list[str]:
-    notes = []
-    for name, scores in tables.items():
-        distinct = scores.nunique(axis=1).mean()
-        share = distinct / scores.notna().sum(axis=1).mean()
-        if distinct == 1:
-            notes.append(f"CAUTION: {name}: all scores of a day are equal, so its backtest is one arbitrary draw.")
-        elif share < _DISTINCT:
-            notes.append(
-                f"{name}: {distinct:.0f} distinct scores a day for {distinct / share:.0f} instruments: which of equal "
-                "ones the backtest buys is arbitrary."
-            )
-    return notes
-
-
-def _residual_notes(residual: pd.DataFrame, rank_ic: pd.DataFrame, unread: Sequence[str]) -> list[str]:
-    days = residual.notna().sum()
-    fewer = [
-        f"{name}: {days[name]} of {scored}"
-        for name, scored in rank_ic.notna().sum().items()
-        if days[name] < scored and not any(reason.startswith(f"{name}:") for reason in unread)
-    ]
-    return [f"Days with something left after simple factors: {'; '.join(fewer)}."] if fewer else []
-
-
-def _market_notes(runs: Sequence[RunResult]) -> list[str]:
-    notes = [f"{synthetic_note(runs)}: simulated bars, no evidence about real markets."] if synthetic_note(runs) else []
-    if not all(run.synthetic for run in runs):
-        notes.append(
-            "Survivorship: if the store lacks delisted instruments, absolute returns are flattered. Compare runs; do "
-            "not quote levels."
-        )
-    return notes
-
-
-def backtest_period(run: RunResult) -> str:
-    """First and last day and number of days of the backtest, in words."""
-    first, last = run.report.index[0], run.report.index[-1]
-    return f"{first:%Y-%m-%d} … {last:%Y-%m-%d}, {len(run.report)} days"
-
-
-def synthetic_note(runs: Sequence[RunResult]) -> str:
-    """Who ran on a demo market, in words; empty if nobody did."""
-    names = [run.name for run in runs if run.synthetic]
-    return SYNTHETIC + (f" ({', '.join(names)})" if len(names) < len(runs) else "") if names else ""
 
 
 def write_tables(comparison: Comparison, folder: Path) -> list[Path]:

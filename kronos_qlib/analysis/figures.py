@@ -12,7 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from kronos_qlib.analysis.charts import ROLLING_DAYS
-from kronos_qlib.analysis.comparison import Comparison, synthetic_note
+from kronos_qlib.analysis.comparison import Comparison
+from kronos_qlib.analysis.notes import synthetic_note
 from kronos_qlib.analysis.results import RunResult
 from kronos_qlib.files import whole_file
 

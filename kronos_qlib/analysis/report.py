@@ -14,8 +14,9 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from kronos_qlib.analysis import charts, tables
-from kronos_qlib.analysis.comparison import Comparison, backtest_period, synthetic_note
+from kronos_qlib.analysis.comparison import Comparison
 from kronos_qlib.analysis.fans import Fan, FansError, load_fans
+from kronos_qlib.analysis.notes import backtest_period, synthetic_note
 from kronos_qlib.analysis.results import RunResult
 from kronos_qlib.analysis.verdicts import pair_verdict, residual_verdict, run_verdict
 from kronos_qlib.files import whole_file
