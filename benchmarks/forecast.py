@@ -12,6 +12,7 @@ import contextlib
 import io
 import statistics
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,8 +28,11 @@ from kronos_qlib import Kronos, KronosTokenizer
 from kronos_qlib.data.stamps import stamps
 from kronos_qlib.data.windows import normalise
 from kronos_qlib.forecast import sample_paths
+from kronos_qlib.forecast.generate import Sampling, generate, part_drawn
+from kronos_qlib.forecast.graph import Recorded
+from kronos_qlib.forecast.weights import prepare
 from kronos_qlib.nn import zoo
-from kronos_qlib.nn.device import DTYPES, resolve_dtype
+from kronos_qlib.nn.device import DTYPES, resolve_device, resolve_dtype
 
 MAX_CONTEXT = 512
 SAMPLING = {"temperature": 0.6, "top_p": 0.9, "top_k": 0}  # as in the workflows
@@ -124,18 +128,34 @@ def make_windows(count: int, case: Case) -> tuple[Tensor, Tensor, Tensor]:
     return torch.from_numpy(x), stamp[:, :length], stamp[:, length:]
 
 
-def measure(case: Case, dtype: torch.dtype, rounds: int, folder: Path) -> dict[str, float | str]:
+def our_forecast(
+    networks: tuple[KronosTokenizer, Kronos], case: Case, windows: tuple[Tensor, ...], dtype: torch.dtype
+) -> Callable[[], Tensor]:
+    """Our forecast of some windows, to be called again and again: on a CUDA device as `forecast.scorer` replays it."""
+    options = SAMPLING | {"sample_count": case.samples}
+    if windows[0].device.type != "cuda":
+        return lambda: sample_paths(*networks, *windows, **options, max_context=MAX_CONTEXT, dtype=dtype)
+    net = prepare(*networks, MAX_CONTEXT, dtype, case.lookback)
+    sampling = Sampling(**options)
+    drawn = Recorded(part_drawn(net, sampling))
+    return lambda: generate(net, *windows, sampling, drawn=drawn).cpu()
+
+
+def measure(case: Case, dtype: torch.dtype, device: torch.device, rounds: int, folder: Path) -> dict[str, float | str]:
     """One row of the table: both sides in turns, `rounds` times, after one greedy forecast of each that is compared."""
     from sktime.libs.kronos import kronos as reference
 
     paths = save_networks(case.model, folder)
-    ours = KronosTokenizer.from_pretrained(paths[0]), Kronos.from_pretrained(paths[1])
+    ours = (
+        KronosTokenizer.from_pretrained(paths[0]).eval().to(device),
+        Kronos.from_pretrained(paths[1]).eval().to(device),
+    )
     with contextlib.redirect_stdout(io.StringIO()):  # the hub's mixin says that it loads a local folder
         theirs = (
-            reference.KronosTokenizer.from_pretrained(str(paths[0])).eval(),
-            reference.Kronos.from_pretrained(str(paths[1])).eval(),
+            reference.KronosTokenizer.from_pretrained(str(paths[0])).eval().to(device),
+            reference.Kronos.from_pretrained(str(paths[1])).eval().to(device),
         )
-    windows = make_windows(case.windows, case)
+    windows = tuple(part.to(device) for part in make_windows(case.windows, case))
     few = tuple(part[: case.reference_windows] for part in windows)
 
     def reference_forecast(samples: int, top_k: int) -> np.ndarray:
@@ -143,19 +163,17 @@ def measure(case: Case, dtype: torch.dtype, rounds: int, folder: Path) -> dict[s
         mean = reference.auto_regressive_inference(*theirs, *few, MAX_CONTEXT, case.horizon, **options)
         return mean[:, -case.horizon :]  # it returns the context's reconstruction too
 
-    greedy = sample_paths(*ours, *few, top_k=1, max_context=MAX_CONTEXT)[:, 0].numpy()  # in float32 whatever the dtype
+    # In float32 whatever the dtype.
+    greedy = sample_paths(*ours, *few, top_k=1, max_context=MAX_CONTEXT)[:, 0].cpu().numpy()
     distance = float(np.abs(greedy - reference_forecast(samples=1, top_k=1)).max())
 
-    def forecast() -> Tensor:
-        options = SAMPLING | {"sample_count": case.samples, "max_context": MAX_CONTEXT, "dtype": dtype}
-        return sample_paths(*ours, *windows, **options)
-
+    forecast = our_forecast(ours, case, windows, dtype)
     forecast()  # so that memory is there before the clock runs
     our_rates, their_rates, products = [], [], []
     for _ in range(rounds):
         our_rates.append(case.windows / timed(forecast))
         their_rates.append(case.reference_windows / timed(lambda: reference_forecast(case.samples, SAMPLING["top_k"])))
-        products.append(matrix_rate(dtype))
+        products.append(matrix_rate(dtype, device=device))
     rate, work = statistics.median(our_rates), gflop_per_window(case)
     return {
         "case": case.title,
@@ -181,28 +199,33 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of our products (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, for both sides (default: %(default)s)")
     options = parser.parse_args()
     try:
         import sktime.libs.kronos  # noqa: F401
     except ImportError:
         parser.error("the extra `bench` is not installed: pip install -c constraints.txt -e '.[bench]'")
     torch.set_num_threads(options.threads)
-    dtype = DTYPES[options.dtype]
+    dtype, device = DTYPES[options.dtype], resolve_device(options.device)
 
     print(describe("sktime"))
     if options.threads > cores():
         print(f"caution   {options.threads} threads on {cores()} cores: the figures will be poor")
-    if dtype is torch.bfloat16 and resolve_dtype("auto", torch.device("cpu")) is not dtype:
-        print("caution   this processor does not multiply bfloat16 in hardware: it will be far slower than float32")
+    if dtype is torch.bfloat16 and resolve_dtype("auto", device) is not dtype:
+        print("caution   this device does not multiply bfloat16 in hardware: it will be far slower than float32")
     sampling = ", ".join(f"{name} {value:g}" for name, value in SAMPLING.items())
-    print(f"settings  {options.threads} threads, {options.dtype}, {sampling}, median of {options.rounds} rounds\n")
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(
+        f"settings  {where}, {options.threads} threads, {options.dtype}, {sampling}, "
+        f"median of {options.rounds} rounds\n"
+    )
     agreed = True
     with tempfile.TemporaryDirectory() as folder:
         cases = [case for case in CASES if case.model in options.models and (case.horizon == 10 or not options.short)]
         for number, case in enumerate(cases):
             windows = options.windows or case.windows
             case = replace(case, windows=windows, reference_windows=min(windows, case.reference_windows))
-            row = measure(case, dtype, options.rounds, Path(folder))
+            row = measure(case, dtype, device, options.rounds, Path(folder))
             print_row(row, with_heading=number == 0)
             agreed &= "DIFFERS" not in row["greedy"]
     if not agreed:

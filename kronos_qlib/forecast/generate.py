@@ -117,6 +117,7 @@ def generate(
     part: int | None = None,
     part_done: Callable[[int], None] = lambda windows: None,
     progress: bool = False,
+    drawn: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """`sample_paths` with weights that are prepared already.
 
@@ -125,6 +126,7 @@ def generate(
             them, on a CPU a few for each thread. How a window's path is rounded may hang on it and on nothing else.
         part_done: told how many windows have been forecast, part by part.
         progress: show a bar of steps.
+        drawn: `part_drawn` of the same weights and sampling, where it is kept from call to call; no steps are shown.
     """
     _check_shapes(net, x, x_stamp, y_stamp)
     batch, horizon = x.shape[0], y_stamp.shape[1]
@@ -136,7 +138,6 @@ def generate(
     if part is None:
         threads = torch.get_num_threads() if on_cpu else 1
         part = -(-batch // (threads * -(-batch // (threads * PART)))) if on_cpu else batch  # as many for every thread
-    ranks = net.ranks if sampling.top_k != 1 else (None, None)  # the likeliest token needs no order
     parts = [slice(start, min(start + part, batch)) for start in range(0, batch, part)]
     with tqdm(total=len(parts) * horizon, desc="forecast", unit="step", disable=not progress) as bar:
 
@@ -144,17 +145,27 @@ def generate(
             with bar.get_lock():
                 bar.update()
 
+        draw_part = drawn or part_drawn(net, sampling, step_done)
+
         def paths(rows: slice) -> Tensor:
             with torch.inference_mode():  # of this thread
-                inputs = x[rows], x_stamp[rows], y_stamp[rows], uniform[:, :, rows]
-                drawn = _paths(net, *inputs, sampling, ranks, step_done)
+                values = draw_part(x[rows], x_stamp[rows], y_stamp[rows], uniform[:, :, rows])
             part_done(rows.stop - rows.start)
-            return drawn
+            return values
 
         if not on_cpu or alone:  # a single window has nothing beside it: torch's threads divide its products
             return torch.cat([paths(rows) for rows in parts])
         with side_by_side() as each:
             return torch.cat(list(each(paths, parts)))
+
+
+def part_drawn(
+    net: Prepared, sampling: Sampling, step_done: Callable[[], None] = lambda: None
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """A function of x [B, L, d_in], x_stamp [B, L, 5], y_stamp [B, P, 5] and uniform numbers [P, 2, B, S], on the
+    device of the weights, that gives the windows' paths [B, S, P, d_in] and never waits for the device."""
+    ranks = net.ranks if sampling.top_k != 1 else (None, None)  # the likeliest token needs no order
+    return lambda *inputs: _paths(net, *inputs, sampling, ranks, step_done)
 
 
 def _paths(

@@ -11,7 +11,8 @@ import torch
 
 from kronos_qlib.data.windows import CLOSE, COLUMNS, denormalise
 from kronos_qlib.forecast.caches import Layout
-from kronos_qlib.forecast.generate import PART, generate
+from kronos_qlib.forecast.generate import PART, generate, part_drawn
+from kronos_qlib.forecast.graph import Recorded
 from kronos_qlib.forecast.scores import SCORES, scores
 from kronos_qlib.forecast.task import DIGEST_BYTES, Task
 from kronos_qlib.forecast.weights import prepare
@@ -50,6 +51,8 @@ class Scorer:
         networks = task.tokenizer.to(task.device).eval(), task.model.to(task.device).eval()
         self.net = prepare(*networks, task.max_context, task.dtype, task.windows.lookback)
         self.part = task.part or part_size(task)
+        drawn = part_drawn(self.net, task.sampling)
+        self._drawn = Recorded(drawn) if task.device.type == "cuda" else drawn
 
     def table(self, rows: np.ndarray, done: Callable[[int], None] = lambda windows: None) -> pa.Table:
         """The forecast of the windows at `rows` (int [C]), in their order; `done` is told of windows as they are done.
@@ -125,6 +128,7 @@ class Scorer:
             task.windows.take(rows).keys,
             part=self.part,
             part_done=part_done,
+            drawn=self._drawn,
         )
         paths = paths[:count].cpu().double().numpy()  # [C, S, P, 6], normalised
         mean, scale, last_close = batch.mean[:count, None], batch.scale[:count, None], batch.last_close[:count]

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kronos_qlib import Kronos, KronosTokenizer
 from kronos_qlib.forecast import sample_paths
@@ -160,6 +162,19 @@ def test_keys_are_integers_of_any_size_as_a_list_an_array_or_a_tensor(small):
         paths(small, keys=[1.5, 2.0, 3.0])
 
 
+class OnOneDevice(TorchDispatchMode):
+    """Every operation is on the meta device: a CUDA graph can hold no copy from the host's memory."""
+
+    operations = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        assert all(tensor.is_meta or tensor.dim() == 0 for tensor in tensors), function  # but for numbers
+        self.operations += 1
+        return result
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("max_context", [512, 44])
 @pytest.mark.parametrize("options", [{"top_p": 0.9}, {"top_k": 5}, {"top_k": 1}, {}])
@@ -178,7 +193,10 @@ def test_no_step_waits_for_the_device(small, max_context, options, monkeypatch):
         return attend(q, k, v, attn_mask=attn_mask, **how)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
-    drawn = _paths(net, x, x_stamp, y_stamp, uniform, sampling, net.ranks, lambda: None)
+    ranks = net.ranks
+    with OnOneDevice() as mode:
+        drawn = _paths(net, x, x_stamp, y_stamp, uniform, sampling, ranks, lambda: None)
+    assert mode.operations > 100
     assert drawn.shape == (len(x), 3, horizon, x.shape[2]) and drawn.device.type == "meta"
     with pytest.raises((NotImplementedError, RuntimeError)):
         bool(drawn.any())  # as a look would be

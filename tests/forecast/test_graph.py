@@ -1,0 +1,108 @@
+"""A forecast that is recorded once and replayed gives what it gives without, or is not replayed."""
+
+import pytest
+import torch
+
+from kronos_qlib.forecast.generate import Sampling, part_drawn
+from kronos_qlib.forecast.graph import Recorded
+from kronos_qlib.forecast.randomness import uniforms
+from kronos_qlib.forecast.weights import prepare
+
+SAMPLING = Sampling(sample_count=3, temperature=0.6, top_p=0.9)
+
+
+def record_on_a_cpu(function, device):
+    """What a CUDA graph is to its caller: the same memory, read and written again."""
+    result = function()
+    return lambda: result.copy_(function())
+
+
+def counted(function):
+    calls = []
+
+    def call(*inputs):
+        calls.append(1)
+        return function(*inputs)
+
+    return call, calls
+
+
+def parts(golden, keys, dtype=torch.float32, device="cpu"):
+    """Inputs of `part_drawn` for some keys, and the function itself."""
+    tokenizer, model = golden.tokenizer.to(device), golden.model.to(device)
+    x, stamp = golden.tensor("x").to(device), golden.tensor("stamp").to(device)
+    length, horizon = x.shape[1], stamp.shape[1] - x.shape[1]
+    drawn = part_drawn(prepare(tokenizer, model, 512, dtype, length), SAMPLING)
+    uniform = [torch.from_numpy(uniforms(0, key + torch.arange(len(x)).numpy(), 3, horizon)).to(device) for key in keys]
+    return drawn, [(x.roll(i, 0), stamp[:, :length], stamp[:, length:], u) for i, u in enumerate(uniform)]
+
+
+@torch.inference_mode()
+def test_every_part_is_drawn_as_without_a_record(small):
+    drawn, inputs = parts(small, [0, 10, 20])
+    function, calls = counted(drawn)
+    recorded, records = counted(record_on_a_cpu)
+    run = Recorded(function, recorded)
+    results = [run(*part) for part in inputs]  # kept: a later replay must not write into them
+    assert len(records) == 1
+    assert not torch.equal(results[1], results[2])
+    assert all(torch.equal(result, drawn(*part)) for result, part in zip(results, inputs))
+    # The first call, its record and the replay that checks it; then one replay for each part.
+    assert len(calls) == 3 + 2
+
+
+def test_another_shape_makes_another_record():
+    recorded, records = counted(record_on_a_cpu)
+    run = Recorded(lambda x: 2 * x, recorded)
+    for size in (4, 4, 3, 3, 4):
+        x = torch.randn(size)
+        assert torch.equal(run(x), 2 * x)
+    assert len(records) == 3
+
+
+def test_a_record_with_another_result_is_not_used(caplog):
+    run = Recorded(lambda x: 2 * x, lambda function, device: lambda: function() + 1)
+    for _ in range(3):
+        x = torch.randn(4)
+        assert torch.equal(run(x), 2 * x)
+    assert caplog.text.count("no CUDA graph") == 1 and "another result" in caplog.text
+
+
+def test_work_that_cannot_be_recorded_is_done_without(caplog):
+    def refuse(function, device):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+
+    refused, attempts = counted(refuse)
+    run = Recorded(lambda x: 2 * x, refused)
+    for _ in range(3):
+        x = torch.randn(4)
+        assert torch.equal(run(x), 2 * x)
+    assert len(attempts) == 1
+    assert "not permitted when stream is capturing" in caplog.text and "more lines" not in caplog.text
+
+
+def test_too_little_memory_for_a_record_is_told_and_smaller_parts_are_recorded():
+    def record(function, device):
+        if len(function()) > 2:
+            raise torch.OutOfMemoryError("4 GiB")
+        return record_on_a_cpu(function, device)
+
+    recorded, records = counted(record)
+    run = Recorded(lambda x: 2 * x, recorded)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(torch.randn(4))
+    for _ in range(2):
+        x = torch.randn(2)
+        assert torch.equal(run(x), 2 * x)
+    assert len(records) == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_a_cuda_graph_draws_the_same_paths(small, dtype, caplog):
+    drawn, inputs = parts(small, [0, 10, 20], dtype, "cuda")
+    run = Recorded(drawn)
+    for part in inputs:
+        assert torch.equal(run(*part), drawn(*part))
+    assert "no CUDA graph" not in caplog.text
