@@ -15,6 +15,10 @@ COMPARED = "coverage_50", "coverage_90", "crps"
 PROBABILITY_BINS = np.linspace(0, 1, 11)
 
 
+class NoSpread(ValueError):
+    """The forecasts have no spread that could be widened."""
+
+
 @dataclass(frozen=True)
 class Calibration:
     """A correction, fitted on earlier forecasts.
@@ -43,7 +47,8 @@ def fit_calibration(outcomes: Outcomes, until: np.datetime64) -> Calibration:
     The factor of a step is the smallest with which the 90 % band covers 90 % of the closes.
 
     Raises:
-        ValueError: no forecast has all its bars by then, or more than 10 % have no spread to widen.
+        ValueError: no forecast has all its bars by then.
+        NoSpread: the quantiles of more than 10 % of them coincide at some step.
     """
     known = outcomes.take(outcomes.ends[:, -1] <= until)
     if not len(known):
@@ -64,7 +69,7 @@ def _factors(outcomes: Outcomes) -> Floats:
     factors = np.quantile(needed, COVERED, axis=0, method="higher")
     if not np.isfinite(factors).all():
         step = int(np.flatnonzero(~np.isfinite(factors))[0]) + 1
-        raise ValueError(
+        raise NoSpread(
             f"the quantiles of more than {1 - COVERED:.0%} of the forecasts coincide at step {step}: "
             "there is no spread to calibrate; draw more samples"
         )

@@ -1,5 +1,6 @@
 """Scores without what simple factors explain of them, each day by itself."""
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,9 +31,7 @@ def factor_ranks(dataset: KLineDataset, windows: Windows, names: Sequence[str]) 
     windows = _with_enough(windows, names)
     instruments, freq = sorted(set(windows.instruments)), dataset.handler.freq
     first, last = pd.Timestamp(windows.dates.min()), pd.Timestamp(windows.dates.max())
-    # The kind of volume is told by bars up to the first score, of those scored then: nothing later may decide it.
-    earliest = sorted(windows.instruments[windows.dates == windows.dates.min()])
-    amount = amount_expression(earliest, dataset.handler.dates[0], first, freq) if "size" in names else "$volume"
+    amount = _amount_of_first_scores(dataset) if "size" in names else "$volume"
     index = pd.MultiIndex.from_arrays([windows.dates, windows.instruments], names=["datetime", "instrument"])
     index = index.sort_values()
     # Equal indices are not always of the same unit of time: the windows' is kept.
@@ -63,6 +62,19 @@ def neutralised(score: pd.Series, ranks: pd.DataFrame) -> pd.Series:
     for rows in score.groupby(level="datetime").indices.values():
         left[rows] = residuals(values[rows], against[rows])
     return pd.Series(left, score.index, name=score.name)
+
+
+def _amount_of_first_scores(dataset: KLineDataset) -> str:
+    """The expression of the value traded, by the bars behind the first scores that the data allow.
+
+    So it is one for all segments, and no bar after any score decides it.
+    """
+    with warnings.catch_warnings():  # of short histories: said of the segment that is scored
+        warnings.simplefilter("ignore")
+        windows = dataset.score_windows((None, None))
+    first = windows.dates.min()
+    members, handler = sorted(windows.instruments[windows.dates == first]), dataset.handler
+    return amount_expression(members, handler.dates[0], pd.Timestamp(first), handler.freq)
 
 
 def _with_enough(windows: Windows, names: Sequence[str]) -> Windows:

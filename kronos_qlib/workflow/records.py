@@ -18,7 +18,7 @@ from kronos_qlib.data.dataset import KLineDataset
 from kronos_qlib.data.demo import is_synthetic
 from kronos_qlib.data.settings import Settings, read_settings
 from kronos_qlib.data.windows import CLOSE
-from kronos_qlib.forecast.calibration import Calibration, before_and_after, fit_calibration, reliability
+from kronos_qlib.forecast.calibration import Calibration, NoSpread, before_and_after, fit_calibration, reliability
 from kronos_qlib.forecast.evaluation import (
     Outcomes,
     by_group,
@@ -61,7 +61,8 @@ class ForecastRecord(RecordTemp):
         segment: whose forecasts are measured.
         calibrate_on: a segment that ends before `segment` starts. On its forecasts, those of which all bars lie within
             it, a spread per step and an isotonic `prob_up` are fitted; what they change on `segment` is recorded. It
-            changes no score. The forecasts of this segment are computed too, unless they are in the cache.
+            changes no score. The forecasts of this segment are computed too, unless they are in the cache. Where they
+            have no spread to widen (few samples, a low temperature), a warning says so and nothing is calibrated.
 
     Raises:
         ValueError: an unknown key, no model, another dataset, an unknown segment, a lookback of fewer than 3 bars.
@@ -82,6 +83,7 @@ class ForecastRecord(RecordTemp):
         values = {"segment": segment, "calibrate_on": calibrate_on, **unknown}
         self.model, self.dataset = model, dataset
         self.settings = settings = read_settings(RecordSettings, "ForecastRecord", values)
+        self._calibrated = settings.calibrate_on is not None
         if not self._has_forecasts:
             return
         for name, given, kind in (("model", model, KronosModel), ("dataset", dataset, KLineDataset)):
@@ -105,8 +107,8 @@ class ForecastRecord(RecordTemp):
         """Measure the forecasts and save what came of it.
 
         Raises:
-            ValueError: no bar follows any score date of the segment; `calibrate_on` does not end before it, has no
-                window of which all bars lie within it, or no spread.
+            ValueError: no bar follows any score date of the segment; `calibrate_on` does not end before it, or has no
+                window of which all bars lie within it.
         """
         if not self._has_forecasts:
             logger.info(f"ForecastRecord: {type(self.model).__name__} forecasts no bars: there is nothing to measure")
@@ -133,7 +135,7 @@ class ForecastRecord(RecordTemp):
         if not self._has_forecasts:
             return []
         names = ["steps.csv", "overall.csv", "by_year.csv", "by_volatility.csv", "pit.csv", "about.json"]
-        names += ["calibration.csv", "prob_up.csv"] if self.settings.calibrate_on else []
+        names += ["calibration.csv", "prob_up.csv"] if self._calibrated else []
         return [*names, "forecast_evaluation.png"]
 
     def _calibration(self) -> Calibration | None:
@@ -145,6 +147,10 @@ class ForecastRecord(RecordTemp):
             raise ValueError(f"ForecastRecord: calibrate_on: segment {name!r} should end before {segment!r} starts")
         try:
             return fit_calibration(segment_outcomes(self.model, self.dataset, name), end.to_numpy())
+        except NoSpread as error:
+            self._calibrated = False
+            logger.warning(f"ForecastRecord: calibrate_on: segment {name!r}: {error}. Nothing is calibrated")
+            return None
         except ValueError as error:
             raise ValueError(f"ForecastRecord: calibrate_on: segment {name!r}: {error}") from None
 

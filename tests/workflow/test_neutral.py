@@ -8,7 +8,10 @@ import pytest
 import statsmodels.api as sm
 from qlib.data import D
 from test_laws import LAST_DAY, tampered
-from tiny import make_dataset, make_model, use_market
+from tiny import SEGMENTS, make_dataset, make_model, use_market
+
+from kronos_qlib.data.factors import amount_expression
+from kronos_qlib.workflow import neutral
 
 FACTORS = ["volatility", "size"]
 
@@ -80,3 +83,20 @@ def test_an_unknown_factor_is_answered_with_the_known_ones(names):
         ValueError, match="neutralise: should be a list of different names among reversal, momentum, volatility"
     ):
         make_model(neutralise=names)
+
+
+def test_a_score_does_not_hang_on_where_its_segment_starts(store, monkeypatch):
+    """The kind of volume is judged by the same bars whatever is scored."""
+    dataset, asked = make_dataset(), []
+
+    def watched(*bars):
+        asked.append(bars)
+        return amount_expression(*bars)
+
+    monkeypatch.setattr(neutral, "amount_expression", watched)
+    whole = make_model(neutralise=FACTORS).predict(dataset)
+    late = whole.index.unique("datetime")[-3:]
+    short = make_dataset(segments=SEGMENTS | {"test": [str(late[0].date()), str(late[-1].date())]})
+    pd.testing.assert_series_equal(make_model(neutralise=FACTORS).predict(short), whole.loc[late], check_exact=True)
+    assert len(asked) == 2 and asked[0] == asked[1]
+    assert asked[0][2] < pd.Timestamp(SEGMENTS["test"][0])

@@ -204,6 +204,18 @@ def test_it_calibrates_on_earlier_segments_only(here):
         record.generate()
 
 
+def test_forecasts_without_spread_are_measured_and_not_calibrated(here, warnings_logged):
+    model = make_model(forecast={"sample_count": 1})  # all quantiles of one sample are one
+    with R.start(experiment_name="no_spread"):
+        recorder = R.get_recorder()
+        record = ForecastRecord(model, here.dataset, recorder, calibrate_on="valid")
+        assert "calibration.csv" in record.list()
+        record.generate()
+    assert "calibrate_on: segment 'valid': the quantiles of more than 10%" in warnings_logged.text
+    written = {Path(path).name for path in recorder.list_artifacts("forecast_evaluation")}
+    assert written == set(record.list()) and "calibration.csv" not in written and "steps.csv" in written
+
+
 def test_forecasts_of_the_last_day_cannot_be_measured_yet(here):
     last = str(here.dataset.handler.bars().dates.max())[:10]
     dataset = make_dataset(segments=SEGMENTS | {"test": [last, last]})
