@@ -15,7 +15,7 @@ from kronos_qlib.forecast.generate import PART, generate, part_drawn
 from kronos_qlib.forecast.graph import Recorded
 from kronos_qlib.forecast.scores import SCORES, scores
 from kronos_qlib.forecast.task import DIGEST_BYTES, Task
-from kronos_qlib.forecast.weights import prepare
+from kronos_qlib.forecast.weights import Prepared, prepare
 
 logger = logging.getLogger("qlib.KronosForecast")
 QUANTILES = 5, 10, 25, 50, 75, 90, 95  # per cent, of the close per step over the samples
@@ -44,12 +44,17 @@ def schema(task: Task) -> pa.Schema:
 
 
 class Scorer:
-    """A task with its weights laid out on its device."""
+    """A task with its weights laid out on its device.
 
-    def __init__(self, task: Task) -> None:
+    net: the weights, where they are laid out already.
+    """
+
+    def __init__(self, task: Task, net: Prepared | None = None) -> None:
         self.task = task
-        networks = task.tokenizer.to(task.device).eval(), task.model.to(task.device).eval()
-        self.net = prepare(*networks, task.max_context, task.dtype, task.windows.lookback)
+        if net is None:
+            networks = task.tokenizer.to(task.device).eval(), task.model.to(task.device).eval()
+            net = prepare(*networks, task.max_context, task.dtype, task.windows.lookback)
+        self.net = net
         self.part = task.part or part_size(task)
         drawn = part_drawn(self.net, task.sampling)
         self._drawn = Recorded(drawn) if task.device.type == "cuda" else drawn
