@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.image import imread
+from scipy.stats import spearmanr
 
 from kronos_qlib.analysis.comparison import COLUMNS, PAIR_COLUMNS, Comparison, compare_runs
 from kronos_qlib.analysis.figures import plot_excess_return
@@ -140,6 +141,27 @@ def test_table_agrees_with_what_qlib_recorded(compared: Comparison) -> None:
     assert table.loc["reversal", "max_drawdown"] == pytest.approx((excess - excess.cummax()).min())
     assert table.loc["reversal", "ic"] == pytest.approx(-table.loc["momentum", "ic"])
     np.testing.assert_allclose(table["cost"], table["excess_return"] - table["excess_return_with_cost"], atol=1e-12)
+
+
+def test_hit_rate_decile_spread_and_turnover_are_those_of_the_rows(compared: Comparison) -> None:
+    row, run = compared.table.loc["reversal"], compared.runs[0]
+    rows = pd.DataFrame({"score": run.scores, "label": run.labels}).dropna()
+    days = [day for _, day in rows.groupby(level="datetime")]
+    rank_ic = np.array([spearmanr(day["score"], day["label"]).statistic for day in days])
+    assert row["hit_rate"] == pytest.approx((rank_ic > 0).mean())
+    assert 0.5 < row["hit_rate"] < 1, "of a signal that does not hit every day"
+    ranks = [np.floor((day["score"].rank() - 0.5) / len(day) * 10) for day in days]  # tenths, 0 … 9
+    spread = [day["label"][tenth == 9].mean() - day["label"][tenth == 0].mean() for day, tenth in zip(days, ranks)]
+    assert row["decile_spread"] == pytest.approx(np.mean(spread))
+    assert row["turnover"] == pytest.approx(run.report["turnover"].mean())
+    assert 0.1 < row["turnover"] < 0.8, "one of three is exchanged a day, bought and sold, or its exchange is held back"
+
+
+def test_exposures_are_to_the_factors_that_a_score_is_made_of(compared: Comparison) -> None:
+    reversal, momentum = (compared.exposures.loc[name] for name in ("reversal", "momentum"))
+    np.testing.assert_allclose(reversal, -momentum)
+    assert reversal["reversal"] > 0.4 > 0 > -0.4 > reversal["momentum"]  # ten days against five, and against twenty
+    assert compared.exposures.loc["constant"].isna().all()
 
 
 def test_scores_turned_round_turn_every_figure_of_the_signal(compared: Comparison) -> None:
