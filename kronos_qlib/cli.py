@@ -122,7 +122,12 @@ def _finetune(options: argparse.Namespace) -> int:
                 ours.append(Finetuning(options.workflow))
                 return ours[0].prepare()
 
-            status, said = together(prepare, lambda: ours[0].conclude())
+            try:
+                status, said = together(prepare, lambda: ours[0].conclude())
+            except BaseException:  # another machine is gone, say: torchrun starts all again
+                if ours:
+                    ours[0].give_up()
+                raise
             if status and ours:
                 ours[0].give_up()
             return _fail("finetune", ValueError(said), status) if status else 0

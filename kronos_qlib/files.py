@@ -1,13 +1,17 @@
 """Files that appear whole or not at all."""
 
+import contextlib
 import os
+import shutil
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 
 @contextmanager
@@ -35,6 +39,21 @@ def save_array(path: Path, array: np.ndarray) -> None:
     with whole_file(path) as draft, draft.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
         file.write(array.reshape(-1).view(np.uint8))
+
+
+@contextmanager
+def scratch_folder(parent: Path | None, prefix: str) -> Iterator[Path]:
+    """A new folder in `parent` (None: the system's own place) for the length of a block.
+
+    Those of the same parent and prefix whose process was killed are removed: nobody holds their lock.
+    """
+    if parent is not None:
+        parent.mkdir(parents=True, exist_ok=True)
+        for lock in parent.glob(f"{prefix}*/lock"):
+            with contextlib.suppress(Timeout, OSError), FileLock(lock, timeout=0):
+                shutil.rmtree(lock.parent)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as folder, FileLock(Path(folder) / "lock"):
+        yield Path(folder)
 
 
 def _to_disk(path: Path) -> None:

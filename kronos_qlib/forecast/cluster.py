@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("qlib.KronosForecast")
 RETRIES = 10  # of a chunk whose machine or process is lost
 AHEAD = 2  # chunks in flight for every one that the cluster can work on
+LOOK_SECONDS = 60  # without a chunk, after which the cluster is looked at
 _SCORERS: dict[str, Scorer] = {}  # of this process, which Ray keeps for the next chunk
 
 
@@ -46,8 +48,7 @@ def compute_on_cluster(
                 "RAY_ADDRESS, or use engine: local"
             ) from error
     kind = "GPU" if task.device.type == "cuda" else "CPU"
-    slots = int(ray.cluster_resources().get(kind, 0))
-    if not slots:
+    if not (slots := _slots(ray, kind)):
         raise RuntimeError(f"forecast.engine: ray: the cluster has no {kind}")
     nodes = sum(node["Alive"] for node in ray.nodes())
     logger.info(f"forecasting {task.told(missing)} on a Ray cluster of {nodes} nodes with {slots} {kind}s")
@@ -59,10 +60,15 @@ def compute_on_cluster(
     running: dict[ray.ObjectRef, np.ndarray] = {}
     try:
         while waiting or running:
-            while waiting and len(running) < AHEAD * slots:
+            while waiting and len(running) < AHEAD * max(slots, 1):
                 rows = waiting.pop()
                 running[remote.remote(name, shared, rows)] = rows
-            ready, _ = ray.wait(list(running), num_returns=1)
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_SECONDS)
+            slots = _slots(ray, kind)  # machines come and go
+            if not ready:
+                if not slots:
+                    logger.warning(f"forecast.engine: ray: the cluster has lost its last {kind}; waiting for another")
+                continue
             rows = running.pop(ready[0])
             try:
                 table = ray.get(ready[0])
@@ -75,6 +81,11 @@ def compute_on_cluster(
     finally:
         for left in running:
             ray.cancel(left, force=True)
+
+
+def _slots(ray: ModuleType, kind: str) -> int:
+    """How many tasks of a kind the cluster can work on at a time."""
+    return int(ray.cluster_resources().get(kind, 0))
 
 
 def _table(name: str, task: Task, rows: np.ndarray) -> pa.Table:

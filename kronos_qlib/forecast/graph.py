@@ -13,6 +13,7 @@ from torch import Tensor
 
 logger = logging.getLogger("qlib.KronosForecast")
 
+_Shape = tuple[torch.Size, torch.dtype, torch.device]
 Replay = Callable[[], Tensor]
 Capture = Callable[[Callable[[], Tensor], torch.device], Replay]
 """From a function of no arguments to one that does the same to the same memory, and gives back the same tensor."""
@@ -20,6 +21,8 @@ Capture = Callable[[Callable[[], Tensor], torch.device], Replay]
 
 def capture(function: Callable[[], Tensor], device: torch.device) -> Replay:
     """Record a function's work on a CUDA device.
+
+    Where that fails, torch 2.13 keeps the memory the record had so far, for as long as the process lives.
 
     Raises:
         RuntimeError: the function does what no graph can hold, such as waiting for the device.
@@ -43,11 +46,11 @@ def capture(function: Callable[[], Tensor], device: torch.device) -> Replay:
 
 
 class Recorded:
-    """Runs a function of tensors, from its second call on as a recording of it.
+    """Runs a function of tensors, from its third call on as a recording of it.
 
-    The first call runs the function as it is, records it, replays the record on the same inputs and compares: only a
-    record that gives bitwise the same result is used. Where there is none, every call runs the function, and a warning
-    says why. A call with inputs of another shape makes a new record.
+    The second call with inputs of one shape (the first may be the only one) runs the function as it is, records it,
+    replays the record on the same inputs and compares: only a record that gives bitwise the same result is used. Where
+    there is none, every call runs the function, and a warning says why. Inputs of another shape make a new record.
 
     Args:
         function: of tensors on one device, without side effects, that gives a tensor.
@@ -56,37 +59,41 @@ class Recorded:
 
     def __init__(self, function: Callable[..., Tensor], capture: Capture = capture) -> None:
         self._function, self._capture = function, capture
+        self._shapes: list[_Shape] | None = None  # of the last call
         self._inputs: tuple[Tensor, ...] = ()
         self._replay: Replay | None = None
         self._possible = True
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        if self._replay is not None and _shapes(inputs) == _shapes(self._inputs):
+        shapes = [(tensor.shape, tensor.dtype, tensor.device) for tensor in inputs]
+        again, self._shapes = shapes == self._shapes, shapes
+        if again and self._replay is not None:
             return self._replayed(inputs)
+        self._forget()  # before the function runs: a record keeps as much memory as it takes
         result = self._function(*inputs)
-        if self._possible:
+        if again and self._possible:
             self._record(inputs, result)
         return result
 
     def _record(self, inputs: tuple[Tensor, ...], expected: Tensor) -> None:
-        self._replay, self._inputs = None, tuple(tensor.clone() for tensor in inputs)
+        self._inputs = tuple(tensor.clone() for tensor in inputs)
         try:
             self._replay = self._capture(lambda: self._function(*self._inputs), expected.device)
             if not torch.equal(self._replayed(inputs), expected):
                 raise RuntimeError("the record gave another result")
         except torch.OutOfMemoryError:
-            self._replay, self._inputs = None, ()
+            self._forget()
             raise
         except RuntimeError as error:
-            self._replay, self._inputs, self._possible = None, (), False
-            reason = str(error).splitlines()[0]
+            self._forget()
+            self._possible = False
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             logger.warning(f"no CUDA graph of the forecast, which takes longer without it ({reason})")
+
+    def _forget(self) -> None:
+        self._replay, self._inputs = None, ()
 
     def _replayed(self, inputs: tuple[Tensor, ...]) -> Tensor:
         for own, given in zip(self._inputs, inputs, strict=True):
             own.copy_(given)
         return self._replay().clone()  # the next replay writes into the same memory
-
-
-def _shapes(tensors: tuple[Tensor, ...]) -> list[tuple[torch.Size, torch.dtype, torch.device]]:
-    return [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]

@@ -1,20 +1,16 @@
 """A forecast from beginning to end: what is there already, what is left, who computes it."""
 
-import contextlib
 import logging
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
+from kronos_qlib.files import scratch_folder
 from kronos_qlib.forecast.processes import compute_in_processes
 from kronos_qlib.forecast.scorer import Scorer, part_size
 from kronos_qlib.forecast.store import Store, chunks
@@ -84,22 +80,10 @@ def _compute(
                 store.write(table)
             yield rows, table
     elif run.processes > 1:
-        with _scratch(run.cache_dir) as folder:
+        with scratch_folder(run.cache_dir, SCRATCH) as folder:
             yield from compute_in_processes(task, folder, store, missing, run.processes, done)
     else:
         yield from _compute_here(task, store, missing, done)
-
-
-@contextmanager
-def _scratch(cache_dir: Path | None) -> Iterator[Path]:
-    """A folder for what processes share, beside the chunks; those of runs that were killed are removed."""
-    if cache_dir:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        for lock in cache_dir.glob(f"{SCRATCH}*/lock"):
-            with contextlib.suppress(Timeout, OSError), FileLock(lock, timeout=0):
-                shutil.rmtree(lock.parent)
-    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=cache_dir) as folder, FileLock(Path(folder) / "lock"):
-        yield Path(folder)
 
 
 def _compute_here(

@@ -82,7 +82,7 @@ class Scorer:
             try:
                 return self._table(rows, tell)
             except torch.OutOfMemoryError as error:
-                reason = str(error).splitlines()[0]
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
             # Behind the handler, which held on to the tensors of the part that failed.
             done(-told)
             if self.part == 1:

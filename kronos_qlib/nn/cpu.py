@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of glibc's mallopt
+_OLD_LIMIT = 32  # MiB: older releases of glibc refuse a larger _MMAP_THRESHOLD
 MIB = 2**20
 
 Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
@@ -71,7 +72,9 @@ def memory_kept() -> Iterator[None]:
         return
     with _Kept.lock:
         if _Kept.blocks == 0:
-            for option, value in ((_MMAP_THRESHOLD, 1024 * MIB), (_TRIM_THRESHOLD, 1024 * MIB), (_TOP_PAD, 64 * MIB)):
+            if not library.mallopt(_MMAP_THRESHOLD, 1024 * MIB):
+                library.mallopt(_MMAP_THRESHOLD, _OLD_LIMIT * MIB)
+            for option, value in ((_TRIM_THRESHOLD, 1024 * MIB), (_TOP_PAD, 64 * MIB)):
                 library.mallopt(option, value)
         _Kept.blocks += 1
     try:
@@ -81,6 +84,10 @@ def memory_kept() -> Iterator[None]:
             _Kept.blocks -= 1
             if _Kept.blocks == 0:
                 # Where glibc's own rule, which mallopt has ended, comes to rest in a process that frees large blocks.
-                for option, value in ((_MMAP_THRESHOLD, 32 * MIB), (_TRIM_THRESHOLD, 64 * MIB), (_TOP_PAD, MIB // 8)):
+                for option, value in (
+                    (_MMAP_THRESHOLD, _OLD_LIMIT * MIB),
+                    (_TRIM_THRESHOLD, 64 * MIB),
+                    (_TOP_PAD, MIB // 8),
+                ):
                     library.mallopt(option, value)
                 library.malloc_trim(0)

@@ -66,7 +66,7 @@ def save_checkpoint(
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     for old in finished(folder)[:-KEPT]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)  # the new one is there: a file that somebody has open ends no training
 
 
 def load_checkpoint(
@@ -84,7 +84,7 @@ def load_checkpoint(
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             index, key = name.split(".", 1)
-            state.setdefault(int(index), {})[key] = tensor
+            state.setdefault(int(index), {})[key] = tensor.clone()  # not mapped from a file that will be removed
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder} is damaged ({error})") from error
@@ -103,6 +103,16 @@ def read_progress(folder: Path) -> tuple[Progress, dict[str, Any]]:
         return Progress(**saved), schedule
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder} is damaged ({error})") from error
+
+
+def newest_progress(folder: Path) -> Progress | None:
+    """That of the newest checkpoint whose progress can be read; None if there is none."""
+    for path in reversed(finished(folder)):
+        try:
+            return read_progress(path)[0]
+        except CheckpointError:
+            continue  # `newest_whole` tells of it
+    return None
 
 
 def newest_whole(folder: Path, network: HubModule, optimizer: torch.optim.Optimizer) -> Path | None:

@@ -43,7 +43,7 @@ def encode_windows(
     The folder belongs to this tokenizer and these windows; its caller sees to that.
 
     Args:
-        stopped: asked before each file; None is returned, in every process, if it has said so in one.
+        stopped: asked between windows; None is returned, in every process, if it has said so in one.
 
     Raises:
         ValueError: codes of more than 16 bits. OSError: in every process, if one cannot write.
@@ -56,13 +56,15 @@ def encode_windows(
     own = missing[group.rank :: group.size]
     with tqdm(total=len(own) * CHUNK, desc="codes", unit="window", disable=not (group.first and own)) as bar:
         for number in own:
-            ended = bool(stopped())
-            if ended:
-                break
             batches = []
             for codes in compute.each(lambda rows: _encode(tokenizer, windows, rows, compute), _rows(number, windows)):
                 batches.append(codes)
                 bar.update(len(codes))
+                ended = bool(stopped())
+                if ended:
+                    break
+            if ended:
+                break
             try:
                 save_array(paths[number], np.concatenate(batches))
             except OSError as failed:  # told to the others below: they wait there

@@ -29,6 +29,7 @@ def identity_of(
     """What decides the result of a training: two runs of equal identities, in the same parts, give equal weights.
 
     The size of the parts under `micro_batch_size: auto` follows from the machine. A training keeps to it when resumed.
+    The device is not in it: a training may go on elsewhere, where it is rounded otherwise.
     """
     settings = stage.settings.model_dump()
     identity: dict[str, object] = {f"settings.{key}": value for key, value in settings.items()}
@@ -50,10 +51,12 @@ def claim(folder: Path, identity: dict[str, object]) -> None:
     """Make the folder this training's own; one that has not come to a checkpoint has nothing to lose.
 
     Raises:
-        ValueError: it holds another; the message names every key that differs.
+        ValueError: it holds another; the message names every key that differs. Or nothing says which it holds.
     """
-    found = differences(folder, identity)
-    if found and finished(folder / CHECKPOINTS):
+    found, begun = differences(folder, identity), finished(folder / CHECKPOINTS)
+    if found is None and begun:
+        raise ValueError(f"{folder} has checkpoints but no {FILE} to say of what training; choose another output_dir")
+    if found and begun:
         raise ValueError(f"{folder} holds another training ({found}); choose another output_dir or remove that one")
     if found is None or found:
         with whole_file(folder / FILE) as draft:

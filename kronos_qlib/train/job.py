@@ -1,5 +1,6 @@
 """Both stages of a fine-tuning, by one process or many; a job on disk is all that a process needs to take part."""
 
+import contextlib
 import json
 import logging
 import shutil
@@ -16,10 +17,10 @@ from filelock import FileLock, Timeout
 
 from kronos_qlib.data.arrays import map_windows, save_windows
 from kronos_qlib.data.windows import Windows
-from kronos_qlib.files import save_array, whole_file
+from kronos_qlib.files import save_array, scratch_folder, whole_file
 from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.nn.checkpoint import WEIGHTS_FILE
-from kronos_qlib.train.checkpoints import CHECKPOINTS, no_space_is_told
+from kronos_qlib.train.checkpoints import CHECKPOINTS, finished, no_space_is_told
 from kronos_qlib.train.group import ALONE, Group
 from kronos_qlib.train.loop import RESULT, Log, train_stage
 from kronos_qlib.train.settings import FinetuneSettings
@@ -27,7 +28,8 @@ from kronos_qlib.train.stages import PredictorStage, Stage, TokenizerStage
 
 logger = logging.getLogger("qlib.KronosTrainer")
 JOB, WEIGHTS = "job.json", "weights.npy"
-LOCK, LOCK_SECONDS = ".lock", 60  # processes of a killed training need a step to notice
+LOCK, LOCK_SECONDS = ".lock", 300  # processes of a killed training need a step, or a validation, to notice
+EXTRA_DATA = "extra_data"  # beside the stages' folders
 STAGES = ("tokenizer", "predictor")
 
 
@@ -62,11 +64,14 @@ class Job:
     def run(self, group: Group = ALONE, launcher: int | None = None, log: Log | None = None) -> None:
         """Train the stages one after the other; the networks end with their best weights.
 
+        Where that fails or is stopped, a single process's networks are as they were before: the same job, run again,
+        goes on from its last checkpoint.
+
         Raises:
             ValueError, FloatingPointError, OSError, TrainingStopped: see `train_stage`.
             TimeoutError: another training is at work in the folder.
         """
-        with _locked(self.folder, group):
+        with _locked(self.folder, group), self._networks_kept(group):
             for stage in self.stages():
                 train_stage(
                     stage,
@@ -86,6 +91,18 @@ class Job:
                 )
             group.gather(None)  # nobody leaves before all are done
 
+    @contextmanager
+    def _networks_kept(self, group: Group) -> Iterator[None]:
+        """Give the networks their weights back where the block fails; several processes have nobody to use them."""
+        networks = (self.tokenizer, self.model) if group.size == 1 else ()
+        before = [{name: value.cpu().clone() for name, value in network.state_dict().items()} for network in networks]
+        try:
+            yield
+        except BaseException:
+            for network, weights in zip(networks, before, strict=True):
+                network.load_state_dict(weights)
+            raise
+
     def load_best(self) -> None:
         """Give the networks the best weights of a training that other processes have done."""
         for stage in self.stages():
@@ -101,7 +118,8 @@ class Job:
 
     def save(self, folder: Path) -> None:
         """Write what other processes need to take part: networks, windows (to be mapped, not copied) and settings."""
-        with no_space_is_told(self.folder / STAGES[0] / CHECKPOINTS):
+        places = [self.folder / name / CHECKPOINTS for name in STAGES]
+        with no_space_is_told(next((place for place in reversed(places) if finished(place)), places[0])):
             self.tokenizer.save_pretrained(folder / "tokenizer")
             self.model.save_pretrained(folder / "model")
             save_windows(folder / "windows", {"train": self.train, "valid": self.valid})
@@ -119,9 +137,15 @@ class Job:
             with whole_file(folder / JOB) as draft:
                 draft.write_text(json.dumps(said, indent=2) + "\n")
 
-    def remove_saved(self) -> None:
-        """Remove what `save` has written for other processes in `folder`/job."""
-        shutil.rmtree(self.folder / "job", ignore_errors=True)
+    @contextmanager
+    def saved(self) -> Iterator[Path]:
+        """`save` in a folder of its own beside the stages', for the length of a block: several may wait for one."""
+        parent = self.folder.resolve() / "job"
+        with scratch_folder(parent, "job-") as folder:
+            self.save(folder)
+            yield folder
+        with contextlib.suppress(OSError):  # another's is still there
+            parent.rmdir()
 
     @classmethod
     def load(cls, folder: Path) -> "Job":
@@ -200,8 +224,9 @@ def _locked(folder: Path, group: Group) -> Iterator[None]:
                     f"another training is at work in {folder}; wait for its end, stop it, or choose another output_dir"
                 ) from None
 
-        for left in [*folder.glob("*/**/*.tmp")]:  # by a training that was killed while it wrote
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        for name in (*STAGES, EXTRA_DATA):
+            for left in [*(folder / name).glob("**/*.tmp")]:  # by a training that was killed while it wrote
+                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
     group.once(acquire)
     try:

@@ -35,8 +35,6 @@ def launch(job: Job, processes: int) -> None:
     Raises:
         what `Job.run` raises; RuntimeError: the processes died too often.
     """
-    folder = job.folder / "job" / str(os.getpid())  # its own: a training that runs here already still needs the other
-    job.save(folder)
     heeded = [
         number.name for number in SIGNALS if number.name != "SIGQUIT" and signal.getsignal(number) != signal.SIG_IGN
     ]
@@ -53,7 +51,8 @@ def launch(job: Job, processes: int) -> None:
         **{key: value for key, value in options.items() if key in LaunchConfig.__dataclass_fields__},  # not in 2.7
     )
     logger.info(f"starting {processes} processes; they are started again up to {config.max_restarts} times if one dies")
-    with _handlers_kept(), tempfile.TemporaryDirectory(prefix="kronos-") as told:  # output_dir's disk may be full
+    # Not in output_dir, whose disk may be full.
+    with _handlers_kept(), job.saved() as folder, tempfile.TemporaryDirectory(prefix="kronos-") as told:
         try:
             arguments = [str(folder), told, str(os.getpid())]
             elastic_launch(config, sys.executable)("-m", "kronos_qlib.train.worker", *arguments)
@@ -70,7 +69,6 @@ def launch(job: Job, processes: int) -> None:
             ) from None
         _raise_failure(Path(told))
     job.load_best()
-    job.remove_saved()
 
 
 def _raise_failure(folder: Path) -> None:

@@ -24,11 +24,10 @@ from kronos_qlib.train.adapters import add_lora, freeze_blocks, merge_lora, merg
 from kronos_qlib.train.checkpoints import (
     CHECKPOINTS,
     Progress,
-    finished,
     load_checkpoint,
+    newest_progress,
     newest_whole,
     no_space_is_told,
-    read_progress,
     save_checkpoint,
 )
 from kronos_qlib.train.codes import Codes, encode_windows
@@ -328,8 +327,8 @@ def _parts(
     room = room_for(bytes_per_window(stage, train, compute), compute.device)
     size, held = micro_batch_size, share <= room
     if size == "auto":
-        before = group.once(lambda: finished(folder / CHECKPOINTS))
-        size = read_progress(before[-1])[0].part_size if before else part_size(stage.settings.batch_size, room, compute)
+        before = group.once(lambda: newest_progress(folder / CHECKPOINTS))
+        size = before.part_size if before else part_size(stage.settings.batch_size, room, compute)
     told = group.gather((size, held))
     return min(size for size, _ in told), all(held for _, held in told)
 

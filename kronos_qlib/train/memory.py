@@ -1,5 +1,7 @@
 """How much memory a training needs, measured on a window or two instead of guessed from formulas."""
 
+from collections.abc import Callable
+
 import numpy as np
 import psutil
 import torch
@@ -9,7 +11,7 @@ from kronos_qlib.data.windows import Windows
 from kronos_qlib.nn.cpu import cores
 from kronos_qlib.train.compute import Compute
 from kronos_qlib.train.feed import gather
-from kronos_qlib.train.stages import Stage
+from kronos_qlib.train.stages import Examples, Stage
 
 ALLOWED = 0.5  # of a device's memory, by activations: the rest is for weights, other programs and what was not foreseen
 PASSING = 1.5  # what backward holds for a moment, relative to what forward leaves behind
@@ -19,14 +21,14 @@ PARTS = 4, 16  # of a batch on a CPU, at least and at most: a part's result must
 def part_size(batch_size: int, room: int, compute: Compute) -> int:
     """How many windows to take through the network at a time, where `room` fit into the memory.
 
-    On a CPU a batch has a part for every core of the machine, whatever the number of processes that divide them, and
-    on a GPU one for every process; more if an estimate finds no room for so large ones.
+    On a CPU a batch has a part for every core of the machine (PARTS, at least and at most), whatever the number of
+    processes that divide them, and on a GPU one for every process; more if an estimate finds no room for so large ones.
     """
     if compute.device.type == "cpu":
         at_once, parts = cores(), max(PARTS[0], min(cores(), PARTS[1]))
     else:
-        at_once, parts = 1, 1
-    wanted = -(-batch_size // max(parts, compute.group.size))
+        at_once, parts = 1, compute.group.size
+    wanted = -(-batch_size // parts)
     return max(1, min(wanted, room // at_once))
 
 
@@ -37,8 +39,16 @@ def room_for(window_bytes: int, device: torch.device) -> int:
 
 def bytes_per_window(stage: Stage, windows: Windows, compute: Compute) -> int:
     """What one window more in a pass of a stage takes: the tensors that its forward pass keeps for the backward."""
-    one, two = (_kept(stage, windows, count, compute) for count in (1, 2))
+    one, two = (_kept(stage.loss, stage, windows, count, compute) for count in (1, 2))
     return int((two - one) * PASSING)
+
+
+def bytes_per_waiting_window(stage: Stage, windows: Windows, compute: Compute) -> int:
+    """What a window takes that waits half the way for the others of its batch (see `Stage`)."""
+    if stage.latent is None:
+        return 0
+    one, two = (_kept(stage.latent, stage, windows, count, compute) for count in (1, 2))
+    return two - one
 
 
 def bytes_of_state(stage: Stage, compute: Compute) -> int:
@@ -54,7 +64,7 @@ def total_memory(device: torch.device) -> int:
     return psutil.virtual_memory().total
 
 
-def _kept(stage: Stage, windows: Windows, count: int, compute: Compute) -> int:
+def _kept(run: Callable[[Examples], Tensor], stage: Stage, windows: Windows, count: int, compute: Compute) -> int:
     own = {parameter.untyped_storage().data_ptr() for parameter in stage.network.parameters()}
     kept: dict[int, tuple[int, Tensor]] = {}
 
@@ -70,5 +80,5 @@ def _kept(stage: Stage, windows: Windows, count: int, compute: Compute) -> int:
     with torch.random.fork_rng(devices=[compute.device] if compute.device.type == "cuda" else []):
         stage.network.train()
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), compute.autocast:
-            stage.loss(examples)
+            run(examples)
     return sum(size for size, _ in kept.values())

@@ -8,6 +8,8 @@ import numpy as np
 
 from kronos_qlib.train.settings import StageSettings
 
+LEAST = 1e-100  # of a window's weight
+
 
 @dataclass(frozen=True)
 class Step:
@@ -87,6 +89,9 @@ class Plan:
 
 
 def recency(dates: np.ndarray, half_life_days: float) -> np.ndarray:
-    """Weights of windows that halve with every half-life before the newest: float `[W]` of dates datetime64 `[W]`."""
+    """Weights of windows that halve with every half-life before the newest: float `[W]` of dates datetime64 `[W]`.
+
+    None is less than LEAST: what is drawn last of all is still in an order of its own.
+    """
     age = (dates.max() - dates) / np.timedelta64(1, "D")
-    return 0.5 ** (age / half_life_days)
+    return np.maximum(0.5 ** (age / half_life_days), LEAST)

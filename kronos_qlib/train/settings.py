@@ -100,8 +100,8 @@ class FinetuneSettings(Settings):
     output_dir: gets tokenizer/ and predictor/, each with history.csv, checkpoints/ and best/ (hub format).
     checkpoint_every: steps between two checkpoints; the last two are kept.
     tokenizer, predictor: the stages; null skips one.
-    processes: how many train together; auto is one per GPU, one on a CPU. The result does not depend on it, but for
-        rounding where a batch has fewer parts than there are processes.
+    processes: how many train together; auto is one per GPU, one on a CPU. On a CPU the result does not depend on it.
+        On GPUs with `micro_batch_size: auto` each has a part of its own, with its own dropout and rounding.
     max_restarts: how often dead processes are started again, from the last checkpoint.
     micro_batch_size: windows that go through the network at a time, on a CPU in each thread; the gradients of a batch
         are accumulated over such parts. auto is a part for every core, or what an estimate finds room for.

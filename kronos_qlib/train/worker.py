@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kronos_qlib.files import whole_file
 from kronos_qlib.nn.checkpoint import CheckpointError
-from kronos_qlib.train.group import joined, own_device
+from kronos_qlib.train.group import Group, joined, own_device
 from kronos_qlib.train.job import Job
 from kronos_qlib.train.stopping import TrainingStopped
 
@@ -24,9 +24,7 @@ def main(folder: Path, told: Path, launcher: int) -> int:
     try:
         with joined() as group:
             group.once(lambda: (told / FAILURE).unlink(missing_ok=True))  # of a life before the launcher's restart
-            job = Job.load(folder)
-            job.device = own_device(job.device)
-            job.run(group, launcher)
+            _loaded(folder, group).run(group, launcher)
     except TrainingStopped as stopped:
         return 128 + stopped.signal
     except FINAL as error:
@@ -49,9 +47,7 @@ def together(prepare: Callable[[], Path] | None = None, conclude: Callable[[], N
         log_as_qlib_does()
     try:
         with joined() as group:
-            job = Job.load(group.once(prepare))
-            job.device = own_device(job.device)
-            job.run(group, launcher)
+            _loaded(group.once(prepare), group).run(group, launcher)
             if group.first:
                 conclude()
     except TrainingStopped as stopped:
@@ -59,6 +55,19 @@ def together(prepare: Callable[[], Path] | None = None, conclude: Callable[[], N
     except FINAL as error:
         return 2, str(error)
     return 0, ""
+
+
+def _loaded(folder: Path, group: Group) -> Job:
+    """The job on this process's own device; what is wrong in one process is raised in all: the first one says it."""
+    try:
+        job, error = Job.load(folder), None
+        job.device = own_device(job.device)
+    except FINAL as failed:
+        error = failed
+    for failed in group.gather(error):
+        if failed is not None:
+            raise failed
+    return job
 
 
 def tell(folder: Path, error: Exception) -> None:

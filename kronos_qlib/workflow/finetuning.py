@@ -1,6 +1,5 @@
 """A workflow's two stages of fine-tuning without its forecasts: what `kronos-qlib finetune` runs and foretells."""
 
-import os
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,16 +21,23 @@ from kronos_qlib.data.dataset import KLineDataset
 from kronos_qlib.nn.device import process_count
 from kronos_qlib.train.checkpoints import CHECKPOINTS, finished
 from kronos_qlib.train.compute import Compute
-from kronos_qlib.train.feed import Feed
+from kronos_qlib.train.feed import gather
+from kronos_qlib.train.group import Group
 from kronos_qlib.train.identity import differences, identity_of
 from kronos_qlib.train.job import Job
-from kronos_qlib.train.memory import bytes_of_state, bytes_per_window, part_size, room_for
+from kronos_qlib.train.memory import (
+    bytes_of_state,
+    bytes_per_waiting_window,
+    bytes_per_window,
+    part_size,
+    room_for,
+)
 from kronos_qlib.train.plan import Plan
 from kronos_qlib.train.stages import Stage
 from kronos_qlib.workflow.model import KronosModel
 from kronos_qlib.workflow.provenance import end_as_failed, record_run
 
-MIB = 2**20
+MIB, CODES_BYTES = 2**20, 4  # of a bar in the cache of codes: s1 and s2, uint16
 
 
 class Finetuning:
@@ -54,7 +60,7 @@ class Finetuning:
         self.dataset: KLineDataset = init_instance_by_config(config["task"]["dataset"])
         reweighter = config["task"].get("reweighter")
         self.reweighter = reweighter and init_instance_by_config(reweighter, accept_types=Reweighter)
-        self._recording = ExitStack()
+        self._recording, self._saved = ExitStack(), ExitStack()
         self._job: Job | None = None
 
     @property
@@ -72,19 +78,18 @@ class Finetuning:
         self._recording.enter_context(R.start(experiment_name=self.experiment))
         record_run(self.model.settings, self.dataset)
         self._job = self.model.job(self.dataset, self.reweighter)
-        folder = self._job.folder.resolve() / "job" / str(os.getpid())
-        self._job.save(folder)
-        return folder
+        return self._saved.enter_context(self._job.saved())
 
     def conclude(self) -> None:
         """Record what came of the job."""
         self._job.load_best()
-        self._job.remove_saved()
+        self._saved.close()
         self.model.conclude(self._job)
         self._recording.close()
 
     def give_up(self) -> None:
         """Record that the job has failed or was stopped."""
+        self._saved.close()
         end_as_failed()
 
     def foretell(self) -> str:
@@ -116,7 +121,7 @@ class Finetuning:
             ),
         ]
         at_once = torch.get_num_threads() if job.device.type == "cpu" else 1
-        with Compute.on(job.device, job.dtype) as compute:
+        with Compute.on(job.device, job.dtype, Group(0, processes)) as compute:
             for number, stage in enumerate(job.stages()):
                 stage.network.to(job.device)
                 lines += ["", *_stage(stage, job, compute, at_once, first=number == 0)]
@@ -125,20 +130,11 @@ class Finetuning:
 
 def _stage(stage: Stage, job: Job, compute: Compute, parts_at_once: int, first: bool) -> list[str]:
     plan = Plan.of(stage.settings, len(job.train), job.seed, job.weights)
-    state, window = bytes_of_state(stage, compute), bytes_per_window(stage, job.train, compute)
-    size = job.settings.micro_batch_size
-    if size == "auto":
-        size = part_size(plan.batch_size, room_for(window, compute.device), compute)
-    at_once = min(plan.batch_size, size * parts_at_once)
-    _, parts = next(Feed(job.train, plan, plan.batch_size, compute).after(0))
-    shapes = ", ".join(
-        f"{name} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-        for name, tensor in vars(parts[0].examples).items()
-        if tensor is not None and name != "chance"
-    )
-    rows = next(plan.after(0)).rows[:2]
-    names = [f"{i} {np.datetime_as_string(d, 'D')}" for i, d in zip(job.train.instruments[rows], job.train.dates[rows])]
-    weights = stage.network.n_parameters * 4
+    weights, cached = stage.network.n_parameters * 4, getattr(stage.settings, "cache_codes", False)
+    codes = len(job.train) * (job.train.lookback + job.train.future) * CODES_BYTES * cached
+    rows = next(plan.after(0)).rows
+    first_two = job.train.take(rows[:2])
+    names = [f"{i} {np.datetime_as_string(d, 'D')}" for i, d in zip(first_two.instruments, first_two.dates)]
     lines = [
         _line(
             stage.name,
@@ -146,18 +142,50 @@ def _stage(stage: Stage, job: Job, compute: Compute, parts_at_once: int, first: 
             f"{'s' if plan.epochs > 1 else ''} of {plan.epoch_steps:,} steps; judged on "
             f"{min(stage.settings.valid_windows, len(job.valid)):,} windows",
         ),
+        _line("", _memory(stage, job, plan, compute, parts_at_once)),
         _line(
             "",
-            f"memory about {(state + at_once * window) / MIB:,.0f} MiB beside torch and the data: {state / MIB:,.0f} "
-            f"for weights, gradients and moments, {window / MIB:,.1f} for each of {at_once} windows at a time",
+            f"disk up to {(weights + 3 * 3 * weights + codes) / MIB:,.0f} MiB for best/ and checkpoints/"
+            + (f", {codes / MIB:,.0f} of them for the codes of all windows" if cached else ""),
         ),
-        _line("", f"disk up to {(weights + 3 * 3 * weights) / MIB:,.0f} MiB for best/ and checkpoints/"),
-        _line("", f"first batch: {shapes}; {', '.join(names)}, …"),
+        _line("", f"first batch: {_shapes(job, rows, cached)}; {', '.join(names)}, …"),
     ]
     folder = job.folder / stage.name
     if first:
         lines.append(_line("", _state(stage, job, folder)))
     return lines
+
+
+def _memory(stage: Stage, job: Job, plan: Plan, compute: Compute, parts_at_once: int) -> str:
+    """What a stage takes of the memory of a GPU, or of the machine by all its processes."""
+    state, window = bytes_of_state(stage, compute), bytes_per_window(stage, job.train, compute)
+    size, alone = job.settings.micro_batch_size, compute.group.size == 1
+    if size == "auto":
+        size = part_size(plan.batch_size, room_for(window, compute.device), compute)
+    batch, whose = plan.batch_size, "the GPU's"
+    if compute.device.type == "cpu":
+        state, whose = state * compute.group.size, "this machine's"
+    else:
+        batch = -(-batch // compute.group.size)
+    at_once = min(batch, size * parts_at_once)
+    waiting = (batch - at_once) * bytes_per_waiting_window(stage, job.train, compute)
+    return (
+        f"memory about {(state + at_once * window + waiting) / MIB:,.0f} MiB of {whose}, beside torch and the data: "
+        f"{state / MIB:,.0f} for weights, gradients and moments{'' if alone else ' of all processes'}, "
+        f"{window / MIB:,.1f} for each of {at_once} windows at a time"
+        + (f", {waiting / MIB:,.0f} for the rest of the batch, which waits for them" if waiting else "")
+    )
+
+
+def _shapes(job: Job, rows: np.ndarray, cached: bool) -> str:
+    examples = vars(gather(job.train, rows))
+    if cached:
+        examples |= {"x": None, "codes": torch.empty(*examples["x"].shape[:2], 2, dtype=torch.int32, device="meta")}
+    return ", ".join(
+        f"{name} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+        for name, tensor in examples.items()
+        if tensor is not None
+    )
 
 
 def _state(stage: Stage, job: Job, folder: Path) -> str:

@@ -30,6 +30,7 @@ from kronos_qlib.nn.checkpoint import HubModule
 from kronos_qlib.nn.device import process_count, resolve_device, resolve_dtype
 from kronos_qlib.train import FinetuneSettings, Job
 from kronos_qlib.train.adapters import check_freeze, require_peft
+from kronos_qlib.train.job import EXTRA_DATA, STAGES
 from kronos_qlib.train.launch import launch
 from kronos_qlib.train.loop import evenly_spaced
 from kronos_qlib.train.plan import recency
@@ -166,7 +167,7 @@ class KronosModel(ModelFT):
             test = dataset.score_windows("test")
             _warn_of_seen_dates(test, train=own, valid=valid)
             self._warn_of_overlap(test)
-        train = training_set(own, dataset, settings.extra_data, (scratch or folder) / "extra_data")
+        train = training_set(own, dataset, settings.extra_data, (scratch or folder) / EXTRA_DATA)
         device = resolve_device(self.settings.device)
         return Job(
             tokenizer=self.tokenizer,
@@ -391,6 +392,13 @@ def _window_weights(windows: Windows, settings: FinetuneSettings, reweighter: Re
         if weights.shape != (len(windows),) or not (np.isfinite(weights).all() and (weights > 0).all()):
             raise ValueError(
                 f"KronosModel: the reweighter should give a weight above 0 for each of the {len(windows)} windows"
+            )
+    for name in STAGES if weights is not None else ():
+        stage = getattr(settings, name)
+        if stage is not None and stage.windows_per_epoch >= len(windows):
+            logger.warning(
+                f"KronosModel: finetune: {name}.windows_per_epoch ({stage.windows_per_epoch:,}) takes all "
+                f"{len(windows):,} training windows, so half_life_days or a reweighter changes nothing there"
             )
     return weights
 

@@ -170,12 +170,12 @@ class OnOneDevice(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
-        assert all(tensor.is_meta or tensor.dim() == 0 for tensor in tensors), function  # but for numbers
+        assert all(tensor.is_meta for tensor in tensors), function
         self.operations += 1
         return result
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode operations that are made of others would be seen whole
 @pytest.mark.parametrize("max_context", [512, 44])
 @pytest.mark.parametrize("options", [{"top_p": 0.9}, {"top_k": 5}, {"top_k": 1}, {}])
 def test_no_step_waits_for_the_device(small, max_context, options, monkeypatch):
@@ -184,7 +184,7 @@ def test_no_step_waits_for_the_device(small, max_context, options, monkeypatch):
     x, x_stamp, y_stamp = (tensor.to("meta") for tensor in inputs(small))
     horizon = y_stamp.shape[1]
     uniform = torch.empty(horizon, 2, len(x), 3, device="meta")
-    net = prepare(tokenizer, model, max_context, torch.bfloat16, x.shape[1])
+    net = prepare.__wrapped__(tokenizer, model, max_context, torch.bfloat16, x.shape[1])
     sampling = Sampling(**{"sample_count": 3, "s2_rotation": "aligned"} | options)
     masks, attend = [], F.scaled_dot_product_attention
 

@@ -1,5 +1,7 @@
 """A forecast that is recorded once and replayed gives what it gives without, or is not replayed."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -39,7 +41,7 @@ def parts(golden, keys, dtype=torch.float32, device="cpu"):
 
 @torch.inference_mode()
 def test_every_part_is_drawn_as_without_a_record(small):
-    drawn, inputs = parts(small, [0, 10, 20])
+    drawn, inputs = parts(small, [0, 10, 20, 30])
     function, calls = counted(drawn)
     recorded, records = counted(record_on_a_cpu)
     run = Recorded(function, recorded)
@@ -47,14 +49,14 @@ def test_every_part_is_drawn_as_without_a_record(small):
     assert len(records) == 1
     assert not torch.equal(results[1], results[2])
     assert all(torch.equal(result, drawn(*part)) for result, part in zip(results, inputs))
-    # The first call, its record and the replay that checks it; then one replay for each part.
-    assert len(calls) == 3 + 2
+    # The first call; the second, its record and the replay that checks it; then one replay for each part.
+    assert len(calls) == 1 + 3 + 2
 
 
 def test_another_shape_makes_another_record():
     recorded, records = counted(record_on_a_cpu)
     run = Recorded(lambda x: 2 * x, recorded)
-    for size in (4, 4, 3, 3, 4):
+    for size in (4, 4, 4, 3, 3, 3, 4, 4, 5):  # what comes once only is not worth a record
         x = torch.randn(size)
         assert torch.equal(run(x), 2 * x)
     assert len(records) == 3
@@ -89,19 +91,40 @@ def test_too_little_memory_for_a_record_is_told_and_smaller_parts_are_recorded()
 
     recorded, records = counted(record)
     run = Recorded(lambda x: 2 * x, recorded)
+    run(torch.randn(4))
     with pytest.raises(torch.OutOfMemoryError):
         run(torch.randn(4))
-    for _ in range(2):
+    for _ in range(3):
         x = torch.randn(2)
         assert torch.equal(run(x), 2 * x)
     assert len(records) == 2
+
+
+def test_a_record_is_gone_before_the_run_that_needs_its_memory():
+    memory = []
+
+    def record(function, device):
+        result = function()
+        memory.append(weakref.ref(result))
+        return lambda: result.copy_(function())
+
+    def double(x):
+        if len(x) == 2:
+            assert memory[0]() is None
+        return 2 * x
+
+    run = Recorded(double, record)
+    for size in (4, 4, 4):
+        run(torch.randn(size))
+    assert memory[0]() is not None
+    run(torch.randn(2))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
 def test_a_cuda_graph_draws_the_same_paths(small, dtype, caplog):
-    drawn, inputs = parts(small, [0, 10, 20], dtype, "cuda")
+    drawn, inputs = parts(small, [0, 10, 20, 30], dtype, "cuda")
     run = Recorded(drawn)
     for part in inputs:
         assert torch.equal(run(*part), drawn(*part))

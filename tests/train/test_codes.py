@@ -58,3 +58,14 @@ def test_a_killed_encoding_goes_on_after_the_last_whole_file(tmp_path, monkeypat
     assert len(list(first.parent.iterdir())) == 3
     assert history(tmp_path / "killed") == history(tmp_path / "whole")
     assert_same_weights(weights(resumed), weights(whole))
+
+
+def test_a_request_to_stop_is_heeded_within_a_file(tmp_path):
+    stage, asked = predictor_stage(), []
+
+    def stopped():
+        asked.append(1)
+        return len(asked) == 2
+
+    assert codes.encode_windows(tmp_path, stage.tokenizer, TRAIN, Compute(CPU), stopped) is None
+    assert len(asked) == 2 and not [*tmp_path.iterdir()]  # of seven times 64 windows in one file

@@ -12,7 +12,9 @@ from small import CPU, TRAIN, assert_same_weights, history, predictor_stage, run
 from kronos_qlib.train.adapters import has_lora
 from kronos_qlib.train.compute import Compute
 from kronos_qlib.train.feed import Feed
+from kronos_qlib.train.group import Group
 from kronos_qlib.train.learner import Learner
+from kronos_qlib.train.memory import part_size
 from kronos_qlib.train.plan import Plan, recency, share_of
 
 MAKERS = pytest.mark.parametrize("make", [tokenizer_stage, predictor_stage])
@@ -89,6 +91,20 @@ def test_recent_windows_are_drawn_more_often_and_none_twice():
     np.testing.assert_allclose(blocks, expected, rtol=0.15)  # without replacement evens out a little
     again = Plan(size=1000, per_epoch=50, batch_size=50, epochs=400, seed=3, weights=chances)
     np.testing.assert_array_equal(next(again.after(7)).rows, list(plan.after(7))[0].rows)
+
+
+def test_the_oldest_windows_are_still_drawn_by_chance():
+    dates = np.datetime64("2020-01-01") + np.arange(3000)
+    chances = recency(dates, half_life_days=1)  # a half to the power of 2999 is 0 in float64
+    assert (chances > 0).all()
+    orders = [next(Plan(3000, 2999, 2999, 1, seed, chances).after(0)).rows for seed in (1, 2)]
+    oldest = [order[-500:] for order in orders]
+    assert not np.array_equal(oldest[0], np.sort(oldest[0])) and not np.array_equal(*oldest)
+
+
+def test_parts_do_not_hang_on_the_number_of_processes():
+    sizes = {part_size(50, 10**6, Compute(CPU, group=Group(0, count))) for count in (1, 2, 8, 64)}
+    assert len(sizes) == 1
 
 
 def test_weights_of_windows_reach_the_training_and_are_part_of_what_it_is(tmp_path):

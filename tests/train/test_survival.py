@@ -24,10 +24,14 @@ from jobs import (
     workers,
 )
 
+from kronos_qlib.files import scratch_folder
 from kronos_qlib.nn import KronosTokenizer
 from kronos_qlib.train import job as jobs_of_training
+from kronos_qlib.train.group import Group
 from kronos_qlib.train.launch import launch
+from kronos_qlib.train.learner import Learner
 from kronos_qlib.train.stopping import TrainingStopped
+from kronos_qlib.train.worker import _loaded
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 
@@ -267,6 +271,106 @@ def test_a_full_disk_is_told_by_the_processes_and_lost_is_nothing(whole, small_d
     (small_disk / "filler").unlink()
     job(small_disk).run()
     assert_same_results(small_disk, whole)
+
+
+@pytest.mark.parametrize("steps", [7, STEPS + 12])
+def test_a_job_that_was_interrupted_goes_on_when_it_is_run_again(whole, tmp_path, monkeypatch, steps):
+    """As when fit() is called again in a notebook after Ctrl-C: the very same networks."""
+    the_job, step, done = job(tmp_path), Learner.step, []
+
+    def interrupted(*args):
+        done.append(1)
+        if len(done) == steps:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(Learner, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        the_job.run()
+    monkeypatch.undo()
+    assert steps_done(tmp_path) >= 5
+    the_job.run()
+    assert_same_results(tmp_path, whole)
+
+
+@pytest.mark.parametrize("file", ["progress.json", "optimizer.safetensors", "model.safetensors"])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(whole, tmp_path, monkeypatch, caplog, file):
+    step, done = Learner.step, []
+
+    def killed(*args):
+        done.append(1)
+        if len(done) == 13:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(Learner, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        job(tmp_path).run()
+    monkeypatch.undo()
+    assert checkpoints(tmp_path, "tokenizer") == [5, 10]
+    newest = tmp_path / "tokenizer" / "checkpoints" / "step-00000010" / file
+    newest.write_bytes(newest.read_bytes()[:20])
+    job(tmp_path).run()
+    assert "step-00000010 is damaged" in caplog.text and "the one before is tried" in caplog.text
+    assert_same_results(tmp_path, whole)
+
+
+def test_a_resumed_training_holds_on_to_no_file_of_its_checkpoint(tmp_path, monkeypatch):
+    """They will be removed, which a network file system refuses or hides while they are mapped."""
+    step, seen = Learner.step, []
+
+    def looked_at(*args):
+        seen.append("checkpoints/step-" in Path("/proc/self/maps").read_text())
+        if len(seen) == 13:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(Learner, "step", looked_at)
+    with pytest.raises(KeyboardInterrupt):
+        job(tmp_path, predictor=None).run()
+    job(tmp_path, predictor=None).run()
+    assert len(seen) == 13 + 30 and not any(seen)
+
+
+def test_checkpoints_that_do_not_say_of_what_training_are_refused(tmp_path):
+    job(tmp_path, predictor=None).run()
+    (tmp_path / "tokenizer" / "identity.json").unlink()
+    with pytest.raises(ValueError, match="has checkpoints but no identity.json"):
+        job(tmp_path, predictor=None).run()
+
+
+def test_an_error_in_one_process_is_raised_in_all(tmp_path):
+    """As of a machine that does not see the folder."""
+
+    class Two(Group):
+        def gather(self, value):
+            return [value, FileNotFoundError("not here")]
+
+    with scratch_folder(tmp_path, "job-") as folder:
+        job(tmp_path).save(folder)
+        with pytest.raises(FileNotFoundError, match="not here"):
+            _loaded(folder, Two())
+        assert _loaded(folder, Group()).folder == tmp_path
+
+
+def test_what_a_killed_launcher_left_is_removed_and_what_a_living_one_needs_is_not(tmp_path):
+    program = """
+import sys, time; from pathlib import Path; from kronos_qlib.files import scratch_folder
+with scratch_folder(Path(sys.argv[1]), "job-") as folder:
+    print(folder, flush=True); time.sleep(100)
+"""
+    others = [
+        subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    killed, living = (Path(other.stdout.readline().strip()) for other in others)
+    assert killed.is_dir() and living.is_dir()
+    others[0].kill()
+    others[0].wait()
+    with scratch_folder(tmp_path, "job-") as own:
+        assert set(tmp_path.iterdir()) == {own, living}
+    others[1].kill()
+    others[1].wait()
 
 
 def test_a_second_training_in_the_folder_is_turned_away(tmp_path, monkeypatch):

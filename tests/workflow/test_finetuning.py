@@ -101,6 +101,15 @@ def test_recent_windows_weigh_more(store, tmp_path):
     assert job.weights[age == 60] == pytest.approx(0.25)
 
 
+def test_weights_that_change_nothing_are_told(store, tmp_path, warnings_logged):
+    dataset = make_dataset()
+    count = len(dataset.training_windows("train"))
+    stages = {"tokenizer": {**finetune("x")["tokenizer"], "windows_per_epoch": count}}
+    make_model(finetune=finetune(tmp_path / "out", half_life_days=30) | stages).job(dataset)
+    assert f"tokenizer.windows_per_epoch ({count:,}) takes all {count:,} training windows" in warnings_logged.text
+    assert "predictor.windows_per_epoch" not in warnings_logged.text
+
+
 def test_another_store_joins_the_training_but_not_the_validation(store, tmp_path):
     other = write_demo_market(tmp_path / "other", instruments=4, days=160, seed=9)
     extra = [{"instruments": "demo", "provider_uri": str(other)}]
@@ -180,7 +189,7 @@ def test_a_dry_run_tells_what_would_happen_and_does_nothing(workflow, tmp_path, 
     assert f"{make_model().model.n_parameters:,} parameters, new" in told
     assert "192 windows in 6 steps of 32: 2 epochs of 3 steps; judged on 64 windows" in told
     assert "first batch: x [32, 14, 6] float32, stamp [32, 14, 5] int64" in told
-    assert re.search(r"memory about \d+ MiB beside torch and the data", told)
+    assert re.search(r"memory about \d+ MiB of this machine's, beside torch and the data", told)
     assert "tokenizer holds no training yet" in told
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.yaml"]
 
