@@ -42,7 +42,7 @@ from kronos_qlib import Kronos, KronosTokenizer
 from kronos_qlib.data.stamps import STAMP_FIELDS, stamps
 from kronos_qlib.data.windows import COLUMNS, EPS, Bars, Windows
 from kronos_qlib.nn import zoo
-from kronos_qlib.nn.device import DTYPES, resolve_dtype
+from kronos_qlib.nn.device import DTYPES, resolve_device, resolve_dtype
 from kronos_qlib.train import PredictorStage, TokenizerStage, train_stage
 from kronos_qlib.train.feed import gather
 from kronos_qlib.train.settings import PredictorSettings, StageSettings, TokenizerSettings
@@ -54,7 +54,6 @@ STEPS = {"nano": 30, "mini": 10, "small": 4}  # timed in a turn
 WARM_UP = 2  # steps of a turn before the clock runs
 WORKERS = (0, 2)  # of the other side's DataLoader: the faster is taken
 AGREEMENT = 1e-3
-CPU = torch.device("cpu")
 SETTINGS = {"tokenizer": TokenizerSettings(epochs=1), "predictor": PredictorSettings(epochs=1)}
 
 
@@ -139,7 +138,9 @@ class FrameWindows(Dataset):
         return torch.from_numpy(x), torch.from_numpy(stamp)
 
 
-def our_turn(stage: Stage, windows: Windows, dtype: torch.dtype, steps: int, compiled: bool) -> Turn:
+def our_turn(
+    stage: Stage, windows: Windows, device: torch.device, dtype: torch.dtype, steps: int, compiled: bool
+) -> Turn:
     """Train by our loop for a turn."""
     size, rows = (WARM_UP + steps) * BATCH, []
     stage.settings = stage.settings.model_copy(update={"windows_per_epoch": size, "valid_windows": 1, "log_every": 1})
@@ -149,7 +150,7 @@ def our_turn(stage: Stage, windows: Windows, dtype: torch.dtype, steps: int, com
             rows.append([metrics[f"{stage.name}.{key}"] for key in ("windows_per_second", "data_wait")])
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):  # its progress bar
-        options = {"seed": 0, "device": CPU, "dtype": dtype, "compiled": compiled, "log": log}
+        options = {"seed": 0, "device": device, "dtype": dtype, "compiled": compiled, "log": log}
         train_stage(stage, windows, windows.take(slice(1)), folder, **options, checkpoint_every=WARM_UP + steps)
     rates, waits = zip(*rows)
     return Turn(statistics.harmonic_mean(rates), statistics.fmean(waits, [1 / rate for rate in rates]))
@@ -162,6 +163,7 @@ def plain_turn(
     dataset: FrameWindows,
     workers: int,
     steps: int,
+    device: torch.device,
 ) -> Turn:
     """Train by a plain loop for a turn."""
     options = {"lr": settings.learning_rate, "betas": tuple(settings.betas), "weight_decay": settings.weight_decay}
@@ -178,11 +180,14 @@ def plain_turn(
         asked = time.perf_counter()
         x, stamp = next(batches)
         waited += time.perf_counter() - asked
+        x, stamp = x.to(device), stamp.to(device)
         optimizer.zero_grad()
         loss(x, stamp).backward()
         nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
         optimizer.step()
         schedule.step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     seconds = time.perf_counter() - started
     return Turn(steps * BATCH / seconds, waited / seconds)
 
@@ -204,13 +209,15 @@ def our_stage(name: str, paths: tuple[Path, Path], settings: StageSettings) -> S
     return PredictorStage(Kronos.from_pretrained(paths[1]), tokenizer, settings)
 
 
-def plain_stage(name: str, paths: tuple[Path, Path], draw_s1: bool = True) -> tuple[nn.Module, Callable[..., Tensor]]:
+def plain_stage(
+    name: str, paths: tuple[Path, Path], device: torch.device | str = "cpu", draw_s1: bool = True
+) -> tuple[nn.Module, Callable[..., Tensor]]:
     """The other side's network to train, and its loss of x [B, T, 6] and stamps [B, T, 5]."""
     from sktime.libs.kronos import kronos as reference
 
     with contextlib.redirect_stdout(io.StringIO()):  # the hub's mixin says that it loads a local folder
-        tokenizer = reference.KronosTokenizer.from_pretrained(str(paths[0]))
-        model = reference.Kronos.from_pretrained(str(paths[1])) if name == "predictor" else None
+        tokenizer = reference.KronosTokenizer.from_pretrained(str(paths[0])).to(device)
+        model = reference.Kronos.from_pretrained(str(paths[1])).to(device) if name == "predictor" else None
 
     def reconstruction(x: Tensor, stamp: Tensor) -> Tensor:
         (coarse, full), bsq_loss, _, _ = tokenizer(x)
@@ -257,16 +264,17 @@ def difference(model: str, name: str, windows: Windows, folder: Path) -> float:
 def measure(model: str, name: str, options: argparse.Namespace, windows: Windows, dataset: FrameWindows) -> dict:
     """One row of the table: both sides in turns, `rounds` times, after a comparison of what they compute."""
     settings, dtype, steps = SETTINGS[name], DTYPES[options.dtype], options.steps or STEPS[model]
+    device = resolve_device(options.device)
     with tempfile.TemporaryDirectory() as folder:
         apart = difference(model, name, windows, Path(folder) / "without dropout")
         paths = save_networks(model, Path(folder))
-        stage, (network, loss) = our_stage(name, paths, settings), plain_stage(name, paths)
+        stage, (network, loss) = our_stage(name, paths, settings), plain_stage(name, paths, device)
 
     def our(steps: int) -> Turn:
-        return our_turn(stage, windows, dtype, steps, options.compile)
+        return our_turn(stage, windows, device, dtype, steps, options.compile)
 
     def plain(workers: int, steps: int) -> Turn:
-        return plain_turn(network, loss, settings, dataset, workers, steps)
+        return plain_turn(network, loss, settings, dataset, workers, steps, device)
 
     workers = max(WORKERS, key=lambda workers: plain(workers, min(steps, 5)).rate)
     our(steps=1)
@@ -274,7 +282,7 @@ def measure(model: str, name: str, options: argparse.Namespace, windows: Windows
     for _ in range(options.rounds):
         ours.append(our(steps))
         theirs.append(plain(workers, steps))
-        products.append(matrix_rate(dtype))
+        products.append(matrix_rate(dtype, device=device))
     rate, work = statistics.median(turn.rate for turn in ours), gflop_per_window(model, name)
     waits = (statistics.median(turn.data_wait for turn in turns) for turns in (ours, theirs))
     return {
@@ -301,6 +309,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default: %(default)s)")
     parser.add_argument("--steps", type=int, help=f"steps of {BATCH} windows timed in a turn (default: {default})")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of our products (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, for both sides (default: %(default)s)")
     parser.add_argument(
         "--compile", action="store_true", help="let torch.compile build our step (needs a C++ compiler)"
     )
@@ -314,11 +323,12 @@ def main() -> int:
     print(describe("sktime"))
     if options.threads > cores():
         print(f"caution   {options.threads} threads on {cores()} cores: the figures will be poor")
-    if DTYPES[options.dtype] is torch.bfloat16 and resolve_dtype("auto", CPU) is not torch.bfloat16:
-        print("caution   this processor does not multiply bfloat16 in hardware: it will be far slower than float32")
+    dtype, device = DTYPES[options.dtype], resolve_device(options.device)
+    if dtype is torch.bfloat16 and resolve_dtype("auto", device) is not dtype:
+        print("caution   this device does not multiply bfloat16 in hardware: it will be far slower than float32")
     print(
-        f"settings  {options.threads} threads, {options.dtype}{', compiled' * options.compile}, batches of {BATCH} "
-        f"windows of {LOOKBACK + FUTURE} bars, median of {options.rounds} rounds\n"
+        f"settings  {options.device}, {options.threads} threads, {options.dtype}{', compiled' * options.compile}, "
+        f"batches of {BATCH} windows of {LOOKBACK + FUTURE} bars, median of {options.rounds} rounds\n"
     )
     frames = make_frames()
     windows, dataset = make_windows(frames), FrameWindows(frames)
