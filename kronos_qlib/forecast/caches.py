@@ -50,7 +50,10 @@ class Cache:
 
 @dataclass(frozen=True)
 class Layout:
-    """How samples share caches: `groups` of `size` samples, `copies` groups a window, `horizon` own steps each."""
+    """How samples share caches: `groups` of `size` samples, `copies` groups a window, `horizon` own steps each.
+
+    Where a window's samples do not divide well, its groups have room for a few more of them than there are.
+    """
 
     groups: int
     size: int
@@ -60,7 +63,10 @@ class Layout:
     @classmethod
     def of(cls, batch: int, samples: int, horizon: int) -> "Layout":
         size = next(size for size in range(min(samples, GROUP), 0, -1) if samples % size == 0)
-        return cls(batch * samples // size, size, samples // size, horizon)
+        if samples > GROUP and size < GROUP // 2:
+            size = -(-samples // -(-samples // GROUP))
+        copies = -(-samples // size)
+        return cls(batch * copies, size, copies, horizon)
 
     def cache(self, length: int, heads: int, width: int, like: Tensor) -> Cache:
         """An empty cache behind a context of `length` bars, of the kind of `like`."""

@@ -4,7 +4,7 @@ The two halves: `_prefill` runs a window's context through the blocks and keeps 
 runs the samples' own positions against them and against what each sample has generated before.
 
 Shapes: B windows, S samples, L context bars, P forecast bars, H heads, D coordinates per head; G groups of n samples
-that share a cache, G · n = B · S.
+that share a cache, G · n = B · S, or a little more where S does not divide well.
 """
 
 import operator
@@ -182,6 +182,7 @@ def _paths(
     horizon, _, batch, samples = uniform.shape
     length, limit = x.shape[1], net.max_context
     layout = Layout.of(batch, samples, horizon)
+    uniform = F.pad(uniform, (0, layout.copies * layout.size - samples))  # what is too much is drawn and dropped
     uniform = uniform.reshape(horizon, 2, layout.groups, layout.size)
     s1, s2 = _encode(net.tokenizer, x)
     time, own_time = net.model.embed_time(x_stamp[:, -limit:]), net.model.embed_time(y_stamp)
@@ -191,12 +192,16 @@ def _paths(
     like = net.model.cross_kv.weight
     aligned = sampling.s2_rotation == "aligned"
     filters = sampling.temperature, sampling.top_k, sampling.top_p
+    context = net.model.embed(s1[:, -limit:], s2[:, -limit:], time)
+    # Where the window slides, all positions change, but not what the first block makes of a bar without its position.
+    slides = min(length, limit) > limit - horizon + 1
+    first = net.model.stack.blocks[0].projected(context) if slides and net.model.stack.blocks else None
     state: _ContextState | None = None
     for step in range(horizon):
         prefix = min(length, limit - step)  # context bars still in sight
         if state is None or state.prefix != prefix:  # the first step, or the window slid and positions restart
-            inputs = net.model.embed(s1[:, -prefix:], s2[:, -prefix:], time[:, -prefix:])
-            state = _ContextState.start(net.model, inputs, layout, layout.mask(prefix, like), aligned)
+            inputs = context[:, -prefix:], None if first is None else first[:, -prefix:]
+            state = _ContextState.start(net.model, *inputs, layout, layout.mask(prefix, like), aligned)
         if state.filled < step:
             new = slice(state.filled, step)
             state.append(net.model.embed(own_s1[:, new], own_s2[:, new], own_time[:, new, None]))
@@ -206,7 +211,7 @@ def _paths(
     out = slice(length - min(length, limit - horizon), length)  # of the context, what the decoder still sees
     mask = layout.mask(length - out.start, like)
     paths = _decode(net.tokenizer, (s1[:, out], s2[:, out]), (own_s1, own_s2), layout, mask)
-    return paths.unflatten(0, (batch, -1)).transpose(2, 3).flatten(1, 2)
+    return paths.unflatten(0, (batch, -1)).transpose(2, 3).flatten(1, 2)[:, :samples]
 
 
 def _check_shapes(net: Prepared, x: Tensor, x_stamp: Tensor, y_stamp: Tensor) -> None:
@@ -239,11 +244,12 @@ def _as_integers(keys: Sequence[int] | np.ndarray | Tensor, count: int) -> np.nd
 
 
 def _prefill(
-    stack: Stack, x: Tensor, layout: Layout | None = None, keys_only_last: bool = False
+    stack: Stack, x: Tensor, layout: Layout | None = None, keys_only_last: bool = False, first: Tensor | None = None
 ) -> tuple[Tensor, list[Cache]]:
     """Run context x [B, L, d] through the blocks: the output [B, L, d] and, for a layout, each layer's cache.
 
-    With keys_only_last the last block stops at its keys and values, and the output is of no use.
+    `first` is what the first block's `projected` gives of x, where it is known. With keys_only_last the last block
+    stops at its keys and values, and the output is of no use.
     """
     batch, length, width = x.shape
     angles = stack.angles[:length]
@@ -257,7 +263,8 @@ def _prefill(
             if keys_only_last and number == len(stack.blocks) - 1:
                 caches[number].fill(windows, *block.keys(h, angles), layout.copies)
                 break
-            q, k, v = block.heads(h, angles)
+            known = first is not None and number == 0
+            q, k, v = block.placed(first[windows], angles) if known else block.heads(h, angles)
             if layout:
                 caches[number].fill(windows, k, v, layout.copies)
             attended = F.scaled_dot_product_attention(*(rows.transpose(1, 2) for rows in (q, k, v)), is_causal=True)
@@ -289,8 +296,10 @@ class _ContextState:
     filled: int = 0  # own steps
 
     @classmethod
-    def start(cls, model: ModelWeights, x: Tensor, layout: Layout, mask: Tensor, aligned: bool) -> "_ContextState":
-        h, caches = _prefill(model.stack, x, layout)
+    def start(
+        cls, model: ModelWeights, x: Tensor, first: Tensor | None, layout: Layout, mask: Tensor, aligned: bool
+    ) -> "_ContextState":
+        h, caches = _prefill(model.stack, x, layout, first=first)
         h = model.normed(h)
         k, v = model.cross_kv(h).chunk(2, dim=-1)
         if aligned:

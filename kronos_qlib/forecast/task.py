@@ -19,7 +19,7 @@ from kronos_qlib.nn.checkpoint import digest_of_weights
 from kronos_qlib.nn.device import DTYPES
 
 # Neither pandas nor Qlib in this file: the processes that forecast stay small.
-GENERATION = 2  # raised when the same task would give other scores: what was cached before is not used any more
+GENERATION = 3  # raised when the same task would give other scores: what was cached before is not used any more
 FILE, STAMPS, DIGEST_BYTES = "task.json", "future_stamp.npy", 16
 
 

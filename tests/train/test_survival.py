@@ -305,14 +305,15 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(whole, tmp_path, 
 
     monkeypatch.setattr(Learner, "step", killed)
     with pytest.raises(KeyboardInterrupt):
-        job(tmp_path).run()
+        job(tmp_path, predictor=None).run()
     monkeypatch.undo()
     assert checkpoints(tmp_path, "tokenizer") == [5, 10]
     newest = tmp_path / "tokenizer" / "checkpoints" / "step-00000010" / file
     newest.write_bytes(newest.read_bytes()[:20])
-    job(tmp_path).run()
+    job(tmp_path, predictor=None).run()
     assert "step-00000010 is damaged" in caplog.text and "the one before is tried" in caplog.text
-    assert_same_results(tmp_path, whole)
+    expected = {name: content for name, content in results(whole).items() if name.startswith("tokenizer")}
+    assert results(tmp_path) == expected
 
 
 def test_a_resumed_training_holds_on_to_no_file_of_its_checkpoint(tmp_path, monkeypatch):
