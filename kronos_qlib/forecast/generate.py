@@ -192,16 +192,12 @@ def _paths(
     like = net.model.cross_kv.weight
     aligned = sampling.s2_rotation == "aligned"
     filters = sampling.temperature, sampling.top_k, sampling.top_p
-    context = net.model.embed(s1[:, -limit:], s2[:, -limit:], time)
-    # Where the window slides, all positions change, but not what the first block makes of a bar without its position.
-    slides = min(length, limit) > limit - horizon + 1
-    first = net.model.stack.blocks[0].projected(context) if slides and net.model.stack.blocks else None
     state: _ContextState | None = None
     for step in range(horizon):
         prefix = min(length, limit - step)  # context bars still in sight
         if state is None or state.prefix != prefix:  # the first step, or the window slid and positions restart
-            inputs = context[:, -prefix:], None if first is None else first[:, -prefix:]
-            state = _ContextState.start(net.model, *inputs, layout, layout.mask(prefix, like), aligned)
+            inputs = net.model.embed(s1[:, -prefix:], s2[:, -prefix:], time[:, -prefix:])
+            state = _ContextState.start(net.model, inputs, layout, layout.mask(prefix, like), aligned)
         if state.filled < step:
             new = slice(state.filled, step)
             state.append(net.model.embed(own_s1[:, new], own_s2[:, new], own_time[:, new, None]))
@@ -244,12 +240,11 @@ def _as_integers(keys: Sequence[int] | np.ndarray | Tensor, count: int) -> np.nd
 
 
 def _prefill(
-    stack: Stack, x: Tensor, layout: Layout | None = None, keys_only_last: bool = False, first: Tensor | None = None
+    stack: Stack, x: Tensor, layout: Layout | None = None, keys_only_last: bool = False
 ) -> tuple[Tensor, list[Cache]]:
     """Run context x [B, L, d] through the blocks: the output [B, L, d] and, for a layout, each layer's cache.
 
-    `first` is what the first block's `projected` gives of x, where it is known. With keys_only_last the last block
-    stops at its keys and values, and the output is of no use.
+    With keys_only_last the last block stops at its keys and values, and the output is of no use.
     """
     batch, length, width = x.shape
     angles = stack.angles[:length]
@@ -263,8 +258,7 @@ def _prefill(
             if keys_only_last and number == len(stack.blocks) - 1:
                 caches[number].fill(windows, *block.keys(h, angles), layout.copies)
                 break
-            known = first is not None and number == 0
-            q, k, v = block.placed(first[windows], angles) if known else block.heads(h, angles)
+            q, k, v = block.heads(h, angles)
             if layout:
                 caches[number].fill(windows, k, v, layout.copies)
             attended = F.scaled_dot_product_attention(*(rows.transpose(1, 2) for rows in (q, k, v)), is_causal=True)
@@ -296,10 +290,8 @@ class _ContextState:
     filled: int = 0  # own steps
 
     @classmethod
-    def start(
-        cls, model: ModelWeights, x: Tensor, first: Tensor | None, layout: Layout, mask: Tensor, aligned: bool
-    ) -> "_ContextState":
-        h, caches = _prefill(model.stack, x, layout, first=first)
+    def start(cls, model: ModelWeights, x: Tensor, layout: Layout, mask: Tensor, aligned: bool) -> "_ContextState":
+        h, caches = _prefill(model.stack, x, layout)
         h = model.normed(h)
         k, v = model.cross_kv(h).chunk(2, dim=-1)
         if aligned:

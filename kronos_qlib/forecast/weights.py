@@ -48,15 +48,8 @@ class BlockWeights:
 
     def heads(self, x: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, turned by their positions' angles, and values of x [..., T, d]: each [..., T, H, D]."""
-        return self.placed(self.projected(x), angles)
-
-    def projected(self, x: Tensor) -> Tensor:
-        """Queries, keys and values of x [..., T, d], whatever its positions: [..., T, 3 · d]."""
-        return self.qkv(unit_scale(x, self.eps1))
-
-    def placed(self, product: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What `heads` gives, of what `projected` gives."""
-        width = product.shape[-1] // 3
+        width = x.shape[-1]
+        product = self.qkv(unit_scale(x, self.eps1))
         turned = turn(product[..., : 2 * width], angles).unflatten(-1, (2, self.n_heads, -1))
         return turned[..., 0, :, :], turned[..., 1, :, :], product[..., 2 * width :].unflatten(-1, (self.n_heads, -1))
 
