@@ -171,8 +171,8 @@ def prepare(tokenizer: KronosTokenizer, model: Kronos, max_context: int, dtype: 
     Args:
         max_context: bars that the model sees at most.
         dtype: of the matrix products, but for those of the tokenizer's encoder and of the two heads: in bfloat16 they
-            would turn codes, and scores would agree with those of float32 to a rank correlation of 0.96 only, where
-            they now agree to 0.995 (nano on CSI 300; benchmarks/draws.py). Everything else is float32.
+            would turn codes, and scores would agree less with those of float32 (how well they do is measured by
+            benchmarks/draws.py). Everything else is float32, but for what attention reads.
         length: the longest sequence that will be encoded, in bars.
     """
     check_pair(tokenizer, model)
