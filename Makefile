@@ -42,7 +42,7 @@ demo: $(INSTALLED) $(MARKET_MADE)
 # Two workers share the cores: threads that wait should sleep, not spin.
 test: export OMP_WAIT_POLICY := passive
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -10,6 +10,23 @@ import torch
 from kronos_qlib import Kronos, KronosTokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
+# Files of a minute and more: begun first, so that no worker is left alone with one of them at the end.
+LONG = (
+    "test_survival.py",
+    "test_notebooks.py",
+    "test_finetuning.py",
+    "test_run.py",
+    "test_generate.py",
+    "test_no_signal.py",
+    "test_qrun.py",
+    "test_processes.py",
+    "test_cluster.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long files first, in the order above; the others as they were found."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @dataclass(frozen=True)
