@@ -39,9 +39,8 @@ demo: $(INSTALLED) $(MARKET_MADE)
 	$(BIN)/qrun workflows/kronos_demo.yaml
 	$(BIN)/kronos-qlib compare kronos_demo lightgbm_demo reversal_demo --out $(DEMO)
 
-# Two workers share the cores: one thread each, and threads that wait should sleep, not spin.
+# Two workers share the cores: threads that wait should sleep, not spin.
 test: export OMP_WAIT_POLICY := passive
-test: export OMP_NUM_THREADS := 1
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
