@@ -273,10 +273,9 @@ def test_a_full_disk_is_told_by_the_processes_and_lost_is_nothing(whole, small_d
     assert_same_results(small_disk, whole)
 
 
-@pytest.mark.parametrize("steps", [7, STEPS + 12])
-def test_a_job_that_was_interrupted_goes_on_when_it_is_run_again(whole, tmp_path, monkeypatch, steps):
-    """As when fit() is called again in a notebook after Ctrl-C: the very same networks."""
-    the_job, step, done = job(tmp_path), Learner.step, []
+def run_until(steps, the_job, monkeypatch):
+    """Run a job that is interrupted at a step, the first being 1."""
+    step, done = Learner.step, []
 
     def interrupted(*args):
         done.append(1)
@@ -284,10 +283,17 @@ def test_a_job_that_was_interrupted_goes_on_when_it_is_run_again(whole, tmp_path
             raise KeyboardInterrupt
         return step(*args)
 
-    monkeypatch.setattr(Learner, "step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        the_job.run()
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            the_job.run()
+
+
+@pytest.mark.parametrize("steps", [7, STEPS + 12])
+def test_a_job_that_was_interrupted_goes_on_when_it_is_run_again(whole, tmp_path, monkeypatch, steps):
+    """As when fit() is called again in a notebook after Ctrl-C: the very same networks."""
+    the_job = job(tmp_path)
+    run_until(steps, the_job, monkeypatch)
     assert steps_done(tmp_path) >= 5
     the_job.run()
     assert_same_results(tmp_path, whole)
@@ -295,18 +301,7 @@ def test_a_job_that_was_interrupted_goes_on_when_it_is_run_again(whole, tmp_path
 
 @pytest.mark.parametrize("file", ["progress.json", "optimizer.safetensors", "model.safetensors"])
 def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(whole, tmp_path, monkeypatch, caplog, file):
-    step, done = Learner.step, []
-
-    def killed(*args):
-        done.append(1)
-        if len(done) == 13:
-            raise KeyboardInterrupt
-        return step(*args)
-
-    monkeypatch.setattr(Learner, "step", killed)
-    with pytest.raises(KeyboardInterrupt):
-        job(tmp_path, predictor=None).run()
-    monkeypatch.undo()
+    run_until(13, job(tmp_path, predictor=None), monkeypatch)
     assert checkpoints(tmp_path, "tokenizer") == [5, 10]
     newest = tmp_path / "tokenizer" / "checkpoints" / "step-00000010" / file
     newest.write_bytes(newest.read_bytes()[:20])
@@ -318,19 +313,16 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(whole, tmp_path, 
 
 def test_a_resumed_training_holds_on_to_no_file_of_its_checkpoint(tmp_path, monkeypatch):
     """They will be removed, which a network file system refuses or hides while they are mapped."""
+    run_until(13, job(tmp_path, predictor=None), monkeypatch)
     step, seen = Learner.step, []
 
     def looked_at(*args):
         seen.append("checkpoints/step-" in Path("/proc/self/maps").read_text())
-        if len(seen) == 13:
-            raise KeyboardInterrupt
         return step(*args)
 
     monkeypatch.setattr(Learner, "step", looked_at)
-    with pytest.raises(KeyboardInterrupt):
-        job(tmp_path, predictor=None).run()
     job(tmp_path, predictor=None).run()
-    assert len(seen) == 13 + 30 and not any(seen)
+    assert len(seen) == STEPS - 10 and not any(seen)
 
 
 def test_checkpoints_that_do_not_say_of_what_training_are_refused(tmp_path):
