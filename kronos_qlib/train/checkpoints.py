@@ -9,15 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from kronos_qlib.files import whole_file
 from kronos_qlib.nn.checkpoint import WEIGHTS_FILE, CheckpointError, HubModule
+from kronos_qlib.train.optimizer import AdamW
 
 logger = logging.getLogger("qlib.KronosTrainer")
 KEPT = 2
@@ -43,9 +41,7 @@ class Progress:
     part_size: int = 0
 
 
-def save_checkpoint(
-    folder: Path, network: HubModule, optimizer: torch.optim.Optimizer, schedule: dict[str, Any], progress: Progress
-) -> None:
+def save_checkpoint(folder: Path, network: HubModule, optimizer: AdamW, progress: Progress) -> None:
     """Write `folder/step-N` with everything a resumed run needs, then drop all but the last two.
 
     Raises:
@@ -58,9 +54,9 @@ def save_checkpoint(
             shutil.rmtree(aside, ignore_errors=True)
             network.save_pretrained(aside)
             with whole_file(aside / OPTIMIZER_FILE) as draft:
-                save_file(_tensors(optimizer), draft)
+                save_file({name: tensor.cpu() for name, tensor in optimizer.tensors().items()}, draft)
             with whole_file(aside / PROGRESS_FILE) as draft:
-                draft.write_text(json.dumps({**asdict(progress), "schedule": schedule}))
+                draft.write_text(json.dumps(asdict(progress)))
             shutil.rmtree(folder / name, ignore_errors=True)
             os.replace(aside, folder / name)
         finally:
@@ -69,38 +65,29 @@ def save_checkpoint(
         shutil.rmtree(old, ignore_errors=True)  # the new one is there: a file that somebody has open ends no training
 
 
-def load_checkpoint(
-    folder: Path, network: HubModule, optimizer: torch.optim.Optimizer
-) -> tuple[Progress, dict[str, Any]]:
-    """Restore network and optimiser from one checkpoint: how far it had come, and its schedule's state.
+def load_checkpoint(folder: Path, network: HubModule, optimizer: AdamW) -> Progress:
+    """Restore network and optimiser from one checkpoint: how far it had come.
 
     Raises:
         CheckpointError: it is damaged.
     """
-    progress, schedule = read_progress(folder)
+    progress = read_progress(folder)
     try:
-        tensors = load_file(folder / OPTIMIZER_FILE)
         network.load_weights(folder / WEIGHTS_FILE)
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            index, key = name.split(".", 1)
-            state.setdefault(int(index), {})[key] = tensor.clone()  # not mapped from a file that will be removed
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        optimizer.load(load_file(folder / OPTIMIZER_FILE))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder} is damaged ({error})") from error
-    return progress, schedule
+    return progress
 
 
-def read_progress(folder: Path) -> tuple[Progress, dict[str, Any]]:
-    """How far a checkpoint had come, and its schedule's state.
+def read_progress(folder: Path) -> Progress:
+    """How far a checkpoint had come.
 
     Raises:
         CheckpointError: it is damaged.
     """
     try:
-        saved = json.loads((folder / PROGRESS_FILE).read_text())
-        schedule = saved.pop("schedule")
-        return Progress(**saved), schedule
+        return Progress(**json.loads((folder / PROGRESS_FILE).read_text()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder} is damaged ({error})") from error
 
@@ -109,13 +96,13 @@ def newest_progress(folder: Path) -> Progress | None:
     """That of the newest checkpoint whose progress can be read; None if there is none."""
     for path in reversed(finished(folder)):
         try:
-            return read_progress(path)[0]
+            return read_progress(path)
         except CheckpointError:
             continue  # `newest_whole` tells of it
     return None
 
 
-def newest_whole(folder: Path, network: HubModule, optimizer: torch.optim.Optimizer) -> Path | None:
+def newest_whole(folder: Path, network: HubModule, optimizer: AdamW) -> Path | None:
     """The newest checkpoint that can be loaded, into these; None if there is none yet. Damaged ones are told of.
 
     Raises:
@@ -159,11 +146,3 @@ def no_space_is_told(folder: Path) -> Iterator[None]:
 def _errno_told(message: str) -> int | None:
     """The error number that safetensors puts into the text of its errors."""
     return next((number for number in _FULL if f"os error {number}" in message), None)
-
-
-def _tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{index}.{key}": value.detach().cpu().contiguous()
-        for index, state in optimizer.state_dict()["state"].items()
-        for key, value in state.items()
-    }

@@ -10,6 +10,7 @@ from torch import Tensor
 from kronos_qlib.nn.dropout import drawn_from
 from kronos_qlib.train.compute import Compute
 from kronos_qlib.train.feed import Part
+from kronos_qlib.train.optimizer import AdamW
 from kronos_qlib.train.seeds import seed_of
 from kronos_qlib.train.stages import Stage
 
@@ -47,9 +48,7 @@ class Learner:
         self._shared = torch.zeros(count + 2, device=device, dtype=exact)
         self._gradients, self._said = self._shared[:-2], self._shared[-2:]
         self._rounded = torch.zeros(count, device=device)
-        for parameter, gradient in zip(self._parameters, self._split(self._rounded)):
-            parameter.grad = gradient
-        self.optimizer, self.schedule = _optimizer(self._parameters, stage, steps, device)
+        self.optimizer = AdamW(self._parameters, stage.settings, steps)
 
     def step(self, number: int, parts: list[Part], stop: bool = False) -> tuple[float, bool]:
         """Learn from a global batch of which `parts` are this process's: the batch's loss, and if any wants to stop.
@@ -73,8 +72,7 @@ class Learner:
         if norm > limit:
             self._gradients.mul_(limit / norm)
         self._rounded.copy_(self._gradients)
-        self.optimizer.step()
-        self.schedule.step()
+        self.optimizer.step(number, self._split(self._rounded))
         return loss, asked > 0
 
     def align(self) -> bool:
@@ -84,8 +82,7 @@ class Learner:
         sums = self._compute.group.gather(own)
         if all(theirs == sums[0] for theirs in sums):
             return False
-        moments = [value for state in self.optimizer.state.values() for value in state.values() if value.dim()]
-        for tensor in (*self._parameters, *moments):
+        for tensor in (*self._parameters, *self.optimizer.moments()):
             self._compute.group.copy(tensor.data)
         return True
 
@@ -138,21 +135,3 @@ class Learner:
         """A buffer as one view per parameter."""
         sizes = [parameter.numel() for parameter in self._parameters]
         return [view.view_as(parameter) for view, parameter in zip(flat.split(sizes), self._parameters)]
-
-
-def _optimizer(
-    parameters: list[torch.nn.Parameter], stage: Stage, steps: int, device: torch.device
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.OneCycleLR]:
-    """AdamW under a OneCycle schedule with 3 % warm-up from a tenth of the peak; the betas stay as they are set."""
-    settings = stage.settings
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=settings.learning_rate,
-        betas=tuple(settings.betas),
-        weight_decay=settings.weight_decay,
-        fused=device.type in ("cpu", "cuda", "mps") or None,
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=steps, pct_start=0.03, div_factor=10, cycle_momentum=False
-    )
-    return optimizer, schedule

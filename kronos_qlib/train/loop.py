@@ -154,7 +154,7 @@ class _Run:
 
     def _steps(self) -> None:
         for step, parts in self.feed.after(self.progress.step):
-            lr = self.learner.schedule.get_last_lr()[0]
+            lr = self.learner.optimizer.rate(step.number)
             try:
                 loss, stopped = self.learner.step(step.number, parts, bool(self.stop.asked()))
             except Diverged:
@@ -214,18 +214,14 @@ class _Run:
         found = self.compute.group.once(lambda: newest_whole(self.folder / CHECKPOINTS, *ours))
         if found is None:
             return Progress(part_size=self.feed.part_size)
-        progress, state = load_checkpoint(found, *ours)
-        self.learner.schedule.load_state_dict(state)
-        for group, lr in zip(self.learner.optimizer.param_groups, self.learner.schedule.get_last_lr(), strict=True):
-            group["lr"] = lr  # loading a schedule does not tell the optimiser
+        progress = load_checkpoint(found, *ours)
         if self.compute.group.first:
             logger.info(f"{self.folder}: resumed after step {progress.step:,} of {self.plan.steps:,}")
         return progress
 
     def _save(self) -> None:
         self.history.flush()
-        state = self.learner.schedule.state_dict()
-        save_checkpoint(self.folder / CHECKPOINTS, self.stage.network, self.learner.optimizer, state, self.progress)
+        save_checkpoint(self.folder / CHECKPOINTS, self.stage.network, self.learner.optimizer, self.progress)
 
     def _keep_as_best(self) -> None:
         merged(self.stage.network).save_pretrained(self.folder / "best")
@@ -298,7 +294,6 @@ def _learning_in_part(network: HubModule, settings: StageSettings, seed: int) ->
         merge_lora(network)
         for parameter, learns in zip(network.parameters(), learning, strict=True):
             parameter.requires_grad_(learns)
-            parameter.grad = None
 
 
 def _announce(stage: Stage, plan: Plan, judged: int, part: int, compute: Compute) -> None:
