@@ -11,6 +11,7 @@ COLUMNS = ("open", "high", "low", "close", "volume", "amount")
 CLOSE = COLUMNS.index("close")
 EPS = 1e-5
 BLOCK = 128  # windows normalised at a time: their float64 copy then stays in the cache
+KEYS_AT_ONCE = 65_536  # their labels take a hundred bytes each
 
 
 def normalise(rows: np.ndarray, lookback: int, clip: float = 5.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -119,10 +120,14 @@ class Windows:
 
         The random numbers of a forecast hang on it, so it depends on nothing else: neither order nor process.
         """
-        times = np.datetime_as_string(self.dates, unit="s")
-        labels = (f"{name} {time}".encode() for name, time in zip(self.instruments, times))
-        digests = b"".join(blake2b(label, digest_size=8).digest() for label in labels)
-        return (np.frombuffer(digests, "<u8") >> np.uint64(1)).astype(np.int64)
+        keys = np.empty(len(self), np.int64)
+        for start in range(0, len(self), KEYS_AT_ONCE):
+            some = self.take(slice(start, start + KEYS_AT_ONCE))
+            times = np.datetime_as_string(some.dates, unit="s")
+            labels = (f"{name} {time}".encode() for name, time in zip(some.instruments, times))
+            digests = b"".join(blake2b(label, digest_size=8).digest() for label in labels)
+            keys[start : start + KEYS_AT_ONCE] = np.frombuffer(digests, "<u8") >> np.uint64(1)
+        return keys
 
     def take(self, rows: np.ndarray | slice) -> "Windows":
         """The windows at `rows` (positions, a mask or a slice), in that order."""

@@ -14,6 +14,7 @@ from kronos_qlib.train.checkpoints import CHECKPOINTS, finished
 from kronos_qlib.train.stages import PredictorStage, Stage
 
 FILE = "identity.json"
+DIGESTED_AT_ONCE = 65_536  # bars
 
 
 def identity_of(
@@ -80,6 +81,8 @@ def digest_of_windows(windows: Windows) -> str:
     np.add.at(edges, windows.ends + windows.future + 1, -1)
     used = edges[:-1].cumsum() > 0
     digest = hashlib.blake2b(windows.keys.tobytes(), digest_size=16)
-    for rows in (windows.bars.values[used], windows.bars.stamp[used]):
-        digest.update(rows.tobytes())
+    for rows in (windows.bars.values, windows.bars.stamp):
+        for start in range(0, len(rows), DIGESTED_AT_ONCE):
+            block = slice(start, start + DIGESTED_AT_ONCE)
+            digest.update(rows[block][used[block]].tobytes())
     return digest.hexdigest()

@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.nn.checkpoint import WEIGHTS_FILE
 from kronos_qlib.train.checkpoints import CHECKPOINTS, finished, no_space_is_told
 from kronos_qlib.train.group import ALONE, Group
-from kronos_qlib.train.loop import RESULT, Log, train_stage
+from kronos_qlib.train.loop import RESULT, train_stage
+from kronos_qlib.train.metrics import Log, recorder_log, tolerant
 from kronos_qlib.train.settings import FinetuneSettings
 from kronos_qlib.train.stages import PredictorStage, Stage, TokenizerStage
 
@@ -173,37 +173,6 @@ class Job:
             weights=np.load(folder / WEIGHTS, mmap_mode="r") if said["weights"] else None,
             recorder=said["recorder"],
         )
-
-
-def tolerant(log: Log) -> Log:
-    """A log whose failures are told, once, and end no training: a store of metrics may be busy or out of reach."""
-    failed: list[Exception] = []
-
-    def log_if_it_can(metrics: dict[str, float], step: int) -> None:
-        try:
-            log(metrics, step)
-        except Exception as error:
-            if not failed:
-                logger.warning(f"the metrics of step {step} could not be recorded ({error}); the training goes on")
-            failed.append(error)
-
-    return log_if_it_can
-
-
-def recorder_log(recorder: dict[str, str] | None) -> Log:
-    """A function that logs metrics to an MLflow run as they come; without one it does nothing."""
-    if recorder is None:
-        return lambda metrics, step: None
-    from mlflow.entities import Metric
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(recorder["uri"])
-
-    def log(metrics: dict[str, float], step: int) -> None:
-        now = int(time.time() * 1000)
-        client.log_batch(recorder["run_id"], [Metric(key, value, now, step) for key, value in metrics.items()])
-
-    return log
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from kronos_qlib.train.checkpoints import CHECKPOINTS, finished
 from kronos_qlib.train.job import Job
+from kronos_qlib.train.metrics import METRICS, passed_on, recorder_log, tolerant
 from kronos_qlib.train.stopping import TrainingStopped
 from kronos_qlib.train.worker import FAILURE, FINAL
 
@@ -55,7 +56,8 @@ def launch(job: Job, processes: int) -> None:
     with _handlers_kept(), job.saved() as folder, tempfile.TemporaryDirectory(prefix="kronos-") as told:
         try:
             arguments = [str(folder), told, str(os.getpid())]
-            elastic_launch(config, sys.executable)("-m", "kronos_qlib.train.worker", *arguments)
+            with passed_on(Path(told) / METRICS, tolerant(recorder_log(job.recorder))):
+                elastic_launch(config, sys.executable)("-m", "kronos_qlib.train.worker", *arguments)
         except SignalException as stopped:
             _raise_failure(Path(told))
             raise TrainingStopped(

@@ -8,7 +8,7 @@ import os
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,7 @@ from kronos_qlib.train.history import History
 from kronos_qlib.train.identity import claim, digest_of_weights, digest_of_windows, identity_of
 from kronos_qlib.train.learner import Diverged, Learner
 from kronos_qlib.train.memory import bytes_per_window, part_size, room_for
+from kronos_qlib.train.metrics import Log
 from kronos_qlib.train.plan import Plan, Step
 from kronos_qlib.train.seeds import seed_of
 from kronos_qlib.train.settings import StageSettings
@@ -46,8 +47,7 @@ from kronos_qlib.train.stopping import StopRequest, TrainingStopped, stop_reques
 
 logger = logging.getLogger("qlib.KronosTrainer")  # Qlib's own, without importing Qlib into every training process
 RESULT = "result.json"
-JUDGED = 64  # windows at a time in validation, whoever judges them
-Log = Callable[[dict[str, float], int], None]
+JUDGED, JUDGED_ON_CPU = 64, 16  # windows at a time in validation, whoever judges them
 
 
 def train_stage(
@@ -259,16 +259,16 @@ def judge(stage: Stage, windows: Windows, compute: Compute) -> dict[str, float]:
     The batches are the same for any number, and their sums are added exactly.
     """
     stage.network.eval()
-    group = compute.group
-    starts = range(group.rank * JUDGED, len(windows), group.size * JUDGED)
-    sums = compute.each(lambda start: _sums(stage, windows, start, compute), starts)
+    group, size = compute.group, JUDGED_ON_CPU if compute.device.type == "cpu" else JUDGED
+    starts = range(group.rank * size, len(windows), group.size * size)
+    batches = (np.arange(start, min(start + size, len(windows))) for start in starts)
+    sums = compute.each(lambda rows: _sums(stage, windows, rows, compute), batches)
     everywhere = [part for parts in group.gather(list(sums)) for part in parts]
     return {name: math.fsum(part[name] for part in everywhere) / len(windows) for name in everywhere[0]}
 
 
 @torch.no_grad()
-def _sums(stage: Stage, windows: Windows, start: int, compute: Compute) -> dict[str, float]:
-    rows = np.arange(start, min(start + JUDGED, len(windows)))
+def _sums(stage: Stage, windows: Windows, rows: np.ndarray, compute: Compute) -> dict[str, float]:
     with compute.autocast:
         figures = stage.judge(gather(windows, rows).to(compute.device))
     return {name: value.item() * len(rows) for name, value in figures.items()}

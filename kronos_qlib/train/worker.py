@@ -11,6 +11,7 @@ from kronos_qlib.files import whole_file
 from kronos_qlib.nn.checkpoint import CheckpointError
 from kronos_qlib.train.group import Group, joined, own_device
 from kronos_qlib.train.job import Job
+from kronos_qlib.train.metrics import METRICS, file_log
 from kronos_qlib.train.stopping import TrainingStopped
 
 FAILURE = "failure.json"
@@ -24,7 +25,7 @@ def main(folder: Path, told: Path, launcher: int) -> int:
     try:
         with joined() as group:
             group.once(lambda: (told / FAILURE).unlink(missing_ok=True))  # of a life before the launcher's restart
-            _loaded(folder, group).run(group, launcher)
+            _loaded(folder, group).run(group, launcher, file_log(told / METRICS))
     except TrainingStopped as stopped:
         return 128 + stopped.signal
     except FINAL as error:
