@@ -12,19 +12,22 @@ machine's pace meets both. Rates are those after the first steps of a turn: neit
 
 Columns: GFLOP/window is counted from shapes, three times the forward pass for what is trained and once for the frozen
 encoder of stage 2. share is our rate of that work over the rate of products of two 2048² matrices, measured in every
-round. data wait is the share of a step's time that passes before its batch is there, ours and theirs. difference is the
-larger of loss and gradient norm on one batch without dropout, relative; above 1e-3 the script ends with status 1.
+round. data wait is the share of a step's time that passes before its batch is there, ours and theirs. products,
+attention, rest say where the time of our pass goes, on one thread; bound is what the ratio would be if the rest, which
+is norms, activations, dropout, quantizer and losses, took no time at all. difference is the larger of loss and gradient
+norm on one batch without dropout, relative; above 1e-3 the script ends with status 1.
 """
 
 import argparse
 import contextlib
 import io
 import itertools
+import os
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +38,7 @@ import torch.nn.functional as F
 from machine import MATRIX, cores, describe, matrix_rate
 from table import print_row, spread
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
 from work import attention, linears, triangle
 
@@ -42,7 +46,9 @@ from kronos_qlib import Kronos, KronosTokenizer
 from kronos_qlib.data.stamps import STAMP_FIELDS, stamps
 from kronos_qlib.data.windows import COLUMNS, EPS, Bars, Windows
 from kronos_qlib.nn import zoo
+from kronos_qlib.nn.cpu import memory_kept
 from kronos_qlib.nn.device import DTYPES, resolve_device, resolve_dtype
+from kronos_qlib.nn.dropout import drawn_from
 from kronos_qlib.train import PredictorStage, TokenizerStage, train_stage
 from kronos_qlib.train.feed import gather
 from kronos_qlib.train.settings import PredictorSettings, StageSettings, TokenizerSettings
@@ -54,6 +60,10 @@ STEPS = {"nano": 30, "mini": 10, "small": 4}  # timed in a turn
 WARM_UP = 2  # steps of a turn before the clock runs
 WORKERS = (0, 2)  # of the other side's DataLoader: the faster is taken
 AGREEMENT = 1e-3
+OPERATIONS = {  # by the beginnings of their names in a profile
+    "attention": ("aten::_scaled_dot_product", "aten::bmm", "aten::_softmax"),
+    "products": ("aten::mm", "aten::addmm"),
+}
 SETTINGS = {"tokenizer": TokenizerSettings(epochs=1), "predictor": PredictorSettings(epochs=1)}
 
 
@@ -261,6 +271,45 @@ def difference(model: str, name: str, windows: Windows, folder: Path) -> float:
     return max(abs(ours - theirs) / abs(theirs) for ours, theirs in zip(*figures, strict=True))
 
 
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Without what C++ code says on standard error: torch's profiler tells of its beginning and end."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def where_time_goes(stage: Stage, windows: Windows, part: int, repeats: int = 3) -> dict[str, float]:
+    """Shares of products, attention and the rest in the time of a pass, forward and backward, of one thread."""
+    chance = np.random.default_rng(0).random((part, LOOKBACK + FUTURE - 1), np.float32)
+    examples = gather(windows, np.linspace(0, len(windows) - 1, part).astype(int), chance=chance)
+    parameters = [parameter for parameter in stage.network.parameters() if parameter.requires_grad]
+    stage.network.train()
+
+    def one_pass() -> None:
+        with drawn_from(torch.Generator().manual_seed(0)):
+            torch.autograd.grad(stage.loss(examples), parameters)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with memory_kept():
+        one_pass()
+        with silent(), profile(activities=[ProfilerActivity.CPU]) as profiled:
+            for _ in range(repeats):
+                one_pass()
+    torch.set_num_threads(threads)
+    seconds = dict.fromkeys(("products", "attention", "rest"), 0.0)
+    for operation in profiled.key_averages():
+        kind = next((kind for kind, names in OPERATIONS.items() if operation.key.startswith(names)), "rest")
+        seconds[kind] += operation.self_cpu_time_total
+    return {kind: part / sum(seconds.values()) for kind, part in seconds.items()}
+
+
 def measure(model: str, name: str, options: argparse.Namespace, windows: Windows, dataset: FrameWindows) -> dict:
     """One row of the table: both sides in turns, `rounds` times, after a comparison of what they compute."""
     settings, dtype, steps = SETTINGS[name], DTYPES[options.dtype], options.steps or STEPS[model]
@@ -284,6 +333,8 @@ def measure(model: str, name: str, options: argparse.Namespace, windows: Windows
         theirs.append(plain(workers, steps))
         products.append(matrix_rate(dtype, device=device))
     rate, work = statistics.median(turn.rate for turn in ours), gflop_per_window(model, name)
+    ratios = [one.rate / other.rate for one, other in zip(ours, theirs, strict=True)]
+    shares = where_time_goes(stage, windows, part=-(-BATCH // 4))
     waits = (statistics.median(turn.data_wait for turn in turns) for turns in (ours, theirs))
     return {
         "model": model,
@@ -291,10 +342,12 @@ def measure(model: str, name: str, options: argparse.Namespace, windows: Windows
         "GFLOP/window": f"{work:.2f}",
         "plain windows/s": f"{statistics.median(turn.rate for turn in theirs):.1f} ({workers} workers)",
         "our windows/s": f"{rate:.1f}",
-        "ratio (min … max)": spread([one.rate / other.rate for one, other in zip(ours, theirs, strict=True)], 2),
+        "ratio (min … max)": spread(ratios, 2),
         "GFLOP/s": f"{rate * work:.0f}",
         f"{MATRIX}² GFLOP/s": f"{statistics.median(products):.0f}",
         "share": f"{rate * work / statistics.median(products):.0%}",
+        "products / attention / rest": " / ".join(f"{share:.0%}" for share in shares.values()),
+        "bound": f"{statistics.median(ratios) / (1 - shares['rest']):.2f}×",
         "data wait": " / ".join(f"{wait:.1%}" for wait in waits),
         "difference": f"{apart:.0e}" if apart <= AGREEMENT else f"{apart:.0e} DIFFERS",
     }
@@ -306,7 +359,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=STEPS, default=list(STEPS), help="(default: all of them)")
     parser.add_argument("--stages", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="(default: both)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default: %(default)s)")
     parser.add_argument("--steps", type=int, help=f"steps of {BATCH} windows timed in a turn (default: {default})")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of our products (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda, for both sides (default: %(default)s)")

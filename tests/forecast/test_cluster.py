@@ -1,16 +1,20 @@
 """Chunks on a Ray cluster of two nodes on this machine, one of which is lost."""
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 from tasks import assert_same, environment, make_task, run
 
 from kronos_qlib.forecast import run as runs
 
-ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
+# Imported by the tests, in one process of the suite: it takes seconds.
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="the extra `ray` is not installed")
 
 
 @pytest.fixture
 def cluster(monkeypatch):
+    import ray
     from ray.cluster_utils import Cluster
 
     monkeypatch.setattr(runs, "CHUNK", 32)
@@ -23,6 +27,8 @@ def cluster(monkeypatch):
 
 
 def test_a_lost_node_costs_its_chunks_only_and_the_scores_are_those_of_one_process(cluster, tmp_path, monkeypatch):
+    import ray
+
     plain, _ = run(make_task())
     second = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
@@ -49,6 +55,8 @@ def test_a_lost_node_costs_its_chunks_only_and_the_scores_are_those_of_one_proce
 
 
 def test_without_a_cluster_one_is_asked_for(monkeypatch):
+    import ray
+
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(ConnectionError, match="found no cluster at 'auto'; start one"):
         run(make_task(), engine="ray")

@@ -137,9 +137,10 @@ def same_tokens(first, second):
 @pytest.mark.parametrize("size", [1, 16, 256])
 def test_paths_do_not_depend_on_the_batch_size(many, size):
     tokenizer, model, tensors, keys, whole = many
+    some = slice(64 if size == 1 else None)  # one at a time takes its time
     net = prepare(tokenizer, model, 512, torch.float32, tensors[0].shape[1])
-    together = generate(net, *tensors, Sampling(**SAMPLING), keys, part=size)
-    assert same_tokens(together, whole) >= 0.999
+    together = generate(net, *(tensor[some] for tensor in tensors), Sampling(**SAMPLING), keys[some], part=size)
+    assert same_tokens(together, whole[some]) >= 0.999
 
 
 def test_paths_do_not_depend_on_the_order_of_the_rows(many):

@@ -120,18 +120,16 @@ def test_the_processes_of_a_launcher_killed_at_three_moments_end_and_the_same_ag
     assert_same_results(tmp_path, whole)
 
 
-@pytest.mark.parametrize(("seed", "processes"), [(1, 1), (2, 2), (3, 1)])
-def test_everything_killed_at_any_moment_resumes_bitwise(whole, tmp_path, seed, processes):
-    moment = random.Random(seed).randrange(2 * STEPS - 15)
-    delay = random.Random(seed).uniform(0, 0.05)  # also between two checkpoints, or while one is written
-    first = started(tmp_path, processes)
-    wait_for(lambda: steps_done(tmp_path) >= moment and checkpoints(tmp_path, "tokenizer"))
-    time.sleep(delay)
-    for pid in [first.pid, *workers(first.pid)]:
-        os.kill(pid, signal.SIGKILL)
-    assert first.wait() == -signal.SIGKILL
+def test_everything_killed_at_three_moments_resumes_bitwise(whole, tmp_path):
+    for moment, processes in zip(moments(1, 2 * STEPS - 15), (1, 2, 1)):  # by another number of them each time
+        started_here = started(tmp_path, processes)
+        wait_for(lambda moment=moment: steps_done(tmp_path) >= moment and checkpoints(tmp_path, "tokenizer"))
+        time.sleep(random.Random(moment).uniform(0, 0.05))  # also between two checkpoints, or while one is written
+        for pid in [started_here.pid, *workers(started_here.pid)]:
+            os.kill(pid, signal.SIGKILL)
+        assert started_here.wait() == -signal.SIGKILL
+        wait_for(lambda pid=started_here.pid: not workers(pid))
     assert steps_done(tmp_path) < 2 * STEPS
-    wait_for(lambda: not workers(first.pid))
     job(tmp_path).run()
     assert_same_results(tmp_path, whole)
 

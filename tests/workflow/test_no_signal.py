@@ -12,8 +12,8 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from leaks import Size, blindness_faults, signal_faults, t_values
 
-SMALL = Size(instruments=10, days=700, tokenizer_windows=1000, predictor_windows=1500)
-WIDE = Size(instruments=30, days=800, tokenizer_windows=1000, predictor_windows=1500)
+SMALL = Size(instruments=8, days=600, tokenizer_windows=600, predictor_windows=900)
+WIDE = Size(instruments=30, days=700, tokenizer_windows=600, predictor_windows=900)
 
 
 @pytest.fixture(scope="module")
