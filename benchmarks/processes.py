@@ -17,13 +17,13 @@ from pathlib import Path
 
 import psutil
 import qlib
+import torch
 from machine import describe
 from qlib.utils import init_instance_by_config
 from qlib.workflow import R
 from table import print_row
 from trained import WORKFLOW
 
-from kronos_qlib.nn.device import resolve_device
 from kronos_qlib.train.compute import Compute
 from kronos_qlib.train.memory import bytes_of_state
 from kronos_qlib.workflow.finetuning import read_workflow
@@ -49,7 +49,7 @@ def watch(ended: threading.Event, largest: dict[int, dict[str, int]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=4, help="(default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=4, help="2 or more (default: %(default)s)")
     options = parser.parse_args()
     print(describe())
     config = read_workflow(WORKFLOW)
@@ -74,7 +74,7 @@ def main() -> None:
         finally:
             ended.set()
             watcher.join()
-        with Compute.on(resolve_device("cpu"), model.job(dataset, scratch=Path(folder)).dtype) as compute:
+        with Compute.on(torch.device("cpu"), torch.float32) as compute:
             state = max(bytes_of_state(stage, compute) for stage in model.job(dataset, scratch=Path(folder)).stages())
         os.chdir(Path(folder).parent)
 

@@ -12,10 +12,10 @@ machine's pace meets both. Rates are those after the first steps of a turn: neit
 
 Columns: GFLOP/window is counted from shapes, three times the forward pass for what is trained and once for the frozen
 encoder of stage 2. share is our rate of that work over the rate of products of two 2048² matrices, measured in every
-round. data wait is the share of a step's time that passes before its batch is there, ours and theirs. products,
-attention, rest say where the time of our pass goes, on one thread; bound is what the ratio would be if the rest, which
-is norms, activations, dropout, quantizer and losses, took no time at all. difference is the larger of loss and gradient
-norm on one batch without dropout, relative; above 1e-3 the script ends with status 1.
+round. products, attention, rest say where the time of our pass goes, on one thread of a CPU in float32; bound is what
+the ratio would be if the rest, which is norms, activations, dropout, quantizer and losses, took no time at all. data
+wait is the share of a step's time that passes before its batch is there, ours and theirs. difference is the larger of
+loss and gradient norm on one batch without dropout, relative; above 1e-3 the script ends with status 1.
 """
 
 import argparse
@@ -334,7 +334,11 @@ def measure(model: str, name: str, options: argparse.Namespace, windows: Windows
         products.append(matrix_rate(dtype, device=device))
     rate, work = statistics.median(turn.rate for turn in ours), gflop_per_window(model, name)
     ratios = [one.rate / other.rate for one, other in zip(ours, theirs, strict=True)]
-    shares = where_time_goes(stage, windows, part=-(-BATCH // 4))
+    where = bound = "–"
+    if device.type == "cpu" and dtype is torch.float32 and not options.compile:  # a profile is of that alone
+        shares = where_time_goes(stage, windows, part=-(-BATCH // 4))
+        where = " / ".join(f"{share:.0%}" for share in shares.values())
+        bound = f"{statistics.median(ratios) / (1 - shares['rest']):.2f}×"
     waits = (statistics.median(turn.data_wait for turn in turns) for turns in (ours, theirs))
     return {
         "model": model,
@@ -346,8 +350,8 @@ def measure(model: str, name: str, options: argparse.Namespace, windows: Windows
         "GFLOP/s": f"{rate * work:.0f}",
         f"{MATRIX}² GFLOP/s": f"{statistics.median(products):.0f}",
         "share": f"{rate * work / statistics.median(products):.0%}",
-        "products / attention / rest": " / ".join(f"{share:.0%}" for share in shares.values()),
-        "bound": f"{statistics.median(ratios) / (1 - shares['rest']):.2f}×",
+        "products / attention / rest": where,
+        "bound": bound,
         "data wait": " / ".join(f"{wait:.1%}" for wait in waits),
         "difference": f"{apart:.0e}" if apart <= AGREEMENT else f"{apart:.0e} DIFFERS",
     }

@@ -87,7 +87,9 @@ def read_progress(folder: Path) -> Progress:
         CheckpointError: it is damaged.
     """
     try:
-        return Progress(**json.loads((folder / PROGRESS_FILE).read_text()))
+        said = json.loads((folder / PROGRESS_FILE).read_text())
+        said.pop("schedule", None)  # once written too, though it follows from the step
+        return Progress(**said)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder} is damaged ({error})") from error
 

@@ -47,7 +47,7 @@ from kronos_qlib.train.stopping import StopRequest, TrainingStopped, stop_reques
 
 logger = logging.getLogger("qlib.KronosTrainer")  # Qlib's own, without importing Qlib into every training process
 RESULT = "result.json"
-JUDGED, JUDGED_ON_CPU = 64, 16  # windows at a time in validation, whoever judges them
+JUDGED, JUDGED_ON_CPU = 64, 16  # windows at a time in validation, whichever process judges them
 
 
 def train_stage(

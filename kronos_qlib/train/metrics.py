@@ -7,8 +7,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
 
 logger = logging.getLogger("qlib.KronosTrainer")
 METRICS, POLL_SECONDS = "metrics.jsonl", 1.0
@@ -36,14 +40,18 @@ def recorder_log(recorder: dict[str, str] | None) -> Log:
     """A function that logs metrics to an MLflow run as they come; without one it does nothing."""
     if recorder is None:
         return lambda metrics, step: None
-    from mlflow.entities import Metric
-    from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(recorder["uri"])
+    @cache
+    def client() -> "MlflowClient":
+        from mlflow.tracking import MlflowClient
+
+        return MlflowClient(recorder["uri"])
 
     def log(metrics: dict[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
         now = int(time.time() * 1000)
-        client.log_batch(recorder["run_id"], [Metric(key, value, now, step) for key, value in metrics.items()])
+        client().log_batch(recorder["run_id"], [Metric(key, value, now, step) for key, value in metrics.items()])
 
     return log
 
@@ -53,7 +61,7 @@ def file_log(path: Path) -> Log:
 
     def log(metrics: dict[str, float], step: int) -> None:
         with path.open("ab") as file:
-            file.write(json.dumps([metrics, step]).encode() + b"\n")
+            file.write(b"\n" + json.dumps([metrics, step]).encode() + b"\n")  # apart from one that was cut short
 
     return log
 
@@ -70,9 +78,9 @@ def passed_on(path: Path, log: Log) -> Iterator[None]:
                 _pass_on(file, log)
             _pass_on(file, log)
 
-    follower = threading.Thread(target=follow, name="metrics")
-    follower.start()
+    follower = threading.Thread(target=follow, name="metrics", daemon=True)
     try:
+        follower.start()
         yield
     finally:
         ended.set()
@@ -80,7 +88,14 @@ def passed_on(path: Path, log: Log) -> Iterator[None]:
 
 
 def _pass_on(file: BinaryIO, log: Log) -> None:
-    """Log the whole lines that have come; one that is being written waits for the next time."""
+    """Log the whole lines that have come; one that is being written waits for the next time.
+
+    One that was cut short, by a kill or a full disk, is left out.
+    """
     while (line := file.readline()).endswith(b"\n"):
-        log(*json.loads(line))
+        try:
+            metrics, step = json.loads(line)
+        except ValueError:
+            continue
+        log(metrics, step)
     file.seek(-len(line), os.SEEK_CUR)

@@ -1,7 +1,7 @@
 """AdamW under a OneCycle schedule, as torch.optim computes them.
 
-torch's functions do the work; its classes are left out, for at their first use they load torch's compiler: 70 MiB and
-two seconds of every process of a training.
+torch's classes for them are left out: at their first use they load torch's compiler, 70 MiB and two seconds of every
+process of a training. Its function does the work of the one, the other is a formula.
 """
 
 import math

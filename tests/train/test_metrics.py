@@ -32,6 +32,14 @@ def test_a_line_that_is_still_being_written_waits(tmp_path):
     assert seen == [1, 2]
 
 
+def test_a_line_that_was_cut_short_costs_itself_alone(tmp_path):
+    seen, path = [], tmp_path / "metrics.jsonl"
+    with passed_on(path, lambda values, step: seen.append(step)):
+        path.open("ab").write(b'[{"a": 2')
+        file_log(path)({}, 3)
+    assert seen == [3]
+
+
 def test_what_came_before_an_error_is_passed_on(tmp_path):
     seen, path = [], tmp_path / "metrics.jsonl"
     with pytest.raises(RuntimeError), passed_on(path, lambda values, step: seen.append(step)):

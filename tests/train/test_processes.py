@@ -14,12 +14,12 @@ from kronos_qlib.train import Job
 from kronos_qlib.train.launch import launch
 from kronos_qlib.train.plan import Plan
 
-# Batches of 2 parts in stage 1 and of 4 in stage 2, whose last batch has 2 windows, so 1 part; 150 windows to be judged
-# are 2 shards of 64 and one of 22. Three or four processes are more than there is work for.
+# Batches of 2 parts in stage 1 and of 4 in stage 2, whose last batch has 2 windows, so 1 part; 38 windows to be judged
+# are 2 shards of 16 and one of 6. Three or four processes are more than there is work for.
 UNEVEN = {
     "micro_batch_size": 3,
-    "tokenizer": {"epochs": 2, "batch_size": 6, "windows_per_epoch": 58, "valid_windows": 150, "log_every": 3},
-    "predictor": {"epochs": 2, "batch_size": 10, "windows_per_epoch": 72, "valid_windows": 150, "log_every": 3},
+    "tokenizer": {"epochs": 2, "batch_size": 6, "windows_per_epoch": 58, "valid_windows": 38, "log_every": 3},
+    "predictor": {"epochs": 2, "batch_size": 10, "windows_per_epoch": 72, "valid_windows": 38, "log_every": 3},
 }
 
 

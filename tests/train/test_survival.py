@@ -27,6 +27,7 @@ from jobs import (
 from kronos_qlib.files import scratch_folder
 from kronos_qlib.nn import KronosTokenizer
 from kronos_qlib.train import job as jobs_of_training
+from kronos_qlib.train.checkpoints import Progress, read_progress
 from kronos_qlib.train.group import Group
 from kronos_qlib.train.launch import launch
 from kronos_qlib.train.learner import Learner
@@ -125,10 +126,11 @@ def test_everything_killed_at_three_moments_resumes_bitwise(whole, tmp_path):
         started_here = started(tmp_path, processes)
         wait_for(lambda moment=moment: steps_done(tmp_path) >= moment and checkpoints(tmp_path, "tokenizer"))
         time.sleep(random.Random(moment).uniform(0, 0.05))  # also between two checkpoints, or while one is written
-        for pid in [started_here.pid, *workers(started_here.pid)]:
+        pids = [started_here.pid, *workers(started_here.pid)]
+        for pid in pids:
             os.kill(pid, signal.SIGKILL)
         assert started_here.wait() == -signal.SIGKILL
-        wait_for(lambda pid=started_here.pid: not workers(pid))
+        wait_for(lambda pids=pids: not alive(pids))
     assert steps_done(tmp_path) < 2 * STEPS
     job(tmp_path).run()
     assert_same_results(tmp_path, whole)
@@ -307,6 +309,12 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(whole, tmp_path, 
     assert "step-00000010 is damaged" in caplog.text and "the one before is tried" in caplog.text
     expected = {name: content for name, content in results(whole).items() if name.startswith("tokenizer")}
     assert results(tmp_path) == expected
+
+
+def test_a_checkpoint_with_a_schedule_is_read_as_one_without(tmp_path):
+    """As they were written before the schedule followed from the step."""
+    (tmp_path / "progress.json").write_text('{"step": 7, "best": 0.5, "schedule": {"last_epoch": 7}}')
+    assert read_progress(tmp_path) == Progress(step=7, best=0.5)
 
 
 def test_a_resumed_training_holds_on_to_no_file_of_its_checkpoint(tmp_path, monkeypatch):

@@ -25,8 +25,7 @@ def t(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
 
 @pytest.mark.parametrize("model", ["kronos", "lightgbm"])
 def test_nothing_is_found_where_there_is_nothing(t, model):
-    # Three seeds go beyond two standard errors in one case of twenty, and Kronos' do, with 2.1. The benchmark holds
-    # twenty seeds to two.
+    # Three seeds go beyond two standard errors in one case of twenty. The benchmark holds twenty seeds to two.
     assert signal_faults(t[model], standard_errors=3) == []
 
 
