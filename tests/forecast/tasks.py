@@ -1,18 +1,19 @@
 """A forecast so small that it takes a second, and a process of its own that works on it."""
 
-import os
-import subprocess
-import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from forks import forked
 
 from kronos_qlib import Kronos, KronosTokenizer
 from kronos_qlib.data.stamps import stamps
 from kronos_qlib.data.windows import Bars, Windows
+from kronos_qlib.forecast import run as runs
+from kronos_qlib.forecast import store
 from kronos_qlib.forecast.generate import Sampling
 from kronos_qlib.forecast.run import Run, forecast
 from kronos_qlib.forecast.scorer import quantile_columns
@@ -83,18 +84,13 @@ def chunks(cache_dir):
     return sorted(Path(cache_dir).glob("*/chunk-*.parquet"))
 
 
-def started(cache_dir, options="", slow=False):
+def started(cache_dir, slow=False, **options):
     """A process of its own that works on the task; a slow one rests after every chunk."""
-    program = (
-        "import time\nfrom tasks import make_task, run\nfrom kronos_qlib.forecast import run as runs, store\n"
-        "runs.CHUNK = 64\n"
-        f"write = store.Store.write\nstore.Store.write = lambda *a: (write(*a), time.sleep({0.2 if slow else 0}))[0]\n"
-        f"run(make_task(), {str(cache_dir)!r}, {options})\n"
-    )
-    return subprocess.Popen([sys.executable, "-c", program], env=environment())
+    return forked(Path(cache_dir).with_suffix(".txt"), _work, cache_dir, slow, options)
 
 
-def environment():
-    """The environment of a Python that finds these modules, and the package as these tests do."""
-    here = Path(__file__).parent
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parents[1]), *sys.path])}
+def _work(cache_dir, slow, options):
+    runs.CHUNK, write = 64, store.Store.write
+    if slow:
+        store.Store.write = lambda *given: (write(*given), time.sleep(0.2))[0]
+    run(make_task(), cache_dir, **options)

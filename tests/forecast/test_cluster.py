@@ -4,7 +4,8 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
-from tasks import assert_same, environment, make_task, run
+from forks import environment
+from tasks import assert_same, make_task, run
 
 from kronos_qlib.forecast import run as runs
 

@@ -85,10 +85,11 @@ def test_killed_five_times_it_goes_on_with_the_chunk_it_was_at(plain, tmp_path):
         process = started(tmp_path, slow=True)
         end = time.monotonic() + 60
         while len(chunks(tmp_path)) < moment:
-            assert time.monotonic() < end and process.poll() is None
+            assert time.monotonic() < end and process.exitcode is None
             time.sleep(0.01)
         process.kill()
-        assert process.wait() == -signal.SIGKILL
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
     kept = sum(pq.read_metadata(path).num_rows for path in chunks(tmp_path))
     again, resumed = run(make_task(), tmp_path)
     assert 6 * 56 <= resumed == kept < len(make_task())
@@ -211,18 +212,13 @@ def kill(pid):
     os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_any_number_of_processes_gives_the_same(plain, tmp_path, processes):
-    values, resumed = run(make_task(), tmp_path, processes=processes)
+@pytest.mark.parametrize(("processes", "kept"), [(2, False), (4, True)])
+def test_any_number_of_processes_gives_the_same_with_and_without_a_cache(plain, tmp_path, processes, kept):
+    values, resumed = run(make_task(), tmp_path if kept else None, processes=processes)
     assert resumed == 0
     assert_same(values, plain)
-    assert len(chunks(tmp_path)) == -(-len(make_task()) // 64)
+    assert len(chunks(tmp_path)) == (-(-len(make_task()) // 64) if kept else 0)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("kronos-")]
-
-
-def test_processes_without_a_cache_leave_nothing_behind(plain):
-    values, _ = run(make_task(), processes=2)
-    assert_same(values, plain)
 
 
 def test_a_dead_process_is_replaced_and_its_chunk_done_by_another(plain, tmp_path, monkeypatch, caplog):
@@ -255,13 +251,13 @@ def test_a_chunk_that_kills_every_process_is_given_up_and_named(tmp_path, monkey
 
 
 def test_what_a_killed_run_has_left_is_removed_and_what_another_uses_is_not(plain, tmp_path):
-    process = started(tmp_path, "processes=2", slow=True)
+    process = started(tmp_path, slow=True, processes=2)
     end = time.monotonic() + 60
     while not chunks(tmp_path):
-        assert time.monotonic() < end and process.poll() is None
+        assert time.monotonic() < end and process.exitcode is None
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    process.join()
     (left,) = tmp_path.glob("kronos-*")
     used = tmp_path / "kronos-used"
     used.mkdir()

@@ -1,7 +1,6 @@
 """Jobs so small that they train in a second or two, the processes that do so, and what they leave on disk."""
 
 import os
-import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -123,9 +122,3 @@ def meanwhile(act):
     assert not thread.is_alive()
     if failed:
         raise failed[0]
-
-
-def environment():
-    """The environment of a Python that finds these modules, and the package as these tests do."""
-    here = Path(__file__).parent
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parents[1]), *sys.path])}

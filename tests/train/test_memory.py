@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from jobs import environment, job
+from forks import environment
+from jobs import job
 
 from kronos_qlib.data.windows import Bars, Windows
 

@@ -15,7 +15,7 @@ from kronos_qlib.train.launch import launch
 from kronos_qlib.train.plan import Plan
 
 # Batches of 2 parts in stage 1 and of 4 in stage 2, whose last batch has 2 windows, so 1 part; 38 windows to be judged
-# are 2 shards of 16 and one of 6. Three or four processes are more than there is work for.
+# are 2 shards of 16 and one of 6. Four processes are more than there is work for.
 UNEVEN = {
     "micro_batch_size": 3,
     "tokenizer": {"epochs": 2, "batch_size": 6, "windows_per_epoch": 58, "valid_windows": 38, "log_every": 3},
@@ -31,7 +31,7 @@ def alone(tmp_path_factory):
     return trained
 
 
-@pytest.mark.parametrize("processes", [2, 3, 4])
+@pytest.mark.parametrize("processes", [2, 4])
 def test_any_number_of_processes_trains_bitwise_as_one(alone, tmp_path, processes):
     trained = job(tmp_path, **UNEVEN)
     launch(trained, processes)

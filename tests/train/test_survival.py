@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from forks import forked
 from jobs import (
     STEPS,
     assert_same_results,
     checkpoints,
-    environment,
     job,
     meanwhile,
     results,
@@ -49,12 +49,14 @@ def signals_as_in_a_terminal():
 
 def started(folder, processes):
     """A process of its own that trains the job, alone or as the launcher of others."""
-    how = "the_job.run()" if processes == 1 else f"launch(the_job, {processes})"
-    program = (
-        f"from jobs import job; from kronos_qlib.train.launch import launch; the_job = job({str(folder)!r}); {how}"
-    )
-    with (Path(folder) / "said.txt").open("w") as said:
-        return subprocess.Popen([sys.executable, "-c", program], env=environment(), stdout=said, stderr=said)
+    return forked(Path(folder) / "said.txt", _train, folder, processes)
+
+
+def _train(folder, processes):
+    if processes == 1:
+        job(folder).run()
+    else:
+        launch(job(folder), processes)
 
 
 def alive(pids):
@@ -114,7 +116,7 @@ def test_the_processes_of_a_launcher_killed_at_three_moments_end_and_the_same_ag
         wait_for(lambda moment=moment: steps_done(tmp_path) >= moment)
         left = wait_for(lambda launcher=launcher: workers(launcher.pid))
         launcher.kill()
-        launcher.wait()
+        launcher.join()
         wait_for(lambda left=left: not alive(left))
     assert steps_done(tmp_path) < 2 * STEPS  # ended before their work was done
     job(tmp_path).run()
@@ -129,7 +131,8 @@ def test_everything_killed_at_three_moments_resumes_bitwise(whole, tmp_path):
         pids = [started_here.pid, *workers(started_here.pid)]
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
-        assert started_here.wait() == -signal.SIGKILL
+        started_here.join()
+        assert started_here.exitcode == -signal.SIGKILL
         wait_for(lambda pids=pids: not alive(pids))
     assert steps_done(tmp_path) < 2 * STEPS
     job(tmp_path).run()

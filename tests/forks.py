@@ -1,0 +1,32 @@
+"""Processes of their own that need not import for seconds: forked from a server that has done nothing else."""
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["kronos_qlib.train.launch", "kronos_qlib.forecast.run", "kronos_qlib.forecast.scorer"])
+
+
+def forked(said: Path, function: Callable[..., object], *arguments: Any) -> BaseProcess:
+    """A process that calls a function of a module of the tests, with all that it prints in the file `said`."""
+    process = _CONTEXT.Process(target=_call, args=(said, function, arguments))
+    process.start()
+    return process
+
+
+def environment() -> dict[str, str]:
+    """The environment of a Python that finds the modules of the tests, and the package as they do."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+
+
+def _call(said: Path, function: Callable[..., object], arguments: tuple) -> None:
+    with said.open("wb") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    os.environ |= environment()  # for processes that it starts itself
+    function(*arguments)
