@@ -105,7 +105,7 @@ class FinetuneSettings(Settings):
     max_restarts: how often dead processes are started again, from the last checkpoint.
     micro_batch_size: windows that go through the network at a time, on a CPU in each thread; the gradients of a batch
         are accumulated over such parts. auto is a part for every core, or what an estimate finds room for.
-    compile: let torch.compile build the training step: a minute or more at the start, and little or no gain on a CPU.
+    compile: let torch.compile build the training step: slow to start, and without a clear gain on a CPU.
     half_life_days: draw older windows less often, half as often for every so many days before the newest.
     extra_data: further universes or stores to train on, see `kronos_qlib.data.extra.ExtraData`; validation stays with
         the dataset's own.

@@ -6,7 +6,7 @@ import pytest
 from jobs import wait_for
 
 from kronos_qlib.train import metrics
-from kronos_qlib.train.metrics import file_log, passed_on
+from kronos_qlib.train.metrics import file_log, passed_on, recorder_log, tolerant
 
 
 @pytest.fixture(autouse=True)
@@ -46,3 +46,10 @@ def test_what_came_before_an_error_is_passed_on(tmp_path):
         file_log(path)({}, 7)
         raise RuntimeError
     assert seen == [7]
+
+
+def test_a_recorder_out_of_reach_is_told_once_and_ends_nothing(caplog):
+    log = tolerant(recorder_log({"uri": "nowhere://at-all", "run_id": "1"}))
+    log({"predictor.train_loss": 1.0}, 1)
+    log({"predictor.train_loss": 1.0}, 2)
+    assert [record.getMessage().startswith("the metrics of step 1 could not") for record in caplog.records] == [True]
