@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -33,6 +34,7 @@ from kronos_qlib.forecast.graph import Recorded
 from kronos_qlib.forecast.weights import prepare
 from kronos_qlib.nn import zoo
 from kronos_qlib.nn.device import DTYPES, resolve_device, resolve_dtype
+from kronos_qlib.nn.model import CROSS_ATTENTION_HEADS
 
 MAX_CONTEXT = 512
 SAMPLING = {"temperature": 0.6, "top_p": 0.9, "top_k": 0}  # as in the workflows
@@ -75,7 +77,7 @@ def gflop_per_window(case: Case, max_context: int = MAX_CONTEXT) -> float:
     sample and step, causal attention over visible pairs only, keys and values alone in the decoder's last layer over
     the context, logits of positions that are drawn from. Embeddings, the fusion projection and the cross-attention's
     query are lookups. Where the window slides, the context and the sample's own positions are run again, as they must
-    be. Work that an implementation does beyond this counts as time lost.
+    be, but for what one sample can keep or rearrange (see `forecast/slide.py`). Work beyond this counts as time lost.
     """
     model, tokenizer = zoo.MODELS[case.model].config, zoo.TOKENIZERS[zoo.MODELS[case.model].tokenizer].config
     length, horizon, samples = case.lookback, case.horizon, case.samples
@@ -88,8 +90,12 @@ def gflop_per_window(case: Case, max_context: int = MAX_CONTEXT) -> float:
 
     depth, d = model["n_layers"], model["d_model"]
     cross_kv, cross_out = 4 * d * d, 2 * d * d
-    prefix = filled = 0
+    prefix, filled, slid = 0, 0, False
     for step in range(horizon):
+        if samples == 1 and length > max_context - step:
+            work += slid_step(model, max_context, new=1 if slid else max_context)
+            slid = True
+            continue
         if step == 0 or prefix != min(length, max_context - step):
             prefix, filled = min(length, max_context - step), 0
             work += depth * (linears(model, prefix) + attention(model, triangle(prefix))) + prefix * cross_kv
@@ -106,6 +112,17 @@ def gflop_per_window(case: Case, max_context: int = MAX_CONTEXT) -> float:
     work += samples * decoder * (linears(tokenizer, horizon) + attention(tokenizer, own_pairs))
     work += 2 * samples * horizon * width * d_in  # head
     return work / 1e9
+
+
+def slid_step(model: dict[str, Any], seen: int, new: int) -> int:
+    """Operations of a step that runs all that is in sight, where the first block's q, k and v are made for some only.
+
+    The cross-attention's query goes through the keys' weights, and what it finds through the values'.
+    """
+    d = model["d_model"]
+    work = model["n_layers"] * (linears(model, seen) + attention(model, triangle(seen))) - 6 * d * d * (seen - new)
+    cross = 4 * d * d + CROSS_ATTENTION_HEADS * attention(model, seen) + 2 * d * d
+    return work + cross + 2 * d * (2 ** model["s1_bits"] + 2 ** model["s2_bits"])
 
 
 def save_networks(name: str, folder: Path) -> tuple[Path, Path]:

@@ -1,6 +1,6 @@
 """Sampled generation: every window's context is computed once and shared by its samples.
 
-The two halves: `_prefill` runs a window's context through the blocks and keeps keys and values per layer; `_extend`
+The two halves: `prefill` runs a window's context through the blocks and keeps keys and values per layer; `extend`
 runs the samples' own positions against them and against what each sample has generated before.
 
 Shapes: B windows, S samples, L context bars, P forecast bars, H heads, D coordinates per head; G groups of n samples
@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from kronos_qlib.forecast.blocks import extend, prefill, repeated
 from kronos_qlib.forecast.caches import Cache, Layout
 from kronos_qlib.forecast.randomness import uniforms
 from kronos_qlib.forecast.sampling import draw
-from kronos_qlib.forecast.weights import ModelWeights, Prepared, Stack, TokenizerWeights, prepare, turn, unit_scale
+from kronos_qlib.forecast.slide import Slide
+from kronos_qlib.forecast.weights import ModelWeights, Prepared, TokenizerWeights, prepare, turn, unit_scale
 from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.nn.cpu import side_by_side
 from kronos_qlib.nn.device import resolve_dtype
@@ -29,7 +31,6 @@ from kronos_qlib.nn.model import TIME_TABLES, S2Rotation
 from kronos_qlib.nn.quantizer import signs_to_ids
 
 PART = 32  # windows that one thread of a CPU takes at a time: more leave its caches, fewer make narrow products
-PREFILL_ROWS = 1440  # bars of context that go through the blocks together on a CPU: they should stay near its caches
 Spread = Literal["independent", "stratified"]
 
 
@@ -84,7 +85,7 @@ def sample_paths(
         x_stamp: their stamps [B, L, 5]: minute, hour, weekday (Monday 0), day, month.
         y_stamp: stamps of the bars to forecast [B, P, 5].
         keys: one integer per row; a row's random numbers depend on (seed, key, sample, step) only. Default: 0 … B−1.
-        max_context: bars the model sees at most; the window slides beyond it, and caches cannot be used there.
+        max_context: bars the model sees at most; beyond it the window slides, and every step runs all of it again.
         dtype: of the matrix products: float32 (None), bfloat16 or "auto".
         s2_rotation: "reference" as published, "aligned" as trained.
         sampling: "independent", or "stratified": at each step the samples of a row divide the distribution of the next
@@ -192,12 +193,16 @@ def _paths(
     like = net.model.cross_kv.weight
     aligned = sampling.s2_rotation == "aligned"
     filters = sampling.temperature, sampling.top_k, sampling.top_p
-    state: _ContextState | None = None
+    state: _ContextState | Slide | None = None
     for step in range(horizon):
         prefix = min(length, limit - step)  # context bars still in sight
-        if state is None or state.prefix != prefix:  # the first step, or the window slid and positions restart
+        goes_on = isinstance(state, Slide) or (state is not None and state.prefix == prefix)
+        if not goes_on:  # the first step, or the window slid and positions restart
             inputs = net.model.embed(s1[:, -prefix:], s2[:, -prefix:], time[:, -prefix:])
-            state = _ContextState.start(net.model, inputs, layout, layout.mask(prefix, like), aligned)
+            if prefix < length and samples == 1:
+                state = Slide(net.model, inputs, horizon, limit, aligned)
+            else:
+                state = _ContextState.start(net.model, inputs, layout, layout.mask(prefix, like), aligned)
         if state.filled < step:
             new = slice(state.filled, step)
             state.append(net.model.embed(own_s1[:, new], own_s2[:, new], own_time[:, new, None]))
@@ -239,43 +244,6 @@ def _as_integers(keys: Sequence[int] | np.ndarray | Tensor, count: int) -> np.nd
     return np.array(integers, np.uint64).view(np.int64)
 
 
-def _prefill(
-    stack: Stack, x: Tensor, layout: Layout | None = None, keys_only_last: bool = False
-) -> tuple[Tensor, list[Cache]]:
-    """Run context x [B, L, d] through the blocks: the output [B, L, d] and, for a layout, each layer's cache.
-
-    With keys_only_last the last block stops at its keys and values, and the output is of no use.
-    """
-    batch, length, width = x.shape
-    angles = stack.angles[:length]
-    caches = [layout.cache(length, block.n_heads, width, block.qkv.weight) for block in stack.blocks] if layout else []
-    size = max(1, PREFILL_ROWS // length) if x.device.type == "cpu" else batch
-    outputs = []
-    for start in range(0, batch, size):
-        windows = slice(start, start + size)
-        h = x[windows]
-        for number, block in enumerate(stack.blocks):
-            if keys_only_last and number == len(stack.blocks) - 1:
-                caches[number].fill(windows, *block.keys(h, angles), layout.copies)
-                break
-            q, k, v = block.heads(h, angles)
-            if layout:
-                caches[number].fill(windows, k, v, layout.copies)
-            attended = F.scaled_dot_product_attention(*(rows.transpose(1, 2) for rows in (q, k, v)), is_causal=True)
-            h = block.rest(h, attended.transpose(1, 2))
-        outputs.append(h)
-    return torch.cat(outputs), caches
-
-
-def _extend(stack: Stack, caches: list[Cache], x: Tensor, start: int, mask: Tensor, size: int) -> Tensor:
-    """Run own rows x [G, r, d], which follow `start` others, through the blocks: [G, r, d]."""
-    for block, cache in zip(stack.blocks, caches, strict=True):
-        angles = _repeated(stack.angles, cache.length, start, x.shape[1], size)
-        q, k, v = block.heads(x, angles)
-        x = block.rest(x, cache.attend(q, k, v, start, mask))
-    return x
-
-
 @dataclass
 class _ContextState:
     """What generation remembers between steps: caches of the transformer and of the s2 cross-attention."""
@@ -291,7 +259,7 @@ class _ContextState:
 
     @classmethod
     def start(cls, model: ModelWeights, x: Tensor, layout: Layout, mask: Tensor, aligned: bool) -> "_ContextState":
-        h, caches = _prefill(model.stack, x, layout)
+        h, caches = prefill(model.stack, x, layout)
         h = model.normed(h)
         k, v = model.cross_kv(h).chunk(2, dim=-1)
         if aligned:
@@ -309,10 +277,10 @@ class _ContextState:
     def append(self, x: Tensor) -> None:
         """Take in the own positions x [G, s, n, d] of s more steps."""
         size, start = self.layout.size, self.filled * self.layout.size
-        h = self.model.normed(_extend(self.model.stack, self.caches, x.flatten(1, 2), start, self.mask, size))
+        h = self.model.normed(extend(self.model.stack, self.caches, x.flatten(1, 2), start, self.mask, size))
         k, v = self.model.cross_kv(h).chunk(2, dim=-1)
         if self.aligned:
-            k = turn(k, _repeated(self.model.cross_angles, self.prefix, start, k.shape[1], size))
+            k = turn(k, repeated(self.model.cross_angles, self.prefix, start, k.shape[1], size))
         self.cross.store(*(rows.unflatten(-1, (self.model.cross_heads, -1)) for rows in (k, v)), start)
         self.last, self.filled = h[:, -size:], self.filled + x.shape[1]
 
@@ -333,15 +301,9 @@ class _ContextState:
         return self.model.proj_s2(unit_scale(h, self.model.dep_eps)).float()
 
 
-def _repeated(angles: Tensor, length: int, start: int, rows: int, size: int) -> Tensor:
-    """The angles of own rows, of which `size` share a position, behind a context of `length` bars."""
-    first = length + start // size
-    return angles[first : first + rows // size].repeat_interleave(size, 0) if size > 1 else angles[first : first + rows]
-
-
 def _encode(tokenizer: TokenizerWeights, x: Tensor) -> tuple[Tensor, Tensor]:
     """Codes s1 and s2 [B, L] of normalised bars [B, L, d_in]."""
-    h, _ = _prefill(tokenizer.encoder, tokenizer.embed(x).float())
+    h, _ = prefill(tokenizer.encoder, tokenizer.embed(x).float())
     signs = torch.where(tokenizer.quant_embed(h) > 0, 1.0, -1.0)
     return signs_to_ids(signs[..., : tokenizer.s1_bits]), signs_to_ids(signs[..., tokenizer.s1_bits :])
 
@@ -358,6 +320,6 @@ def _decode(
         F.embedding(s1, tokenizer.coarse) + F.embedding(s2, tokenizer.fine)
         for s1, s2 in (context, [codes.flatten(1) for codes in own])
     )
-    _, caches = _prefill(tokenizer.decoder, shared, layout, keys_only_last=True)
-    bars = tokenizer.head(_extend(tokenizer.decoder, caches, rows, 0, mask, layout.size))
+    _, caches = prefill(tokenizer.decoder, shared, layout, keys_only_last=True)
+    bars = tokenizer.head(extend(tokenizer.decoder, caches, rows, 0, mask, layout.size))
     return bars.unflatten(1, (-1, layout.size))

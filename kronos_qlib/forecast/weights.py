@@ -46,12 +46,15 @@ class BlockWeights:
     w2: Linear
     n_heads: int
 
-    def heads(self, x: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys, turned by their positions' angles, and values of x [..., T, d]: each [..., T, H, D]."""
-        width = x.shape[-1]
-        product = self.qkv(unit_scale(x, self.eps1))
-        turned = turn(product[..., : 2 * width], angles).unflatten(-1, (2, self.n_heads, -1))
-        return turned[..., 0, :, :], turned[..., 1, :, :], product[..., 2 * width :].unflatten(-1, (self.n_heads, -1))
+    def project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of x [..., T, d], not turned yet: [..., T, 3 · d]."""
+        return self.qkv(unit_scale(x, self.eps1))
+
+    def heads(self, projected: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, turned by their positions' angles, and values: each [..., T, H, D]."""
+        width = projected.shape[-1] // 3
+        turned = turn(projected[..., : 2 * width], angles).unflatten(-1, (2, self.n_heads, -1))
+        return turned[..., 0, :, :], turned[..., 1, :, :], projected[..., 2 * width :].unflatten(-1, (self.n_heads, -1))
 
     def keys(self, x: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values alone."""

@@ -62,9 +62,10 @@ def test_the_window_slides_as_in_the_reference(golden):
 
 
 @pytest.mark.parametrize("s2_rotation", ["reference", "aligned"])
-@pytest.mark.parametrize("max_context", [512, 44, 30])
-def test_cached_generation_is_the_plain_one(small, s2_rotation, max_context):
-    options = {"max_context": max_context, "s2_rotation": s2_rotation, "sample_count": 3, "seed": 9, "top_p": 0.95}
+@pytest.mark.parametrize(("max_context", "samples"), [(512, 3), (44, 3), (44, 1), (30, 3), (30, 1)])
+def test_cached_generation_is_the_plain_one(small, s2_rotation, max_context, samples):
+    limits = {"max_context": max_context, "s2_rotation": s2_rotation, "sample_count": samples}
+    options = limits | {"seed": 9, "top_p": 0.95}
     with torch.no_grad():
         plain = naive_paths(small.tokenizer, small.model, *inputs(small), [4, 5, 6], **options)
     torch.testing.assert_close(paths(small, keys=[4, 5, 6], **options), plain, rtol=1e-4, atol=1e-4)
@@ -177,16 +178,16 @@ class OnOneDevice(TorchDispatchMode):
 
 
 @torch.no_grad()  # in inference mode operations that are made of others would be seen whole
-@pytest.mark.parametrize("max_context", [512, 44])
+@pytest.mark.parametrize(("max_context", "samples"), [(512, 3), (44, 3), (44, 1)])
 @pytest.mark.parametrize("options", [{"top_p": 0.9}, {"top_k": 5}, {"top_k": 1}, {}])
-def test_no_step_waits_for_the_device(small, max_context, options, monkeypatch):
+def test_no_step_waits_for_the_device(small, max_context, samples, options, monkeypatch):
     """On the meta device tensors have shapes and no values: whatever looks at one from the host is an error there."""
     tokenizer, model = (copy.deepcopy(network).to("meta") for network in (small.tokenizer, small.model))
     x, x_stamp, y_stamp = (tensor.to("meta") for tensor in inputs(small))
     horizon = y_stamp.shape[1]
-    uniform = torch.empty(horizon, 2, len(x), 3, device="meta")
+    uniform = torch.empty(horizon, 2, len(x), samples, device="meta")
     net = prepare.__wrapped__(tokenizer, model, max_context, torch.bfloat16, x.shape[1])
-    sampling = Sampling(**{"sample_count": 3, "s2_rotation": "aligned"} | options)
+    sampling = Sampling(**{"sample_count": samples, "s2_rotation": "aligned"} | options)
     masks, attend = [], F.scaled_dot_product_attention
 
     def watched(q, k, v, attn_mask=None, **how):
@@ -198,7 +199,7 @@ def test_no_step_waits_for_the_device(small, max_context, options, monkeypatch):
     with OnOneDevice() as mode:
         drawn = _paths(net, x, x_stamp, y_stamp, uniform, sampling, ranks, lambda: None)
     assert mode.operations > 100
-    assert drawn.shape == (len(x), 3, horizon, x.shape[2]) and drawn.device.type == "meta"
+    assert drawn.shape == (len(x), samples, horizon, x.shape[2]) and drawn.device.type == "meta"
     with pytest.raises((NotImplementedError, RuntimeError)):
         bool(drawn.any())  # as a look would be
     # A GPU's kernels want a mask of the queries' precision that begins on an even address.
@@ -208,10 +209,12 @@ def test_no_step_waits_for_the_device(small, max_context, options, monkeypatch):
     )
 
 
-def test_bfloat16_stays_near_float32(small):
-    half = paths(small, top_k=1, dtype="bfloat16")
+@pytest.mark.parametrize("max_context", [512, 44])
+def test_bfloat16_stays_near_float32(small, max_context):
+    options = {"top_k": 1, "max_context": max_context}
+    half = paths(small, dtype="bfloat16", **options)
     assert half.dtype == torch.float32 and torch.isfinite(half).all()
-    share = torch.isclose(half[:, :, :3], paths(small, top_k=1)[:, :, :3], atol=0.2, rtol=0.1).double().mean()
+    share = torch.isclose(half[:, :, :3], paths(small, **options)[:, :, :3], atol=0.2, rtol=0.1).double().mean()
     assert share > 0.5  # random weights: a greedy token near a tie may turn, most do not
 
 
