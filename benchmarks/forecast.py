@@ -117,7 +117,8 @@ def gflop_per_window(case: Case, max_context: int = MAX_CONTEXT) -> float:
 def slid_step(model: dict[str, Any], seen: int, new: int) -> int:
     """Operations of a step that runs all that is in sight, where the first block's q, k and v are made for some only.
 
-    The cross-attention's query goes through the keys' weights, and what it finds through the values'.
+    The cross-attention's query goes through the keys' weights, and what it finds through the values', as it can with
+    s2_rotation "reference".
     """
     d = model["d_model"]
     work = model["n_layers"] * (linears(model, seen) + attention(model, triangle(seen))) - 6 * d * d * (seen - new)

@@ -1,6 +1,6 @@
-"""A stack of blocks in generation: over a context that samples share, and over the samples' own positions behind it.
+"""A stack of blocks in generation: over bars from the first on, and over samples' own positions behind a context.
 
-Shapes: B windows, L context bars; G groups of n samples that share a cache, r own rows of a group.
+Shapes: B windows, L bars, d the width; G groups of n samples that share a cache, r own rows of a group.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from kronos_qlib.forecast.caches import Cache, Layout
 from kronos_qlib.forecast.weights import Stack
 
-PREFILL_ROWS = 1440  # bars of context that go through the blocks together on a CPU: they should stay near its caches
+PREFILL_ROWS = 1440  # bars that go through the blocks together on a CPU: they should stay near its caches
 
 
 def prefill(
@@ -21,7 +21,7 @@ def prefill(
     keys_only_last: bool = False,
     projected: Tensor | None = None,
 ) -> tuple[Tensor, list[Cache]]:
-    """Run context x [B, L, d] through the blocks: the output [B, L, d] and, for a layout, each layer's cache.
+    """Run bars x [B, L, d], from position 0 on, through the blocks: the output and, for a layout, each layer's cache.
 
     With keys_only_last the last block stops at its keys and values, and the output is of no use. `projected` is the
     first block's `project` of x, where it is there already.

@@ -1,10 +1,11 @@
 """Sampled generation: every window's context is computed once and shared by its samples.
 
-The two halves: `prefill` runs a window's context through the blocks and keeps keys and values per layer; `extend`
-runs the samples' own positions against them and against what each sample has generated before.
+The two halves, both in `blocks`: `prefill` runs a window's context through the blocks and keeps keys and values per
+layer; `extend` runs the samples' own positions against them and against what each sample has generated before. A single
+sample that goes beyond max_context shares nothing and keeps no such caches: see `slide`.
 
-Shapes: B windows, S samples, L context bars, P forecast bars, H heads, D coordinates per head; G groups of n samples
-that share a cache, G · n = B · S, or a little more where S does not divide well.
+Shapes: B windows, S samples, L context bars, P forecast bars; G groups of n samples that share a cache, G · n = B · S,
+or a little more where S does not divide well.
 """
 
 import operator
@@ -85,7 +86,7 @@ def sample_paths(
         x_stamp: their stamps [B, L, 5]: minute, hour, weekday (Monday 0), day, month.
         y_stamp: stamps of the bars to forecast [B, P, 5].
         keys: one integer per row; a row's random numbers depend on (seed, key, sample, step) only. Default: 0 … B−1.
-        max_context: bars the model sees at most; beyond it the window slides, and every step runs all of it again.
+        max_context: bars the model sees at most; beyond it the window slides, and every step is a pass over all of it.
         dtype: of the matrix products: float32 (None), bfloat16 or "auto".
         s2_rotation: "reference" as published, "aligned" as trained.
         sampling: "independent", or "stratified": at each step the samples of a row divide the distribution of the next

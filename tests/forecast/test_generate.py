@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kronos_qlib import Kronos, KronosTokenizer
-from kronos_qlib.forecast import sample_paths
+from kronos_qlib.forecast import blocks, sample_paths
 from kronos_qlib.forecast.generate import Sampling, _paths, generate
 from kronos_qlib.forecast.randomness import uniforms
 from kronos_qlib.forecast.sampling import draw
@@ -62,13 +62,25 @@ def test_the_window_slides_as_in_the_reference(golden):
 
 
 @pytest.mark.parametrize("s2_rotation", ["reference", "aligned"])
-@pytest.mark.parametrize(("max_context", "samples"), [(512, 3), (44, 3), (44, 1), (30, 3), (30, 1)])
-def test_cached_generation_is_the_plain_one(small, s2_rotation, max_context, samples):
-    limits = {"max_context": max_context, "s2_rotation": s2_rotation, "sample_count": samples}
-    options = limits | {"seed": 9, "top_p": 0.95}
+@pytest.mark.parametrize("max_context", [512, 44, 30])
+def test_cached_generation_is_the_plain_one(small, s2_rotation, max_context):
+    options = {"max_context": max_context, "s2_rotation": s2_rotation, "sample_count": 3, "seed": 9, "top_p": 0.95}
     with torch.no_grad():
         plain = naive_paths(small.tokenizer, small.model, *inputs(small), [4, 5, 6], **options)
     torch.testing.assert_close(paths(small, keys=[4, 5, 6], **options), plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("s2_rotation", ["reference", "aligned"])
+@pytest.mark.parametrize("slides", ["at once", "from the second step", "at the last step"])
+def test_a_single_sample_that_slides_is_the_plain_one(golden, s2_rotation, slides, monkeypatch):
+    length, horizon = inputs(golden)[0].shape[1], inputs(golden)[2].shape[1]
+    limit = {"at once": length - 10, "from the second step": length, "at the last step": length + horizon - 2}[slides]
+    monkeypatch.setattr(blocks, "PREFILL_ROWS", limit)  # a pass for each window
+    options = {"max_context": limit, "s2_rotation": s2_rotation, "sample_count": 1, "seed": 9, "top_p": 0.95}
+    keys = range(4, 4 + len(inputs(golden)[0]))
+    with torch.no_grad():
+        plain = naive_paths(golden.tokenizer, golden.model, *inputs(golden), keys, **options)
+    torch.testing.assert_close(paths(golden, keys=keys, **options), plain, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("samples", [8, 11, 12])
@@ -179,7 +191,7 @@ class OnOneDevice(TorchDispatchMode):
 
 @torch.no_grad()  # in inference mode operations that are made of others would be seen whole
 @pytest.mark.parametrize(("max_context", "samples"), [(512, 3), (44, 3), (44, 1)])
-@pytest.mark.parametrize("options", [{"top_p": 0.9}, {"top_k": 5}, {"top_k": 1}, {}])
+@pytest.mark.parametrize("options", [{"top_p": 0.9}, {"top_k": 5}, {"top_k": 1}, {"s2_rotation": "reference"}])
 def test_no_step_waits_for_the_device(small, max_context, samples, options, monkeypatch):
     """On the meta device tensors have shapes and no values: whatever looks at one from the host is an error there."""
     tokenizer, model = (copy.deepcopy(network).to("meta") for network in (small.tokenizer, small.model))
