@@ -27,7 +27,7 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 # Kept from one demo to the next, made anew only when the code that makes it changes.
-$(MARKET_MADE): kronos_qlib/data/demo.py | $(INSTALLED)
+$(MARKET_MADE): kronos_qlib/data/demo_market.py | $(INSTALLED)
 	$(BIN)/kronos-qlib demo-data $(MARKET)
 
 # QLIB_DATA is set here, so that a real store named in the environment is not taken for the demo's.

@@ -28,7 +28,7 @@ from kronos_qlib.analysis.significance import newey_west_t
 from kronos_qlib.data.windows import CLOSE, COLUMNS, Windows
 from kronos_qlib.forecast.run import Run, forecast
 from kronos_qlib.forecast.scores import scores
-from kronos_qlib.workflow.neutral import factor_ranks, neutralised
+from kronos_qlib.workflow.neutralise import factor_ranks, neutralised
 
 SAMPLINGS = {
     "as in the workflow": {},

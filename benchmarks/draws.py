@@ -26,11 +26,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from trained import RUN, Trained
 
+from kronos_qlib.forecast.chunk_store import chunks
+from kronos_qlib.forecast.engine.weights import Linear, Prepared, Stack, prepare
+from kronos_qlib.forecast.forecaster import Scorer
 from kronos_qlib.forecast.run import CHUNK, Run, forecast
-from kronos_qlib.forecast.scorer import Scorer
-from kronos_qlib.forecast.store import chunks
 from kronos_qlib.forecast.task import Task
-from kronos_qlib.forecast.weights import Linear, Prepared, Stack, prepare
 
 SCORE = "mean_return"
 

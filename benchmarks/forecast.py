@@ -29,11 +29,11 @@ from kronos_qlib import Kronos, KronosTokenizer
 from kronos_qlib.data.stamps import stamps
 from kronos_qlib.data.windows import normalise
 from kronos_qlib.forecast import sample_paths
-from kronos_qlib.forecast.generate import Sampling, generate, part_drawn
-from kronos_qlib.forecast.graph import Recorded
-from kronos_qlib.forecast.weights import prepare
+from kronos_qlib.forecast.engine.cuda_graph import Recorded
+from kronos_qlib.forecast.engine.generate import Sampling, generate, part_drawn
+from kronos_qlib.forecast.engine.weights import prepare
+from kronos_qlib.hardware.device import DTYPES, resolve_device, resolve_dtype
 from kronos_qlib.nn import zoo
-from kronos_qlib.nn.device import DTYPES, resolve_device, resolve_dtype
 from kronos_qlib.nn.model import CROSS_ATTENTION_HEADS
 
 MAX_CONTEXT = 512
@@ -77,7 +77,8 @@ def gflop_per_window(case: Case, max_context: int = MAX_CONTEXT) -> float:
     sample and step, causal attention over visible pairs only, keys and values alone in the decoder's last layer over
     the context, logits of positions that are drawn from. Embeddings, the fusion projection and the cross-attention's
     query are lookups. Where the window slides, the context and the sample's own positions are run again, as they must
-    be, but for what one sample can keep or rearrange (see `forecast/slide.py`). Work beyond this counts as time lost.
+    be, but for what one sample can keep or rearrange (see `forecast/engine/context.py`). Work beyond this counts as
+    time lost.
     """
     model, tokenizer = zoo.MODELS[case.model].config, zoo.TOKENIZERS[zoo.MODELS[case.model].tokenizer].config
     length, horizon, samples = case.lookback, case.horizon, case.samples

@@ -6,8 +6,9 @@
     python benchmarks/leaks.py --leak
     python benchmarks/leaks.py --seeds 3
 
-A seed is a demo market of its own (synthetic, `kronos_qlib.data.demo`), on which a tiny Kronos is trained, both stages,
-and LightGBM on Alpha158. Both score the test segment; t is that of the mean daily rank IC (Newey–West, lag = horizon).
+A seed is a demo market of its own (synthetic, `kronos_qlib.data.demo_market`), on which a tiny Kronos is trained, both
+stages, and LightGBM on Alpha158. Both score the test segment; t is that of the mean daily rank IC (Newey–West, lag =
+horizon).
 
 - Without signal (`--signal 0`) the next cross-section is as likely as its mirror image, so no function of past bars has
   an expected rank IC but 0. The proof asks for no |t| above 3.5, and a mean t within 2 standard errors of 0.
@@ -53,7 +54,7 @@ from table import print_row
 
 from kronos_qlib import KLineDataset, KLineHandler, KronosModel
 from kronos_qlib.analysis.significance import newey_west_t
-from kronos_qlib.data.demo import UNIVERSE, write_demo_market
+from kronos_qlib.data.demo_market import UNIVERSE, write_demo_market
 from kronos_qlib.data.windows import Batch, Windows, normalise
 from kronos_qlib.nn import zoo
 

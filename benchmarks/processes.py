@@ -24,9 +24,9 @@ from qlib.workflow import R
 from table import print_row
 from trained import WORKFLOW
 
-from kronos_qlib.train.compute import Compute
-from kronos_qlib.train.memory import bytes_of_state
-from kronos_qlib.workflow.finetuning import read_workflow
+from kronos_qlib.train.distributed import Compute
+from kronos_qlib.train.memory_estimate import bytes_of_state
+from kronos_qlib.workflow.finetune import read_workflow
 
 MIB = 2**20
 SIZES = {"resident": "rss", "proportional": "pss", "own": "uss"}  # psutil's names

@@ -45,12 +45,12 @@ from work import attention, linears, triangle
 from kronos_qlib import Kronos, KronosTokenizer
 from kronos_qlib.data.stamps import STAMP_FIELDS, stamps
 from kronos_qlib.data.windows import COLUMNS, EPS, Bars, Windows
+from kronos_qlib.hardware.cpu import memory_kept
+from kronos_qlib.hardware.device import DTYPES, resolve_device, resolve_dtype
 from kronos_qlib.nn import zoo
-from kronos_qlib.nn.cpu import memory_kept
-from kronos_qlib.nn.device import DTYPES, resolve_device, resolve_dtype
 from kronos_qlib.nn.dropout import drawn_from
 from kronos_qlib.train import PredictorStage, TokenizerStage, train_stage
-from kronos_qlib.train.feed import gather
+from kronos_qlib.train.batches import gather
 from kronos_qlib.train.settings import PredictorSettings, StageSettings, TokenizerSettings
 from kronos_qlib.train.stages import Stage
 

@@ -9,9 +9,9 @@ import torch
 
 from kronos_qlib import KLineDataset, Kronos, KronosTokenizer
 from kronos_qlib.data.windows import Windows
-from kronos_qlib.forecast.generate import Sampling
+from kronos_qlib.forecast.engine.generate import Sampling
 from kronos_qlib.forecast.task import Task, future_stamps
-from kronos_qlib.workflow.finetuning import read_workflow
+from kronos_qlib.workflow.finetune import read_workflow
 
 WORKFLOW = Path(__file__).parents[1] / "workflows" / "kronos_csi300_nano.yaml"
 RUN = Path("runs/kronos_csi300_nano")  # the workflow's output_dir

@@ -20,7 +20,7 @@ from machine import describe, peak_memory, timed
 from walks import make_task, make_windows
 
 from kronos_qlib.forecast import run as runs
-from kronos_qlib.forecast.store import Store
+from kronos_qlib.forecast.chunk_store import Store
 
 LOOKBACK, HORIZON, SAMPLES, DAYS = 90, 10, 5, 2430
 

@@ -7,7 +7,7 @@ import torch
 from kronos_qlib import Kronos, KronosTokenizer
 from kronos_qlib.data.stamps import stamps
 from kronos_qlib.data.windows import Bars, Windows
-from kronos_qlib.forecast.generate import Sampling
+from kronos_qlib.forecast.engine.generate import Sampling
 from kronos_qlib.forecast.task import Task, future_stamps
 from kronos_qlib.nn import zoo
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["kronos_qlib.train.launch", "kronos_qlib.forecast.run", "kronos_qlib.forecast.scorer"])
+_CONTEXT.set_forkserver_preload(
+    ["kronos_qlib.train.launch", "kronos_qlib.forecast.run", "kronos_qlib.forecast.forecaster"]
+)
 
 
 def forked(said: Path, function: Callable[..., object], *arguments: Any) -> BaseProcess:

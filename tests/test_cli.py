@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from kronos_qlib.cli import main
-from kronos_qlib.data.demo import is_synthetic
+from kronos_qlib.data.demo_market import is_synthetic
 
 
 def test_demo_data_writes_the_market_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,7 +79,7 @@ def test_help_teaches(command: list[str], taught: list[str], capsys: pytest.Capt
 def test_help_needs_no_heavy_import_and_the_module_runs() -> None:
     script = (
         "import runpy, sys; sys.argv = ['kronos-qlib', '--help']\n"
-        "try: runpy.run_module('kronos_qlib.cli', run_name='__main__')\n"
+        "try: runpy.run_module('kronos_qlib', run_name='__main__')\n"
         "except SystemExit as ended: assert ended.code == 0\n"
         "heavy = {'torch', 'qlib', 'pandas', 'numpy', 'mlflow', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from nbformat import NotebookNode
 
-from kronos_qlib.data.demo import write_demo_market
+from kronos_qlib.data.demo_market import write_demo_market
 
 HERE = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(HERE.glob("*.ipynb"))

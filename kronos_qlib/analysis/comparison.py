@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kronos_qlib.analysis.factors import exposures, residual_scores
+from kronos_qlib.analysis.exposure import exposures, residual_scores
 from kronos_qlib.analysis.market import MarketError, read_market
 from kronos_qlib.analysis.notes import reservations
 from kronos_qlib.analysis.portfolio import capacity, cost_a_year, mean_turnover
@@ -26,7 +26,7 @@ from kronos_qlib.analysis.significance import bootstrap_interval, holm, newey_we
 from kronos_qlib.data.factors import FACTORS
 from kronos_qlib.files import whole_file
 
-COLUMNS = [
+TABLE_COLUMNS = [
     *("ic", "icir", "rank_ic", "rank_icir", "rank_ic_t", "rank_ic_p", "rank_ic_p_holm", "rank_ic_low", "rank_ic_high"),
     *("decile_spread", "monotonicity", "hit_rate", "signal_half_life"),
     *("residual_rank_ic", "residual_rank_ic_t", "residual_rank_ic_p", "residual_rank_ic_p_holm"),
@@ -41,7 +41,8 @@ ASSUMED_HORIZON = 10
 class Comparison:
     """Runs side by side; `run` is a run's name and `day` a date that all runs score.
 
-    table: one row per run, columns `COLUMNS`, see `compare_runs`. pairs: index (run, other), columns `PAIR_COLUMNS`.
+    table: one row per run, columns `TABLE_COLUMNS`, see `compare_runs`.
+    pairs: index (run, other), columns `PAIR_COLUMNS`.
     dropped: one row per run: rows and days it scores, rows of these without a label, rows and days that do not count
         because another run lacks them or they have no label, rows and days kept.
     ic, rank_ic, decile_spread, residual_rank_ic: day × run. deciles: decile 1 (lowest scores) … 10 × run, mean label.
@@ -106,7 +107,7 @@ def compare_runs(runs: Sequence[RunResult]) -> Comparison:
             "rank_icir": rank_ic.mean() / rank_ic.std(),
         }
     ).join([_judged("rank_ic", rank_ic, lag), _judged("residual_rank_ic", residual, lag)])
-    table = signal.join(_backtests(runs, markets)).reindex(columns=COLUMNS).rename_axis("run")
+    table = signal.join(_backtests(runs, markets)).reindex(columns=TABLE_COLUMNS).rename_axis("run")
     correlation = _score_correlation(tables)
     return Comparison(
         runs=runs,
@@ -264,7 +265,8 @@ def _pairs(rank_ic: pd.DataFrame, correlation: pd.DataFrame, lag: int) -> pd.Dat
 def write_tables(comparison: Comparison, folder: Path) -> list[Path]:
     """Write comparison.csv and pairs.csv with full precision, and return their paths.
 
-    comparison.csv has beside `COLUMNS` those of `Comparison.dropped`, `lag`, and `synthetic` (True for a demo market).
+    comparison.csv has beside `TABLE_COLUMNS` those of `Comparison.dropped`, `lag`, and `synthetic` (True for a demo
+    market).
     """
     runs = comparison.table.join(comparison.dropped).assign(
         lag=comparison.lag, synthetic=[run.synthetic for run in comparison.runs]

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.dataset as parquet
 
 from kronos_qlib.analysis.results import RunResult
-from kronos_qlib.forecast.scorer import QUANTILES
+from kronos_qlib.forecast.forecaster import QUANTILES
 
 BARS_BEFORE = 40
 _FIELDS = ("open", "high", "low", "close", "volume")

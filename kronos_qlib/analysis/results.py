@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from kronos_qlib.data.demo import BENCHMARK, is_synthetic
+from kronos_qlib.data.demo_market import BENCHMARK, is_synthetic
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # read by mlflow; files here are small and local
 

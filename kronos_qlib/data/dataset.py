@@ -14,8 +14,8 @@ from qlib.utils import init_instance_by_config
 from kronos_qlib.data.calendar import SessionCalendar, check_exchange, end_of, store_calendar
 from kronos_qlib.data.dates import Date
 from kronos_qlib.data.handler import KLineHandler
-from kronos_qlib.data.settings import Settings, read_settings
 from kronos_qlib.data.windows import Windows
+from kronos_qlib.settings import Settings, read_settings
 
 Segment = tuple[pd.Timestamp | None, pd.Timestamp | None]
 _DATE = TypeAdapter(Date, config={"arbitrary_types_allowed": True})

@@ -15,14 +15,14 @@ from pydantic import BeforeValidator, Field
 from qlib.config import C
 from qlib.log import get_module_logger
 
-from kronos_qlib.data.arrays import map_windows, save_windows
 from kronos_qlib.data.calendar import end_of, is_intraday
 from kronos_qlib.data.dataset import KLineDataset
 from kronos_qlib.data.dates import Date
 from kronos_qlib.data.handler import KLineHandler, universe
-from kronos_qlib.data.join import join, trim
-from kronos_qlib.data.settings import Settings
+from kronos_qlib.data.join_windows import join, trim
 from kronos_qlib.data.windows import Windows
+from kronos_qlib.data.windows_on_disk import map_windows, save_windows
+from kronos_qlib.settings import Settings
 
 DAY = pd.Timedelta(days=1)
 

@@ -5,7 +5,9 @@ Every figure of bar t is made of bars up to t.
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from qlib.data import D
 
 from kronos_qlib.data.loader import store_folder
@@ -55,3 +57,9 @@ def amount_expression(instruments: Sequence[str], first: pd.Timestamp, last: pd.
     volume = bars.loc[bars["$volume"].between(1, _FINE) & ((bars["$factor"] - 1).abs() > 0.01), "$volume"]
     counts = len(volume) > 0 and (volume % 1 == 0).mean() > 0.9
     return "($volume*$close/$factor)" if counts else "($volume*$close)"
+
+
+def residuals(values: NDArray[np.float64], against: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of a least-squares fit of values [n] on a constant and columns [n, k]; their mean is 0."""
+    values, against = values - values.mean(), against - against.mean(0)
+    return values - against @ np.linalg.lstsq(against, values, rcond=None)[0]

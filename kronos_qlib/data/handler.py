@@ -13,9 +13,9 @@ from kronos_qlib.data.calendar import end_of
 from kronos_qlib.data.checks import check_bars, warn_of_jumps
 from kronos_qlib.data.dates import Date
 from kronos_qlib.data.loader import KLineLoader, Universe, member_spans
-from kronos_qlib.data.settings import Settings, read_settings
 from kronos_qlib.data.stamps import stamps
 from kronos_qlib.data.windows import CLOSE, COLUMNS, Bars
+from kronos_qlib.settings import Settings, read_settings
 
 LABEL = "Ref($close, -2)/Ref($close, -1) - 1"
 _LOADED = ("_data", "_infer", "_learn", "_change")

@@ -8,10 +8,10 @@ import torch
 
 from kronos_qlib.data.stamps import stamps
 from kronos_qlib.data.windows import COLUMNS, denormalise, normalise
-from kronos_qlib.forecast.generate import Sampling, generate
-from kronos_qlib.forecast.weights import check_pair, prepare
+from kronos_qlib.forecast.engine.generate import Sampling, generate
+from kronos_qlib.forecast.engine.weights import check_pair, prepare
+from kronos_qlib.hardware.device import resolve_device, resolve_dtype
 from kronos_qlib.nn import Kronos, KronosTokenizer
-from kronos_qlib.nn.device import resolve_device, resolve_dtype
 from kronos_qlib.nn.model import S2Rotation
 
 PRICES, VOLUME, AMOUNT = list(COLUMNS[:4]), COLUMNS[4], COLUMNS[5]

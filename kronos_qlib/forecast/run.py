@@ -11,11 +11,11 @@ import torch
 from tqdm.auto import tqdm
 
 from kronos_qlib.files import scratch_folder
+from kronos_qlib.forecast.chunk_store import Store, chunks
+from kronos_qlib.forecast.forecaster import Scorer, part_size
 from kronos_qlib.forecast.processes import compute_in_processes
-from kronos_qlib.forecast.scorer import Scorer, part_size
-from kronos_qlib.forecast.store import Store, chunks
 from kronos_qlib.forecast.task import Task
-from kronos_qlib.nn.cpu import memory_kept
+from kronos_qlib.hardware.cpu import memory_kept
 
 logger = logging.getLogger("qlib.KronosForecast")
 SCRATCH = "kronos-"  # how the names of folders begin that last as long as a run
@@ -73,7 +73,7 @@ def _compute(
     task: Task, run: Run, store: Store | None, missing: list[np.ndarray], done: Callable[[int], object]
 ) -> Iterator[tuple[np.ndarray, pa.Table]]:
     if run.engine == "ray":
-        from kronos_qlib.forecast.cluster import compute_on_cluster
+        from kronos_qlib.forecast.ray_cluster import compute_on_cluster
 
         for rows, table in compute_on_cluster(task, missing, done):
             if store is not None:

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kronos_qlib.data.arrays import map_windows, save_windows
 from kronos_qlib.data.windows import Windows
+from kronos_qlib.data.windows_on_disk import map_windows, save_windows
 from kronos_qlib.files import save_array, whole_file
-from kronos_qlib.forecast.generate import Sampling
+from kronos_qlib.forecast.engine.generate import Sampling
+from kronos_qlib.hardware.device import DTYPES
 from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.nn.checkpoint import digest_of_weights
-from kronos_qlib.nn.device import DTYPES
 
 # Neither pandas nor Qlib in this file: the processes that forecast stay small.
 GENERATION = 3  # raised when the same task would give other scores: what was cached before is not used any more

@@ -6,11 +6,11 @@ from typing import Literal, get_args
 from pydantic import Field
 from torch import nn
 
-from kronos_qlib.data.settings import Settings
 from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.nn.checkpoint import HubModule
 from kronos_qlib.nn.dropout import Dropout
 from kronos_qlib.nn.model import FixedEmbedding
+from kronos_qlib.settings import Settings
 
 Layer = Literal["q_proj", "k_proj", "v_proj", "out_proj", "w1", "w2", "w3"]
 

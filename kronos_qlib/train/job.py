@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from kronos_qlib.data.arrays import map_windows, save_windows
 from kronos_qlib.data.windows import Windows
+from kronos_qlib.data.windows_on_disk import map_windows, save_windows
 from kronos_qlib.files import save_array, scratch_folder, whole_file
 from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.nn.checkpoint import WEIGHTS_FILE
 from kronos_qlib.train.checkpoints import CHECKPOINTS, finished, no_space_is_told
-from kronos_qlib.train.group import ALONE, Group
+from kronos_qlib.train.distributed import ALONE, Group
 from kronos_qlib.train.loop import RESULT, train_stage
 from kronos_qlib.train.metrics import Log, recorder_log, tolerant
 from kronos_qlib.train.settings import FinetuneSettings

@@ -18,7 +18,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from kronos_qlib.train.checkpoints import CHECKPOINTS, finished
 from kronos_qlib.train.job import Job
 from kronos_qlib.train.metrics import METRICS, passed_on, recorder_log, tolerant
-from kronos_qlib.train.stopping import TrainingStopped
+from kronos_qlib.train.signals import TrainingStopped
 from kronos_qlib.train.worker import FAILURE, FINAL
 
 logger = logging.getLogger("qlib.KronosTrainer")

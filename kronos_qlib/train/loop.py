@@ -21,6 +21,7 @@ from kronos_qlib.data.windows import Windows
 from kronos_qlib.files import whole_file
 from kronos_qlib.nn.checkpoint import WEIGHTS_FILE, HubModule
 from kronos_qlib.train.adapters import add_lora, freeze_blocks, merge_lora, merged
+from kronos_qlib.train.batches import Feed, Plan, Step, gather
 from kronos_qlib.train.checkpoints import (
     CHECKPOINTS,
     Progress,
@@ -30,20 +31,15 @@ from kronos_qlib.train.checkpoints import (
     no_space_is_told,
     save_checkpoint,
 )
-from kronos_qlib.train.codes import Codes, encode_windows
-from kronos_qlib.train.compute import Compute
-from kronos_qlib.train.feed import Feed, gather
-from kronos_qlib.train.group import ALONE, Group
-from kronos_qlib.train.history import History
-from kronos_qlib.train.identity import claim, digest_of_weights, digest_of_windows, identity_of
-from kronos_qlib.train.learner import Diverged, Learner
-from kronos_qlib.train.memory import bytes_per_window, part_size, room_for
-from kronos_qlib.train.metrics import Log
-from kronos_qlib.train.plan import Plan, Step
-from kronos_qlib.train.seeds import seed_of
+from kronos_qlib.train.code_cache import Codes, encode_windows
+from kronos_qlib.train.distributed import ALONE, Compute, Group
+from kronos_qlib.train.fingerprint import claim, digest_of_weights, digest_of_windows, identity_of
+from kronos_qlib.train.memory_estimate import bytes_per_window, part_size, room_for
+from kronos_qlib.train.metrics import History, Log
 from kronos_qlib.train.settings import StageSettings
+from kronos_qlib.train.signals import StopRequest, TrainingStopped, stop_requests
 from kronos_qlib.train.stages import PredictorStage, Stage
-from kronos_qlib.train.stopping import StopRequest, TrainingStopped, stop_requests
+from kronos_qlib.train.step import Diverged, Learner, seed_of
 
 logger = logging.getLogger("qlib.KronosTrainer")  # Qlib's own, without importing Qlib into every training process
 RESULT = "result.json"

@@ -1,5 +1,6 @@
 """Metrics on their way to the recorder, also from the first of several processes to their launcher."""
 
+import csv
 import json
 import logging
 import os
@@ -10,6 +11,8 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
+
+from kronos_qlib.files import whole_file
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -99,3 +102,31 @@ def _pass_on(file: BinaryIO, log: Log) -> None:
             continue
         log(metrics, step)
     file.seek(-len(line), os.SEEK_CUR)
+
+
+HISTORY_COLUMNS = ["step", "epoch", "lr", "train_loss", "val_loss"]
+
+
+class History:
+    """One row per logging step, rewritten whole so that a kill never leaves half a row.
+
+    Args:
+        step: rows after it belong to a past that a resumed training does not share; they are dropped.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path, self.rows = path, []
+        if step and path.exists():
+            with path.open(newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+
+    def append(self, row: dict[str, float]) -> None:
+        """Add a row; what it lacks stays empty."""
+        self.rows.append({key: row.get(key, "") for key in HISTORY_COLUMNS})
+
+    def flush(self) -> None:
+        """Write the file."""
+        with whole_file(self.path) as draft, draft.open("w", newline="") as file:
+            writer = csv.DictWriter(file, HISTORY_COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.rows)

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from kronos_qlib.data.settings import Settings
+from kronos_qlib.settings import Settings
 from kronos_qlib.train.adapters import LoraSettings
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -26,7 +26,7 @@ def _extra_data(value: Any) -> list[Any]:
     if not value:
         return []
     from kronos_qlib.data.extra import ExtraData
-    from kronos_qlib.data.settings import read_settings
+    from kronos_qlib.settings import read_settings
 
     return [
         part

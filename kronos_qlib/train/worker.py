@@ -9,10 +9,10 @@ from pathlib import Path
 
 from kronos_qlib.files import whole_file
 from kronos_qlib.nn.checkpoint import CheckpointError
-from kronos_qlib.train.group import Group, joined, own_device
+from kronos_qlib.train.distributed import Group, joined, own_device
 from kronos_qlib.train.job import Job
 from kronos_qlib.train.metrics import METRICS, file_log
-from kronos_qlib.train.stopping import TrainingStopped
+from kronos_qlib.train.signals import TrainingStopped
 
 FAILURE = "failure.json"
 # What running again would not mend. A process that meets one ends in peace, or the launcher would try again.

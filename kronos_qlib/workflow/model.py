@@ -16,28 +16,28 @@ from qlib.model.base import ModelFT
 
 from kronos_qlib.data.dataset import KLineDataset
 from kronos_qlib.data.extra import training_set
-from kronos_qlib.data.settings import read_settings
 from kronos_qlib.data.windows import COLUMNS, Windows
-from kronos_qlib.forecast.cluster import require_ray
-from kronos_qlib.forecast.generate import Sampling
+from kronos_qlib.evaluation.training_report import write_report
+from kronos_qlib.forecast.engine.generate import Sampling
+from kronos_qlib.forecast.engine.weights import check_pair
+from kronos_qlib.forecast.forecaster import quantile_columns
+from kronos_qlib.forecast.ray_cluster import require_ray
 from kronos_qlib.forecast.run import Run, forecast
-from kronos_qlib.forecast.scorer import quantile_columns
 from kronos_qlib.forecast.scores import SCORES
 from kronos_qlib.forecast.task import Task, future_stamps
-from kronos_qlib.forecast.weights import check_pair
+from kronos_qlib.hardware.device import process_count, resolve_device, resolve_dtype
 from kronos_qlib.nn import Kronos, KronosTokenizer, zoo
 from kronos_qlib.nn.checkpoint import HubModule
-from kronos_qlib.nn.device import process_count, resolve_device, resolve_dtype
+from kronos_qlib.settings import read_settings
 from kronos_qlib.train import FinetuneSettings, Job
 from kronos_qlib.train.adapters import check_freeze, require_peft
+from kronos_qlib.train.batches import recency
 from kronos_qlib.train.job import EXTRA_DATA, STAGES
 from kronos_qlib.train.launch import launch
 from kronos_qlib.train.loop import evenly_spaced
-from kronos_qlib.train.plan import recency
-from kronos_qlib.train.report import write_report
-from kronos_qlib.train.stopping import TrainingStopped
-from kronos_qlib.workflow.neutral import factor_ranks, neutralised
-from kronos_qlib.workflow.provenance import (
+from kronos_qlib.train.signals import TrainingStopped
+from kronos_qlib.workflow.neutralise import factor_ranks, neutralised
+from kronos_qlib.workflow.recording import (
     active_recorder,
     end_as_failed,
     pretraining_overlap,

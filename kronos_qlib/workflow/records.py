@@ -15,11 +15,11 @@ from qlib.workflow.record_temp import RecordTemp
 from qlib.workflow.recorder import Recorder
 
 from kronos_qlib.data.dataset import KLineDataset
-from kronos_qlib.data.demo import is_synthetic
-from kronos_qlib.data.settings import Settings, read_settings
+from kronos_qlib.data.demo_market import is_synthetic
 from kronos_qlib.data.windows import CLOSE
-from kronos_qlib.forecast.calibration import Calibration, NoSpread, before_and_after, fit_calibration, reliability
-from kronos_qlib.forecast.evaluation import (
+from kronos_qlib.evaluation.calibration import Calibration, NoSpread, before_and_after, fit_calibration, reliability
+from kronos_qlib.evaluation.figure import Evaluation, evaluation_figure
+from kronos_qlib.evaluation.measures import (
     Outcomes,
     by_group,
     by_step,
@@ -31,8 +31,8 @@ from kronos_qlib.forecast.evaluation import (
     summary,
     volatility_terciles,
 )
-from kronos_qlib.forecast.scorer import QUANTILES, quantile_columns
-from kronos_qlib.workflow.forecast_figure import Evaluation, evaluation_figure
+from kronos_qlib.forecast.forecaster import QUANTILES, quantile_columns
+from kronos_qlib.settings import Settings, read_settings
 from kronos_qlib.workflow.model import KronosModel
 
 logger = get_module_logger("ForecastRecord")
@@ -50,7 +50,7 @@ class ForecastRecord(RecordTemp):
     """Measures the forecasts of a KronosModel against the bars that came, beside two simple forecasts.
 
     The forecasts come from the model's `forecast.cache_dir`; without one they are computed again. See
-    `kronos_qlib.forecast.evaluation` for what is measured. Artifacts, in forecast_evaluation/: steps.csv (a row per
+    `kronos_qlib.evaluation.measures` for what is measured. Artifacts, in forecast_evaluation/: steps.csv (a row per
     step), overall.csv, by_year.csv, by_volatility.csv (thirds of each day by the lookback's volatility), pit.csv,
     about.json, forecast_evaluation.png; with a calibration calibration.csv and prob_up.csv. The figures of overall.csv
     are metrics of the recorder, `forecast.crps` and so on.

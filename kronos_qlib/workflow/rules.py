@@ -11,8 +11,8 @@ from qlib.data.dataset.weight import Reweighter
 from qlib.log import get_module_logger
 from qlib.model.base import Model
 
-from kronos_qlib.data.settings import Settings, read_settings
-from kronos_qlib.workflow.provenance import record_metrics, record_tags
+from kronos_qlib.settings import Settings, read_settings
+from kronos_qlib.workflow.recording import record_metrics, record_tags
 
 logger = get_module_logger("FactorScore")
 

@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from kronos_qlib.data.factors import FACTORS
-from kronos_qlib.data.settings import Settings
 from kronos_qlib.forecast.scores import SCORES
-from kronos_qlib.nn.device import DTYPES
+from kronos_qlib.hardware.device import DTYPES
+from kronos_qlib.settings import Settings
 from kronos_qlib.train.settings import AutoOrCount, FinetuneSettings
 
 
@@ -20,7 +20,7 @@ def _network(value: Any) -> str | dict[str, Any]:
 class ForecastSettings(Settings):
     """The `forecast` mapping of a workflow.
 
-    sample_count, temperature, top_p, top_k: how paths are drawn (see `kronos_qlib.forecast.sampling.draw`).
+    sample_count, temperature, top_p, top_k: how paths are drawn (see `kronos_qlib.forecast.engine.sampling.draw`).
     s2_rotation: "aligned" forecasts as trained, "reference" as published.
     sampling: "independent" samples, or "stratified": a window's samples divide each step's distribution among them, so
         that fewer of them are as precise.

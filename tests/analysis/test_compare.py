@@ -12,7 +12,7 @@ import pytest
 from matplotlib.image import imread
 from scipy.stats import spearmanr
 
-from kronos_qlib.analysis.comparison import COLUMNS, PAIR_COLUMNS, Comparison, compare_runs
+from kronos_qlib.analysis.comparison import PAIR_COLUMNS, TABLE_COLUMNS, Comparison, compare_runs
 from kronos_qlib.analysis.figures import plot_excess_return
 from kronos_qlib.analysis.results import ResultsError, RunResult, load_runs
 from kronos_qlib.analysis.signals import daily_ic, daily_rank_ic, wide
@@ -20,7 +20,7 @@ from kronos_qlib.analysis.significance import newey_west_t
 from kronos_qlib.analysis.tables import WIDTH, terminal_text
 from kronos_qlib.analysis.verdicts import pair_verdict, residual_verdict, run_verdict
 from kronos_qlib.cli import main
-from kronos_qlib.data.demo import write_demo_market
+from kronos_qlib.data.demo_market import write_demo_market
 
 # Qlib's own recorders on a small demo market, in a process of their own: qlib.init is for the whole process. The config
 # holds an object that only this script can load, as qrun's holds the trained model.
@@ -136,7 +136,7 @@ def test_ic_of_all_rows_of_a_run_is_what_qlib_recorded(recorded: Recorded) -> No
 def test_table_agrees_with_what_qlib_recorded(compared: Comparison) -> None:
     table, runs = compared.table, compared.runs
     assert list(table.index) == ["reversal", "momentum", "constant"], "a name given twice is one row"
-    assert list(table.columns) == COLUMNS
+    assert list(table.columns) == TABLE_COLUMNS
     excess = (runs[0].report["return"] - runs[0].report["bench"] - runs[0].report["cost"]).cumsum()
     assert table.loc["reversal", "max_drawdown"] == pytest.approx((excess - excess.cummax()).min())
     assert table.loc["reversal", "ic"] == pytest.approx(-table.loc["momentum", "ic"])
@@ -375,7 +375,7 @@ def test_compare_prints_and_writes_table_and_picture(
         *("comparison.csv", "deciles.png", "excess_return.png", "pairs.csv", "report.html", "rolling_ic.png")
     ]
     table = pd.read_csv(out / "comparison.csv", index_col="run")
-    pd.testing.assert_frame_equal(table[COLUMNS], compared.table, check_exact=False, rtol=1e-12)
+    pd.testing.assert_frame_equal(table[TABLE_COLUMNS], compared.table, check_exact=False, rtol=1e-12)
     assert table["synthetic"].all()
     pairs = pd.read_csv(out / "pairs.csv", index_col=["run", "other"])
     pd.testing.assert_frame_equal(pairs[PAIR_COLUMNS], compared.pairs, check_exact=False, rtol=1e-12)

@@ -17,8 +17,8 @@ from kronos_qlib.analysis.fans import BARS_BEFORE, FansError, load_fans
 from kronos_qlib.analysis.figures import plot_deciles, plot_rolling_ic
 from kronos_qlib.analysis.report import write_report
 from kronos_qlib.analysis.results import RunResult
-from kronos_qlib.data.demo import write_demo_market
-from kronos_qlib.forecast.scorer import quantile_columns
+from kronos_qlib.data.demo_market import write_demo_market
+from kronos_qlib.forecast.forecaster import quantile_columns
 
 HORIZON, DAYS = 4, 70
 LARGEST = 6e6  # bytes
@@ -59,7 +59,7 @@ def _run(name: str, days: pd.DatetimeIndex, instruments: list[str], seed: int) -
 
 
 def _write_forecasts(folder: Path, run: RunResult, store: Path) -> None:
-    """Chunks as `kronos_qlib.forecast.store` leaves them: bands about the last close."""
+    """Chunks as `kronos_qlib.forecast.chunk_store` leaves them: bands about the last close."""
     calendar = pd.DatetimeIndex((store / "calendars" / "day.txt").read_text().split())
     rows = run.scores.rename("mean_return").reset_index()
     closes = {}

@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kronos_qlib.analysis.factors import residual_scores
+from kronos_qlib.analysis.exposure import residual_scores
 from kronos_qlib.analysis.portfolio import capacity
 from kronos_qlib.analysis.signals import (
     daily_ic,

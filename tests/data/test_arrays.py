@@ -10,8 +10,8 @@ import pytest
 from stores import DAYS, sessions
 
 from kronos_qlib import KLineDataset, KLineHandler
-from kronos_qlib.data.arrays import MANIFEST, map_windows, save_windows
 from kronos_qlib.data.windows import Bars, Windows
+from kronos_qlib.data.windows_on_disk import MANIFEST, map_windows, save_windows
 
 DAY = [str(date.date()) for date in sessions(DAYS)]
 SEGMENTS = {"train": [DAY[10], DAY[39]], "valid": [DAY[40], DAY[-1]]}
@@ -191,8 +191,8 @@ def test_a_process_that_maps_windows_needs_neither_pandas_nor_qlib(windows, tmp_
 import sys
 from pathlib import Path
 import numpy as np
-import kronos_qlib.data.join, kronos_qlib.data.windows
-from kronos_qlib.data.arrays import map_windows
+import kronos_qlib.data.join_windows, kronos_qlib.data.windows
+from kronos_qlib.data.windows_on_disk import map_windows
 assert len(map_windows(Path(sys.argv[1]))["train"].gather(np.arange(3)).x) == 3
 print(sorted({"pandas", "qlib", "torch", "pydantic"} & sys.modules.keys()))
 """

@@ -7,7 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kronos_qlib.data.demo import BENCHMARK, PLANTED_PREDICTOR, UNIVERSE, _closes, is_synthetic, write_demo_market
+from kronos_qlib.data.demo_market import (
+    BENCHMARK,
+    PLANTED_PREDICTOR,
+    UNIVERSE,
+    _closes,
+    is_synthetic,
+    write_demo_market,
+)
 
 FIELDS = ("open", "high", "low", "close", "volume", "factor", "change")
 
@@ -234,7 +241,7 @@ def test_failure_on_the_way_leaves_the_former_market_untouched(tmp_path: Path, m
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("kronos_qlib.data.demo._write_mark", fail)
+    monkeypatch.setattr("kronos_qlib.data.demo_market._write_mark", fail)
     with pytest.raises(OSError, match="disk full"):
         write_demo_market(market, instruments=4, days=61)
     assert (market / "SYNTHETIC.txt").read_text() == mark

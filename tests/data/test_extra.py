@@ -13,10 +13,10 @@ from qlib.data import D
 from stores import random_bars, sessions, use_store, write_store
 
 from kronos_qlib import KLineDataset, KLineHandler
-from kronos_qlib.data.demo import write_demo_market
+from kronos_qlib.data.demo_market import write_demo_market
 from kronos_qlib.data.extra import ExtraData, _labels, extra_windows, training_set
-from kronos_qlib.data.settings import read_settings
 from kronos_qlib.data.windows import Windows
+from kronos_qlib.settings import read_settings
 
 DAY = [str(date.date()) for date in pd.bdate_range("2018-01-02", periods=100)]
 SEGMENTS = {"train": [DAY[20], DAY[60]], "valid": [DAY[61], DAY[80]]}

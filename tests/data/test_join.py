@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from stores import DAYS, market_bars, sessions, use_store, write_market
 
 from kronos_qlib import KLineDataset, KLineHandler
-from kronos_qlib.data.join import join, trim
+from kronos_qlib.data.join_windows import join, trim
 from kronos_qlib.data.windows import Bars, Windows
 
 DAY = [str(date.date()) for date in sessions(DAYS)]

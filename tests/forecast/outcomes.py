@@ -3,7 +3,7 @@
 import numpy as np
 from scipy.stats import lognorm
 
-from kronos_qlib.forecast.evaluation import LEVELS, Outcomes
+from kronos_qlib.evaluation.measures import LEVELS, Outcomes
 
 DAYS, NAMES, HORIZON, DAILY = 60, 40, 2, 0.02
 

@@ -12,11 +12,11 @@ from forks import forked
 from kronos_qlib import Kronos, KronosTokenizer
 from kronos_qlib.data.stamps import stamps
 from kronos_qlib.data.windows import Bars, Windows
+from kronos_qlib.forecast import chunk_store as store
 from kronos_qlib.forecast import run as runs
-from kronos_qlib.forecast import store
-from kronos_qlib.forecast.generate import Sampling
+from kronos_qlib.forecast.engine.generate import Sampling
+from kronos_qlib.forecast.forecaster import quantile_columns
 from kronos_qlib.forecast.run import Run, forecast
-from kronos_qlib.forecast.scorer import quantile_columns
 from kronos_qlib.forecast.scores import SCORES
 from kronos_qlib.forecast.task import Task, future_stamps
 from kronos_qlib.nn import zoo

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from outcomes import DAYS, NAMES, simulated
 
-from kronos_qlib.forecast.calibration import before_and_after, fit_calibration, reliability
-from kronos_qlib.forecast.evaluation import measure, summary
+from kronos_qlib.evaluation.calibration import before_and_after, fit_calibration, reliability
+from kronos_qlib.evaluation.measures import measure, summary
 
 LATE = np.datetime64("2099-01-01")
 

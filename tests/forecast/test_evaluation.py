@@ -10,7 +10,7 @@ from outcomes import DAILY, DAYS, NAMES, simulated
 from scipy.stats import kstest
 
 from kronos_qlib.data.windows import Bars, Windows
-from kronos_qlib.forecast.evaluation import (
+from kronos_qlib.evaluation.measures import (
     by_group,
     by_step,
     crps_of_quantiles,

@@ -10,11 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kronos_qlib import Kronos, KronosTokenizer
-from kronos_qlib.forecast import blocks, sample_paths
-from kronos_qlib.forecast.generate import Sampling, _paths, generate
-from kronos_qlib.forecast.randomness import uniforms
-from kronos_qlib.forecast.sampling import draw
-from kronos_qlib.forecast.weights import prepare
+from kronos_qlib.forecast import sample_paths
+from kronos_qlib.forecast.engine import attention as blocks
+from kronos_qlib.forecast.engine.generate import Sampling, _paths, generate
+from kronos_qlib.forecast.engine.sampling import draw, uniforms
+from kronos_qlib.forecast.engine.weights import prepare
 from kronos_qlib.nn import zoo
 
 SAMPLING = {"sample_count": 5, "temperature": 0.6, "top_p": 0.9, "seed": 3}

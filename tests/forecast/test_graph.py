@@ -5,10 +5,10 @@ import weakref
 import pytest
 import torch
 
-from kronos_qlib.forecast.generate import Sampling, part_drawn
-from kronos_qlib.forecast.graph import Recorded
-from kronos_qlib.forecast.randomness import uniforms
-from kronos_qlib.forecast.weights import prepare
+from kronos_qlib.forecast.engine.cuda_graph import Recorded
+from kronos_qlib.forecast.engine.generate import Sampling, part_drawn
+from kronos_qlib.forecast.engine.sampling import uniforms
+from kronos_qlib.forecast.engine.weights import prepare
 
 SAMPLING = Sampling(sample_count=3, temperature=0.6, top_p=0.9)
 

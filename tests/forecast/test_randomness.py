@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kronos_qlib.forecast.randomness import philox, uniforms
+from kronos_qlib.forecast.engine.sampling import philox, uniforms
 
 ONES = 0xFFFFFFFF
 # Known answers published with the Random123 library.

@@ -14,11 +14,11 @@ import torch
 from filelock import FileLock
 from tasks import COLUMNS, LOOKBACK, NAMES, assert_same, chunks, make_task, make_windows, run, started, with_bar_changed
 
+from kronos_qlib.forecast import chunk_store as stores
+from kronos_qlib.forecast import forecaster as scoring
 from kronos_qlib.forecast import run as runs
-from kronos_qlib.forecast import scorer as scoring
-from kronos_qlib.forecast import store as stores
-from kronos_qlib.forecast.generate import Sampling
-from kronos_qlib.forecast.scorer import QUANTILES
+from kronos_qlib.forecast.engine.generate import Sampling
+from kronos_qlib.forecast.forecaster import QUANTILES
 from kronos_qlib.forecast.scores import scores
 from kronos_qlib.forecast.task import GENERATION, Task
 

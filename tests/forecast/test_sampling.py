@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kronos_qlib.forecast.sampling import draw
+from kronos_qlib.forecast.engine.sampling import draw
 
 VOCABULARY = 300  # more than the first candidates that top-p looks at
 

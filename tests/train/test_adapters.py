@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from kronos_qlib import Kronos, KronosTokenizer
-from kronos_qlib.data.settings import read_settings
 from kronos_qlib.nn import zoo
+from kronos_qlib.settings import read_settings
 from kronos_qlib.train.adapters import (
     LoraSettings,
     add_lora,

@@ -5,8 +5,8 @@ import pytest
 import torch
 from small import CPU, TRAIN, assert_same_weights, history, predictor_stage, run, weights
 
-from kronos_qlib.train import codes
-from kronos_qlib.train.compute import Compute
+from kronos_qlib.train import code_cache as codes
+from kronos_qlib.train.distributed import Compute
 
 
 class Killed(BaseException):

@@ -15,11 +15,10 @@ from small import (
 )
 
 from kronos_qlib import KronosTokenizer
-from kronos_qlib.train.compute import Compute
-from kronos_qlib.train.feed import gather
-from kronos_qlib.train.history import COLUMNS
+from kronos_qlib.train.batches import Plan, gather
+from kronos_qlib.train.distributed import Compute
 from kronos_qlib.train.loop import judge
-from kronos_qlib.train.plan import Plan
+from kronos_qlib.train.metrics import HISTORY_COLUMNS
 
 COMPUTE = Compute(CPU)
 PARTS = 4  # of a batch, on a machine with up to four cores
@@ -32,7 +31,7 @@ def test_a_stage_learns_and_ends_with_its_best_weights(make, tmp_path):
     before = judge(stage, VALID, COMPUTE)["val_loss"]
     best = run(stage, tmp_path)
     rows = history(tmp_path)
-    assert list(rows[0]) == COLUMNS
+    assert list(rows[0]) == HISTORY_COLUMNS
     judged = [float(row["val_loss"]) for row in rows if row["val_loss"]]
     assert len(judged) == 3
     assert min(judged) == pytest.approx(best["val_loss"], rel=1e-6)

@@ -10,12 +10,10 @@ from jobs import job
 from small import CPU, TRAIN, assert_same_weights, history, predictor_stage, run, tokenizer_stage, weights
 
 from kronos_qlib.train.adapters import has_lora
-from kronos_qlib.train.compute import Compute
-from kronos_qlib.train.feed import Feed
-from kronos_qlib.train.group import Group
-from kronos_qlib.train.learner import Learner
-from kronos_qlib.train.memory import part_size
-from kronos_qlib.train.plan import Plan, recency, share_of
+from kronos_qlib.train.batches import Feed, Plan, recency, share_of
+from kronos_qlib.train.distributed import Compute, Group
+from kronos_qlib.train.memory_estimate import part_size
+from kronos_qlib.train.step import Learner
 
 MAKERS = pytest.mark.parametrize("make", [tokenizer_stage, predictor_stage])
 

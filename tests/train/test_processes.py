@@ -11,8 +11,8 @@ from small import TRAIN, VALID
 
 from kronos_qlib.nn import KronosTokenizer
 from kronos_qlib.train import Job
+from kronos_qlib.train.batches import Plan
 from kronos_qlib.train.launch import launch
-from kronos_qlib.train.plan import Plan
 
 # Batches of 2 parts in stage 1 and of 4 in stage 2, whose last batch has 2 windows, so 1 part; 38 windows to be judged
 # are 2 shards of 16 and one of 6. Four processes are more than there is work for.

@@ -12,8 +12,14 @@ from matplotlib.image import imread
 
 from kronos_qlib.data.stamps import stamps
 from kronos_qlib.data.windows import COLUMNS, Bars, Windows
+from kronos_qlib.evaluation.training_report import (
+    TrainingReport,
+    codebook_use,
+    reconstruction_error,
+    report_figure,
+    write_report,
+)
 from kronos_qlib.nn import KronosTokenizer, zoo
-from kronos_qlib.train.report import TrainingReport, codebook_use, reconstruction_error, report_figure, write_report
 
 CPU = torch.device("cpu")
 LOOKBACK, FUTURE, LENGTH = 20, 5, 60
@@ -266,5 +272,5 @@ def test_a_history_without_rows_is_as_good_as_none(tmp_path):
 
 
 def test_who_only_imports_the_report_does_not_load_matplotlib():
-    code = "import sys, kronos_qlib.train.report; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, kronos_qlib.evaluation.training_report; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

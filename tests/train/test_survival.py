@@ -28,10 +28,10 @@ from kronos_qlib.files import scratch_folder
 from kronos_qlib.nn import KronosTokenizer
 from kronos_qlib.train import job as jobs_of_training
 from kronos_qlib.train.checkpoints import Progress, read_progress
-from kronos_qlib.train.group import Group
+from kronos_qlib.train.distributed import Group
 from kronos_qlib.train.launch import launch
-from kronos_qlib.train.learner import Learner
-from kronos_qlib.train.stopping import TrainingStopped
+from kronos_qlib.train.signals import TrainingStopped
+from kronos_qlib.train.step import Learner
 from kronos_qlib.train.worker import _loaded
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")

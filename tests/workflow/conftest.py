@@ -12,7 +12,7 @@ from qlib.workflow.recorder import Recorder
 from tiny import finetune, make_dataset, make_model, use_market
 
 from kronos_qlib import KLineDataset, KronosModel
-from kronos_qlib.data.demo import write_demo_market
+from kronos_qlib.data.demo_market import write_demo_market
 
 
 @pytest.fixture(scope="session")

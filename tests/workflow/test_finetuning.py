@@ -19,8 +19,8 @@ from tiny import MODEL, SEGMENTS, STAGE, TOKENIZER, finetune, make_dataset, make
 
 from kronos_qlib import Kronos, KronosTokenizer
 from kronos_qlib.cli import main
-from kronos_qlib.data.demo import write_demo_market
-from kronos_qlib.train.plan import Plan
+from kronos_qlib.data.demo_market import write_demo_market
+from kronos_qlib.train.batches import Plan
 
 ARTIFACTS = {"training.png", "reconstruction.csv", "codebook.json", "kronos_run.json"}
 
@@ -206,7 +206,7 @@ def test_a_dry_run_says_that_a_folder_would_be_refused_or_gone_on_with(workflow,
 
 
 def test_torchrun_leaves_what_the_recorder_and_a_later_run_need(workflow, run, tmp_path):
-    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "-m", "kronos_qlib.train", str(workflow)]
+    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "-m", "kronos_qlib", "finetune", str(workflow)]
     done = command(tmp_path, sys.executable, "-m", *torchrun)
     assert done.returncode == 0, done.stderr
     for kind, name, theirs in (
@@ -234,7 +234,7 @@ def test_a_stopped_training_ends_as_failed_with_the_signal_s_status_and_goes_on(
     long = STAGE | {"epochs": 300}
     config["task"]["model"]["kwargs"]["finetune"] = finetune(tmp_path / "out", tokenizer=long, predictor=None)
     workflow.write_text(yaml.safe_dump(config))
-    program = [sys.executable, "-m", "kronos_qlib.cli", "finetune", str(workflow)]
+    program = [sys.executable, "-m", "kronos_qlib", "finetune", str(workflow)]
     with (tmp_path / "said.txt").open("w") as said:
         training = subprocess.Popen(program, cwd=tmp_path, stdout=said, stderr=said)
         while not list((tmp_path / "out").glob("tokenizer/checkpoints/step-????????")):
@@ -255,7 +255,7 @@ def test_an_error_under_torchrun_is_said_once_and_recorded_as_failed(workflow, r
     kwargs = config["task"]["model"]["kwargs"]
     kwargs["finetune"]["output_dir"], kwargs["seed"] = str(run.folder), 2
     workflow.write_text(yaml.safe_dump(config))
-    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "-m", "kronos_qlib.train", str(workflow)]
+    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "-m", "kronos_qlib", "finetune", str(workflow)]
     done = command(tmp_path, sys.executable, "-m", *torchrun)
     assert done.returncode != 0
     assert done.stderr.count("kronos-qlib finetune: error: ") == 1

@@ -26,7 +26,7 @@ from tiny import (
 from kronos_qlib import Kronos, KronosTokenizer
 from kronos_qlib.forecast.scores import SCORES
 from kronos_qlib.nn import zoo
-from kronos_qlib.workflow.provenance import pretraining_overlap
+from kronos_qlib.workflow.recording import pretraining_overlap
 
 FEW_DAYS = slice("2018-06-18", "2018-06-20")
 

@@ -18,7 +18,7 @@ from tiny import MODEL, SEGMENTS, STAGE, TOKENIZER, finetune, make_dataset, make
 
 from kronos_qlib import KronosModel
 from kronos_qlib.data.windows import Windows, normalise
-from kronos_qlib.forecast.sampling import draw
+from kronos_qlib.forecast.engine.sampling import draw
 
 BITS = {"s1_bits": 8, "s2_bits": 4}
 WIDE = {"tokenizer": TOKENIZER | BITS, "model": MODEL | BITS}

@@ -11,7 +11,7 @@ from test_laws import LAST_DAY, tampered
 from tiny import SEGMENTS, make_dataset, make_model, use_market
 
 from kronos_qlib.data.factors import amount_expression
-from kronos_qlib.workflow import neutral
+from kronos_qlib.workflow import neutralise as neutral
 
 FACTORS = ["volatility", "size"]
 

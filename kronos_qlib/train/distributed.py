@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kronos_qlib.nn.cpu import cores
+from kronos_qlib.hardware.cpu import Each, cores, side_by_side
 
 Value = TypeVar("Value")
 PATIENCE = timedelta(minutes=30)  # a first process may read data or write a large checkpoint while the others wait
@@ -100,3 +100,36 @@ def own_device(device: torch.device) -> torch.device:
         raise ValueError(f"{beside} processes on this machine, but torch sees {torch.cuda.device_count()} GPU(s)")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
+
+
+@dataclass(frozen=True)
+class Compute:
+    """The device of this process, the precision of its matrix products, and the processes that it works with.
+
+    each: a `map` for pieces of work: on a CPU as many at a time as there are cores, each by one thread.
+    """
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    group: Group = ALONE
+    each: Each = map
+
+    @property
+    def autocast(self) -> torch.autocast:
+        """The context of a forward pass in this precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16)
+
+    @property
+    def precision(self) -> str:
+        """The name of the precision."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @classmethod
+    @contextmanager
+    def on(cls, device: torch.device, dtype: torch.dtype, group: Group = ALONE) -> Iterator["Compute"]:
+        """For the length of a block. In it torch itself uses one thread of a CPU, `each` as many as torch did."""
+        if device.type == "cpu":
+            with side_by_side() as each:
+                yield cls(device, dtype, group, each)
+        else:
+            yield cls(device, dtype, group)

@@ -7,9 +7,8 @@ import numpy as np
 import pandas as pd
 from qlib.log import get_module_logger
 
-from kronos_qlib.data.cross_section import residuals
 from kronos_qlib.data.dataset import KLineDataset
-from kronos_qlib.data.factors import amount_expression, read_factors
+from kronos_qlib.data.factors import amount_expression, read_factors, residuals
 from kronos_qlib.data.windows import Windows
 
 logger = get_module_logger("KronosModel")

@@ -17,7 +17,7 @@ from scipy.stats import t as t_distribution
 from statsmodels.regression.linear_model import OLS
 
 from kronos_qlib.data.windows import CLOSE, Windows
-from kronos_qlib.forecast.scorer import QUANTILES
+from kronos_qlib.forecast.forecaster import QUANTILES
 
 Floats = NDArray[np.float64]
 

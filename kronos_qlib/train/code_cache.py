@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from kronos_qlib.data.windows import Windows
 from kronos_qlib.files import save_array
 from kronos_qlib.nn import KronosTokenizer
-from kronos_qlib.train.compute import Compute
+from kronos_qlib.train.distributed import Compute
 
 CHUNK, BATCH = 32_768, 64  # windows a file and at a time; a killed encoding goes on after the last whole file
 

@@ -10,8 +10,6 @@ or a little more where S does not divide well.
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -19,46 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kronos_qlib.forecast.blocks import extend, prefill, repeated
-from kronos_qlib.forecast.caches import Cache, Layout
-from kronos_qlib.forecast.randomness import uniforms
-from kronos_qlib.forecast.sampling import draw
-from kronos_qlib.forecast.slide import Slide
-from kronos_qlib.forecast.weights import ModelWeights, Prepared, TokenizerWeights, prepare, turn, unit_scale
+from kronos_qlib.forecast.engine.attention import Layout, extend, prefill
+from kronos_qlib.forecast.engine.context import ContextState, Slide
+from kronos_qlib.forecast.engine.sampling import Sampling, Spread, draw, uniforms
+from kronos_qlib.forecast.engine.weights import Prepared, TokenizerWeights, prepare
+from kronos_qlib.hardware.cpu import side_by_side
+from kronos_qlib.hardware.device import resolve_dtype
 from kronos_qlib.nn import Kronos, KronosTokenizer
-from kronos_qlib.nn.cpu import side_by_side
-from kronos_qlib.nn.device import resolve_dtype
 from kronos_qlib.nn.model import TIME_TABLES, S2Rotation
 from kronos_qlib.nn.quantizer import signs_to_ids
 
 PART = 32  # windows that one thread of a CPU takes at a time: more leave its caches, fewer make narrow products
-Spread = Literal["independent", "stratified"]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How paths are drawn; see `draw` for temperature, top_k and top_p."""
-
-    sample_count: int = 1
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    s2_rotation: S2Rotation = "reference"
-    sampling: Spread = "independent"
-
-    def __post_init__(self) -> None:
-        checks = {
-            "sample_count": (self.sample_count >= 1, "at least 1"),
-            "temperature": (self.temperature > 0, "above 0 (for the likeliest path use top_k=1)"),
-            "top_k": (self.top_k >= 0, "0 (keep all) or more"),
-            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-            "sampling": (self.sampling in ("independent", "stratified"), "'independent' or 'stratified'"),
-            "s2_rotation": (self.s2_rotation in ("reference", "aligned"), "'reference' or 'aligned'"),
-        }
-        for name, (fine, rule) in checks.items():
-            if not fine:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {rule}")
 
 
 def sample_paths(
@@ -194,7 +163,7 @@ def _paths(
     like = net.model.cross_kv.weight
     aligned = sampling.s2_rotation == "aligned"
     filters = sampling.temperature, sampling.top_k, sampling.top_p
-    state: _ContextState | Slide | None = None
+    state: ContextState | Slide | None = None
     for step in range(horizon):
         prefix = min(length, limit - step)  # context bars still in sight
         goes_on = isinstance(state, Slide) or (state is not None and state.prefix == prefix)
@@ -203,7 +172,7 @@ def _paths(
             if prefix < length and samples == 1:
                 state = Slide(net.model, inputs, horizon, limit, aligned)
             else:
-                state = _ContextState.start(net.model, inputs, layout, layout.mask(prefix, like), aligned)
+                state = ContextState.start(net.model, inputs, layout, layout.mask(prefix, like), aligned)
         if state.filled < step:
             new = slice(state.filled, step)
             state.append(net.model.embed(own_s1[:, new], own_s2[:, new], own_time[:, new, None]))
@@ -243,63 +212,6 @@ def _as_integers(keys: Sequence[int] | np.ndarray | Tensor, count: int) -> np.nd
     if len(integers) != count:
         raise ValueError(f"keys must hold one integer for each of the {count} rows, not {keys!r}")
     return np.array(integers, np.uint64).view(np.int64)
-
-
-@dataclass
-class _ContextState:
-    """What generation remembers between steps: caches of the transformer and of the s2 cross-attention."""
-
-    model: ModelWeights
-    layout: Layout
-    caches: list[Cache]
-    cross: Cache
-    mask: Tensor
-    last: Tensor  # context of the newest position: [G, 1, d] while the samples share it, then [G, n, d]
-    aligned: bool
-    filled: int = 0  # own steps
-
-    @classmethod
-    def start(cls, model: ModelWeights, x: Tensor, layout: Layout, mask: Tensor, aligned: bool) -> "_ContextState":
-        h, caches = prefill(model.stack, x, layout)
-        h = model.normed(h)
-        k, v = model.cross_kv(h).chunk(2, dim=-1)
-        if aligned:
-            k = turn(k, model.cross_angles[: x.shape[1]])
-        cross = layout.cache(x.shape[1], model.cross_heads, h.shape[-1], k)
-        cross.fill(slice(None), *(rows.unflatten(-1, (model.cross_heads, -1)) for rows in (k, v)), layout.copies)
-        last = h[:, -1:].repeat_interleave(layout.copies, 0)
-        return cls(model, layout, caches, cross, mask, last, aligned)
-
-    @property
-    def prefix(self) -> int:
-        """Bars of context."""
-        return self.cross.length
-
-    def append(self, x: Tensor) -> None:
-        """Take in the own positions x [G, s, n, d] of s more steps."""
-        size, start = self.layout.size, self.filled * self.layout.size
-        h = self.model.normed(extend(self.model.stack, self.caches, x.flatten(1, 2), start, self.mask, size))
-        k, v = self.model.cross_kv(h).chunk(2, dim=-1)
-        if self.aligned:
-            k = turn(k, repeated(self.model.cross_angles, self.prefix, start, k.shape[1], size))
-        self.cross.store(*(rows.unflatten(-1, (self.model.cross_heads, -1)) for rows in (k, v)), start)
-        self.last, self.filled = h[:, -size:], self.filled + x.shape[1]
-
-    def s1_logits(self) -> Tensor:
-        """Float32 [G, 1 or n, 2^s1_bits]."""
-        return self.model.proj_s1(self.last).float()
-
-    def s2_logits(self, s1: Tensor) -> Tensor:
-        """Float32 [G, n, 2^s2_bits] given the s1 [G, n] just drawn."""
-        q = F.embedding(s1, self.model.cross_query)
-        if self.aligned:
-            position = self.prefix + self.filled - 1
-            q = turn(q, self.model.cross_angles[position : position + 1])
-        end = self.filled * self.layout.size
-        q = q.unflatten(-1, (self.model.cross_heads, -1)).to(self.cross.k.dtype)
-        attended = self.cross.read(q, end, self.mask[end - self.layout.size : end])
-        h = self.last + self.model.cross_out(attended.flatten(-2))
-        return self.model.proj_s2(unit_scale(h, self.model.dep_eps)).float()
 
 
 def _encode(tokenizer: TokenizerWeights, x: Tensor) -> tuple[Tensor, Tensor]:

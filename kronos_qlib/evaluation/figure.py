@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from kronos_qlib.forecast.evaluation import BANDS, perfect_coverage
+from kronos_qlib.evaluation.measures import BANDS, perfect_coverage
 
 # Of Okabe & Ito (2008), told apart with any colour vision.
 _KRONOS, _VOLATILITY, _LAST_VALUE = "#0072B2", "#D55E00", "#009E73"
@@ -20,7 +20,7 @@ _DASHED = (0, (4, 2))
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The tables of an evaluation, as `kronos_qlib.forecast.evaluation` and `.calibration` make them.
+    """The tables of an evaluation, as `kronos_qlib.evaluation.measures` and `.calibration` make them.
 
     samples: paths a forecast. first, last: score dates. note: shown in the figure. calibration, prob_up: None without.
     """

@@ -10,12 +10,12 @@ import pyarrow as pa
 import torch
 
 from kronos_qlib.data.windows import CLOSE, COLUMNS, denormalise
-from kronos_qlib.forecast.caches import Layout
-from kronos_qlib.forecast.generate import PART, generate, part_drawn
-from kronos_qlib.forecast.graph import Recorded
+from kronos_qlib.forecast.engine.attention import Layout
+from kronos_qlib.forecast.engine.cuda_graph import Recorded
+from kronos_qlib.forecast.engine.generate import PART, generate, part_drawn
+from kronos_qlib.forecast.engine.weights import Prepared, prepare
 from kronos_qlib.forecast.scores import SCORES, scores
 from kronos_qlib.forecast.task import DIGEST_BYTES, Task
-from kronos_qlib.forecast.weights import Prepared, prepare
 
 logger = logging.getLogger("qlib.KronosForecast")
 QUANTILES = 5, 10, 25, 50, 75, 90, 95  # per cent, of the close per step over the samples

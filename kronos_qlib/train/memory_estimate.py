@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from kronos_qlib.data.windows import Windows
-from kronos_qlib.nn.cpu import cores
-from kronos_qlib.train.compute import Compute
-from kronos_qlib.train.feed import gather
+from kronos_qlib.hardware.cpu import cores
+from kronos_qlib.train.batches import gather
+from kronos_qlib.train.distributed import Compute
 from kronos_qlib.train.stages import Examples, Stage
 
 ALLOWED = 0.5  # of a device's memory, by activations: the rest is for weights, other programs and what was not foreseen

@@ -7,8 +7,8 @@ import pandas as pd
 import scoringrules
 from sklearn.isotonic import IsotonicRegression
 
-from kronos_qlib.forecast.evaluation import Floats, Outcomes, interval, measure, summary
-from kronos_qlib.forecast.scorer import QUANTILES
+from kronos_qlib.evaluation.measures import Floats, Outcomes, interval, measure, summary
+from kronos_qlib.forecast.forecaster import QUANTILES
 
 COVERED = 0.9  # what the band from the 5 % to the 95 % quantile should cover
 COMPARED = "coverage_50", "coverage_90", "crps"

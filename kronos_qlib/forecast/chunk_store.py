@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kronos_qlib.files import whole_file
-from kronos_qlib.forecast.scorer import schema
+from kronos_qlib.forecast.forecaster import schema
 from kronos_qlib.forecast.task import DIGEST_BYTES, Task
 
 logger = logging.getLogger("qlib.KronosForecast")

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from kronos_qlib.analysis.signals import daily_rank_ic
-from kronos_qlib.data.cross_section import residuals
+from kronos_qlib.data.factors import residuals
 
 _NOTHING_LEFT = 0.03  # of the ranks' spread: less, one part in a thousand of the variance, is rounding and ties
 

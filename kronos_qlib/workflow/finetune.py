@@ -18,24 +18,22 @@ from qlib.workflow import R
 from ruamel.yaml import YAML, YAMLError
 
 from kronos_qlib.data.dataset import KLineDataset
-from kronos_qlib.nn.device import process_count
+from kronos_qlib.hardware.device import process_count
+from kronos_qlib.train.batches import Plan, gather
 from kronos_qlib.train.checkpoints import CHECKPOINTS, finished
-from kronos_qlib.train.compute import Compute
-from kronos_qlib.train.feed import gather
-from kronos_qlib.train.group import Group
-from kronos_qlib.train.identity import differences, identity_of
+from kronos_qlib.train.distributed import Compute, Group
+from kronos_qlib.train.fingerprint import differences, identity_of
 from kronos_qlib.train.job import Job
-from kronos_qlib.train.memory import (
+from kronos_qlib.train.memory_estimate import (
     bytes_of_state,
     bytes_per_waiting_window,
     bytes_per_window,
     part_size,
     room_for,
 )
-from kronos_qlib.train.plan import Plan
 from kronos_qlib.train.stages import Stage
 from kronos_qlib.workflow.model import KronosModel
-from kronos_qlib.workflow.provenance import end_as_failed, record_run
+from kronos_qlib.workflow.recording import end_as_failed, record_run
 
 MIB, CODES_BYTES = 2**20, 4  # of a bar in the cache of codes: s1 and s2, uint16
 

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from kronos_qlib.forecast.scorer import Scorer
+from kronos_qlib.forecast.forecaster import Scorer
 from kronos_qlib.forecast.task import Task
-from kronos_qlib.nn.cpu import memory_kept
-from kronos_qlib.nn.device import resolve_device
+from kronos_qlib.hardware.cpu import memory_kept
+from kronos_qlib.hardware.device import resolve_device
 
 if TYPE_CHECKING:
     import ray

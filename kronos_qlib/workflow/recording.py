@@ -16,7 +16,7 @@ from qlib.workflow import R
 from qlib.workflow.recorder import Recorder
 
 from kronos_qlib.data.dataset import KLineDataset
-from kronos_qlib.data.demo import is_synthetic
+from kronos_qlib.data.demo_market import is_synthetic
 from kronos_qlib.nn import zoo
 from kronos_qlib.nn.checkpoint import HubModule
 from kronos_qlib.workflow.settings import ModelSettings

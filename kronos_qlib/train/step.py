@@ -1,5 +1,6 @@
 """One optimiser step over a global batch, whichever processes and threads share its parts."""
 
+import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -8,10 +9,9 @@ import torch
 from torch import Tensor
 
 from kronos_qlib.nn.dropout import drawn_from
-from kronos_qlib.train.compute import Compute
-from kronos_qlib.train.feed import Part
+from kronos_qlib.train.batches import Part
+from kronos_qlib.train.distributed import Compute
 from kronos_qlib.train.optimizer import AdamW
-from kronos_qlib.train.seeds import seed_of
 from kronos_qlib.train.stages import Stage
 
 
@@ -135,3 +135,8 @@ class Learner:
         """A buffer as one view per parameter."""
         sizes = [parameter.numel() for parameter in self._parameters]
         return [view.view_as(parameter) for view, parameter in zip(flat.split(sizes), self._parameters)]
+
+
+def seed_of(*parts: int | str) -> int:
+    """A seed below 2^56 that follows from all the parts."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")

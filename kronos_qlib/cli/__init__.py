@@ -1,0 +1,46 @@
+"""The command `kronos-qlib`: what stands before and after Qlib's own `qrun workflows/X.yaml`. One file a command."""
+
+import argparse
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from textwrap import dedent
+
+from kronos_qlib.cli import compare, demo_data, finetune
+
+_EPILOG = """\
+    A first round, on simulated bars:
+      kronos-qlib demo-data runs/demo/market
+      qrun workflows/lightgbm_demo.yaml
+      qrun workflows/kronos_demo.yaml
+      kronos-qlib compare kronos_demo lightgbm_demo --out runs/demo
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return the exit status.
+
+    0; 2 after an error of the caller's, told in one line; of a training whatever ended it, 128 + a signal's number.
+    """
+    options = _parser().parse_args(argv)
+    return options.run(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kronos-qlib",
+        description="Kronos, the foundation model for K-lines, in Qlib: what stands before and after a `qrun`.",
+        epilog=dedent(_EPILOG),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (demo_data, finetune, compare):
+        command.add_command(commands)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return version("kronos-qlib")
+    except PackageNotFoundError:
+        return "(not installed)"

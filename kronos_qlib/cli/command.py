@@ -1,0 +1,13 @@
+"""What the commands of `kronos-qlib` share."""
+
+import argparse
+import sys
+from typing import TypeAlias
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def fail(command: str, error: Exception, status: int = 2) -> int:
+    """Print an error of a command in one line on stderr and return its exit status."""
+    print(f"kronos-qlib {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return status

@@ -1,0 +1,1 @@
+"""Forecasts and trainings judged against the bars that came: measures, calibration, pictures."""

@@ -1,0 +1,1 @@
+"""The machine: its cores and heap, devices, compute precision."""
