@@ -36,7 +36,7 @@ logger = get_module_logger("KronosModel")
 
 
 class KronosModel(ModelFT):
-    """Fine-tunes Kronos on a KLineDataset and scores its windows by sampled forecasts.
+    """Fine-tune Kronos on a KLineDataset and score its windows by sampled forecasts, as a Qlib model.
 
     Args:
         tokenizer, model: a hub id, a local folder, a name of the zoo (mini, small, base, tokenizer-base,
@@ -81,8 +81,8 @@ class KronosModel(ModelFT):
         }
         self.settings = read_settings(ModelSettings, "KronosModel", values)
         resolve_dtype(dtype, resolve_device(device))  # an absent device is an error now, not after the data are loaded
-        self.tokenizer = _network(KronosTokenizer, "tokenizer", self.settings.tokenizer, seed)
-        self.model = _network(Kronos, "model", self.settings.model, seed)
+        self.tokenizer = _make_network(KronosTokenizer, "tokenizer", self.settings.tokenizer, seed)
+        self.model = _make_network(Kronos, "model", self.settings.model, seed)
         check_pair(self.tokenizer, self.model)
         resolve_execution(self.settings)  # what cannot be done is an error now, not after the training
         if self.settings.finetune is not None:
@@ -93,7 +93,7 @@ class KronosModel(ModelFT):
             )
 
     def fit(self, dataset: KLineDataset, reweighter: Reweighter | None = None) -> None:
-        """Run the stages of `finetune` on the train segment, judged on the valid segment; without it, nothing.
+        """Train the stages of `finetune` on the train segment, judged on the valid segment; without it, train nothing.
 
         Ctrl-C and SIGTERM save a checkpoint, end the recorder as failed and the process with status 128 + the signal;
         the same `fit` then goes on from there.
@@ -103,7 +103,8 @@ class KronosModel(ModelFT):
                 score dates (columns open … amount, price units) by (datetime, instrument).
 
         Raises:
-            ValueError: a segment has no window, `output_dir` holds another training, a reweighter without need.
+            ValueError: a segment has no window, `output_dir` holds another training, or a reweighter is given and
+                `finetune` is null.
             FloatingPointError: the loss is not finite. OSError: the disk is full. RuntimeError: processes died.
         """
         if self.settings.finetune is None:
@@ -120,7 +121,7 @@ class KronosModel(ModelFT):
         self._train(self.job(dataset, reweighter), dataset)
 
     def finetune(self, dataset: KLineDataset, output_dir: str | Path | None = None) -> None:
-        """Go on training from the present weights with the settings of `finetune`.
+        """Train the present weights further with the settings of `finetune`.
 
         Args:
             output_dir: where to; by default the folder `finetune` in the settings' output_dir.
@@ -181,7 +182,7 @@ class KronosModel(ModelFT):
             The columns indexed by (datetime, instrument), sorted; prices in the store's units.
 
         Raises:
-            ValueError: an unknown column. RuntimeError: processes died again and again.
+            ValueError: an unknown column. RuntimeError: processes died too often.
         """
         self._check(dataset)
         known = ["last_close", *SCORES, *quantile_columns(dataset.horizon)]
@@ -192,14 +193,14 @@ class KronosModel(ModelFT):
         return pd.DataFrame(self._forecast(dataset, windows, columns or known), window_index(windows), copy=False)
 
     def paths(self, dataset: KLineDataset, segment: str | slice = "test") -> tuple[pd.MultiIndex, np.ndarray]:
-        """The sample paths of every window of a segment; those that are in `cache_dir` are read there.
+        """Return the sample paths of every window of a segment; those in `cache_dir` are read there.
 
         Returns:
             Index (datetime, instrument), sorted, of W windows, and float32 [W, S, P, 6] in the store's units: S samples
             of P bars of open, high, low, close, volume and amount. 60,000 windows of 5 samples of 10 bars take 70 MiB.
 
         Raises:
-            ValueError: `forecast.keep_paths` is false. RuntimeError: processes died again and again.
+            ValueError: `forecast.keep_paths` is false. RuntimeError: processes died too often.
         """
         self._check(dataset)
         samples, horizon = self.settings.forecast.sample_count, dataset.horizon
@@ -248,8 +249,8 @@ class KronosModel(ModelFT):
             )
 
 
-def _network(kind: type[HubModule], key: str, value: str | Mapping[str, Any], seed: int) -> HubModule:
-    """A network from what a workflow says: a mapping, a name of the zoo, a folder or a hub id."""
+def _make_network(kind: type[HubModule], key: str, value: str | Mapping[str, Any], seed: int) -> HubModule:
+    """Make or load the network that a workflow names: a mapping, a name of the zoo, a folder or a hub id."""
     entries = zoo.TOKENIZERS if kind is KronosTokenizer else zoo.MODELS
     entry = entries.get(value) if isinstance(value, str) else None
     if entry and entry.hub_id:

@@ -1,4 +1,4 @@
-"""What a run records of itself: settings, data range, versions, and whether its test period was seen before."""
+"""Record what a run is: settings, data range, versions, and whether its test period was seen before."""
 
 import json
 import platform
@@ -82,12 +82,12 @@ def record_files(paths: Iterable[Path]) -> None:
 
 
 def active_recorder() -> dict[str, str] | None:
-    """The MLflow store and the run of the active recorder, by which another process can log to it; None without one."""
+    """Return the MLflow store and run of the active recorder, for other processes to log to; None without one."""
     return {"uri": R.get_uri(), "run_id": R.get_recorder().id} if _recording() else None
 
 
 def end_as_failed() -> None:
-    """End the active recorder as failed: a run that was stopped must not pass for a finished one."""
+    """End the active recorder as failed, so that a run that was stopped does not pass for a finished one."""
     if _recording():
         R.end_exp(recorder_status=Recorder.STATUS_FA)
 
@@ -107,7 +107,7 @@ def warn_of_pretraining_overlap(tokenizer: HubModule, model: HubModule, windows:
 
 
 def pretraining_overlap(tokenizer: HubModule, model: HubModule, first: np.datetime64) -> str | None:
-    """A warning if scores from `first` on fall into the pre-training data of a published checkpoint, else None.
+    """Return a warning if scores from `first` on fall into the pre-training data of a published checkpoint, else None.
 
     A loaded network of a published shape counts as that checkpoint or a descendant of it.
     """
@@ -140,7 +140,7 @@ def _shape(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _recording() -> bool:
-    """Whether a Qlib recorder is active; asking Qlib for one would start one."""
+    """Say whether a Qlib recorder is active, without asking Qlib for one, which would start it."""
     if not C.registered:
         return False
     experiment = R.exp_manager.active_experiment
