@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -33,6 +33,7 @@ from kronos_qlib.workflow.training_job import (
 )
 
 logger = get_module_logger("KronosModel")
+Network = TypeVar("Network", bound=HubModule)
 
 
 class KronosModel(ModelFT):
@@ -69,8 +70,11 @@ class KronosModel(ModelFT):
         neutralise: Sequence[str] = (),
         **unknown: Any,
     ) -> None:
-        values = {"tokenizer": tokenizer, "model": model, "max_context": max_context, "finetune": finetune}
-        values |= {
+        values: dict[str, Any] = {
+            "tokenizer": tokenizer,
+            "model": model,
+            "max_context": max_context,
+            "finetune": finetune,
             "forecast": forecast or {},
             "score": score,
             "neutralise": list(neutralise) if isinstance(neutralise, (list, tuple)) else neutralise,
@@ -85,8 +89,7 @@ class KronosModel(ModelFT):
         self.model = _make_network(Kronos, "model", self.settings.model, seed)
         check_pair(self.tokenizer, self.model)
         resolve_execution(self.settings)  # what cannot be done is an error now, not after the training
-        if self.settings.finetune is not None:
-            check_finetune(self.tokenizer, self.model, self.settings)
+        check_finetune(self.tokenizer, self.model, self.settings)
         if self.tokenizer.d_in != len(COLUMNS):
             raise ValueError(
                 f"KronosModel: the tokenizer's d_in is {self.tokenizer.d_in}; bars have {len(COLUMNS)} columns"
@@ -147,8 +150,6 @@ class KronosModel(ModelFT):
         Raises:
             ValueError: finetune is null, or a segment has no window.
         """
-        if self.settings.finetune is None:
-            raise ValueError("KronosModel: finetune is null in the settings: there is nothing to train")
         self._check(dataset)
         return training_job(self.tokenizer, self.model, self.settings, dataset, reweighter, output_dir, extra_dir)
 
@@ -249,7 +250,7 @@ class KronosModel(ModelFT):
             )
 
 
-def _make_network(kind: type[HubModule], key: str, value: str | Mapping[str, Any], seed: int) -> HubModule:
+def _make_network(kind: type[Network], key: str, value: str | Mapping[str, Any], seed: int) -> Network:
     """Make or load the network that a workflow names: a mapping, a name of the zoo, a folder or a hub id."""
     entries = zoo.TOKENIZERS if kind is KronosTokenizer else zoo.MODELS
     entry = entries.get(value) if isinstance(value, str) else None

@@ -40,10 +40,11 @@ def check_finetune(tokenizer: KronosTokenizer, model: Kronos, settings: ModelSet
     Raises:
         ValueError: more processes than GPUs, more blocks to freeze than there are. ModuleNotFoundError: no peft.
     """
-    finetune = settings.finetune
-    process_count("finetune", finetune.processes, resolve_device(settings.device))
+    if settings.finetune is None:
+        return
+    process_count("finetune", settings.finetune.processes, resolve_device(settings.device))
     for name, network in (("tokenizer", tokenizer), ("predictor", model)):
-        stage = getattr(finetune, name)
+        stage = getattr(settings.finetune, name)
         if stage is None:
             continue
         try:
@@ -70,9 +71,11 @@ def training_job(
         extra_dir: where the windows of other stores are left; by default in `output_dir`.
 
     Raises:
-        ValueError: a segment has no window, or the reweighter gives no usable weights.
+        ValueError: finetune is null, a segment has no window, or the reweighter gives no usable weights.
     """
     finetune, device = settings.finetune, resolve_device(settings.device)
+    if finetune is None:
+        raise ValueError("KronosModel: finetune is null in the settings: there is nothing to train")
     folder = output_dir or Path(finetune.output_dir)
     own, valid = dataset.training_windows("train"), dataset.training_windows("valid")
     if "test" in dataset.segments:  # what is wrong with it is an error now, not after the training
