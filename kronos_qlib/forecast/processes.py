@@ -22,7 +22,7 @@ from kronos_qlib.files import save_array
 from kronos_qlib.forecast.chunk_store import Store
 from kronos_qlib.forecast.forecaster import Scorer
 from kronos_qlib.forecast.task import Task
-from kronos_qlib.hardware.cpu import memory_kept
+from kronos_qlib.hardware.cpu import retain_heap
 
 logger = logging.getLogger("qlib.KronosForecast")
 WORKER = "-m", "kronos_qlib.forecast.processes"
@@ -217,7 +217,7 @@ def main(folder: Path, cache_dir: Path, device: torch.device) -> None:
         orders.get()
         say(error=_told(error))
         return
-    with memory_kept():
+    with retain_heap():
         while True:
             chunk = orders.get()
             try:

@@ -12,7 +12,7 @@ import torch
 
 from kronos_qlib.forecast.forecaster import Scorer
 from kronos_qlib.forecast.task import Task
-from kronos_qlib.hardware.cpu import memory_kept
+from kronos_qlib.hardware.cpu import retain_heap
 from kronos_qlib.hardware.device import resolve_device
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _table(name: str, task: Task, rows: np.ndarray) -> pa.Table:
         _SCORERS.clear()
         torch.set_num_threads(1)
         _SCORERS[name] = Scorer(task.on(resolve_device(task.device.type)))
-    with memory_kept():
+    with retain_heap():
         return _SCORERS[name].table(rows)
 
 

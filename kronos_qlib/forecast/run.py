@@ -15,7 +15,7 @@ from kronos_qlib.forecast.chunk_store import Store, chunks
 from kronos_qlib.forecast.forecaster import Scorer, part_size
 from kronos_qlib.forecast.processes import compute_in_processes
 from kronos_qlib.forecast.task import Task
-from kronos_qlib.hardware.cpu import memory_kept
+from kronos_qlib.hardware.cpu import retain_heap
 
 logger = logging.getLogger("qlib.KronosForecast")
 SCRATCH = "kronos-"  # how the names of folders begin that last as long as a run
@@ -94,7 +94,7 @@ def _compute_here(
         f"forecasting {task.told(missing)} on {task.device} ({task.precision}, {scorer.part} windows at a time, "
         f"{torch.get_num_threads()} threads)"
     )
-    with memory_kept():
+    with retain_heap():
         for rows in missing:
             table = scorer.table(rows, done)
             if store is not None:

@@ -21,7 +21,7 @@ from kronos_qlib.forecast.engine.attention import Layout, extend, prefill
 from kronos_qlib.forecast.engine.context import ContextState, Slide
 from kronos_qlib.forecast.engine.sampling import Sampling, Spread, draw, uniforms
 from kronos_qlib.forecast.engine.weights import Prepared, TokenizerWeights, prepare
-from kronos_qlib.hardware.cpu import side_by_side
+from kronos_qlib.hardware.cpu import core_pool
 from kronos_qlib.hardware.device import resolve_dtype
 from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.nn.model import TIME_TABLES, S2Rotation
@@ -126,7 +126,7 @@ def generate(
 
         if not on_cpu or alone:  # a single window has nothing beside it: torch's threads divide its products
             return torch.cat([paths(rows) for rows in parts])
-        with side_by_side() as each:
+        with core_pool() as each:
             return torch.cat(list(each(paths, parts)))
 
 
