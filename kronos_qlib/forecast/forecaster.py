@@ -116,7 +116,7 @@ class Scorer:
         # The last part is filled up: how a window is rounded may hang on how many there are, and their number in the
         # last part on bars to come.
         rows = rows[np.minimum(np.arange(-(-count // self.part) * self.part), count - 1)]
-        batch = task.windows.gather(rows)
+        batch = task.windows.normalised(rows)
         left, lock = count, threading.Lock()
 
         def part_done(windows: int) -> None:
