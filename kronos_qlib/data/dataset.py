@@ -113,7 +113,8 @@ class KLineDataset(DatasetH):
     def warn_of_left_out(self, windows: Windows) -> None:
         """Warn of the instruments that a selection of windows has left out, once for the same windows of a dataset.
 
-        The queries above do not: they are made for counts and checks too. Whoever trains or scores for a user does.
+        `score_windows` and `training_windows` do not warn, because counts and checks call them too; `KronosModel` and
+        `training_set` call this where they train or score.
         """
         names = windows.left_out
         if not names:

@@ -71,10 +71,10 @@ def training_set(
         windows = extra_windows(extra, dataset, folder / str(i), key)
         sources.append((store, windows))
         logger.info(f"{key}: {len(windows):,} windows of {extra.instruments!r}{f' of {store}' if store else ''}")
-    joined = join_windows(sources)
+    train = join_windows(sources)
     if extras:
-        logger.info(f"training set: {len(own):,} windows of the dataset and {len(joined) - len(own):,} others")
-    return joined
+        logger.info(f"training set: {len(own):,} windows of the dataset and {len(train) - len(own):,} others")
+    return train
 
 
 def extra_windows(extra: ExtraData, dataset: KLineDataset, folder: Path, key: str) -> Windows:

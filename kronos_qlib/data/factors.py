@@ -1,4 +1,4 @@
-"""Simple factors (reversal, momentum, volatility, …) of the Qlib store in use, and what of a score they do not explain.
+"""Simple factors (reversal, momentum, volatility, …) of the Qlib store in use, and the residuals of scores on them.
 
 A score may rank instruments by such a factor without anybody noticing: `read_factors` reads their values, `residuals`
 takes them out of a day's scores. A factor's value at bar t is made of bars up to t.
@@ -21,7 +21,7 @@ FACTORS = {
     "volume_change": "Mean($volume, 5)/(Mean($volume, 20)+1e-12)",  # turnover over its own past: no share counts here
     "size": "Log(Mean(AMOUNT, 20)+1)",
 }
-# Up to here a 32-bit float resolves quarters, so that a whole number is told from one divided by a factor.
+# Up to here a 32-bit float resolves quarters, so that a whole number differs from one divided by a factor.
 _RESOLVED = 2**21
 
 

@@ -16,8 +16,9 @@ def join_windows(sources: Sequence[tuple[str, Windows]]) -> Windows:
     are unambiguous; that of the dataset's own store is empty and changes nothing.
 
     The first source's bars stay whole, at the same rows: other windows on them, such as the validation set, stay what
-    they are on the joined bars (`replace(valid, bars=joined.bars)`). Of the other sources only the bars in a window are
-    kept. Instruments are sorted within each source; one that several sources of a store have is there several times.
+    they are on the bars of all sources (`replace(valid, bars=train.bars)`). Of the other sources only the bars in a
+    window are kept. Instruments are sorted within each source; one that several sources of a store have is there
+    several times.
 
     Raises ValueError for sources that differ in lookback, future or clip.
     """
@@ -34,8 +35,8 @@ def join_windows(sources: Sequence[tuple[str, Windows]]) -> Windows:
     if len(kept) == 1:
         return kept[0]
     bars = [windows.bars for windows in kept]
-    first_rows = np.cumsum([0, *map(len, bars)])  # of each source's bars in the joined ones
-    joined = Bars(
+    first_rows = np.cumsum([0, *map(len, bars)])  # of each source's bars in those of all
+    all_bars = Bars(
         values=np.concatenate([each.values for each in bars]),
         stamp=np.concatenate([each.stamp for each in bars]),
         dates=np.concatenate([each.dates for each in bars]),
@@ -43,7 +44,7 @@ def join_windows(sources: Sequence[tuple[str, Windows]]) -> Windows:
         instruments=tuple(name for each in bars for name in each.instruments),
     )
     ends = np.concatenate([windows.ends + row for windows, row in zip(kept, first_rows)])
-    return replace(first, bars=joined, ends=ends)
+    return replace(first, bars=all_bars, ends=ends)
 
 
 def drop_unused_bars(windows: Windows) -> Windows:

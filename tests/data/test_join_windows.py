@@ -41,19 +41,19 @@ def two_stores(market, tmp_path) -> tuple[Windows, Windows]:
 
 def test_windows_of_two_stores_come_one_after_the_other_unchanged(two_stores):
     own, other = two_stores
-    joined = join_windows([("", own), ("us", other)])
-    assert len(joined) == len(own) + len(other)
-    assert_same_batches(joined.take(slice(len(own))), own)
-    assert_same_batches(joined.take(slice(len(own), None)), other)
-    assert (joined.lookback, joined.future, joined.clip) == (own.lookback, own.future, own.clip)
+    train = join_windows([("", own), ("us", other)])
+    assert len(train) == len(own) + len(other)
+    assert_same_batches(train.take(slice(len(own))), own)
+    assert_same_batches(train.take(slice(len(own), None)), other)
+    assert (train.lookback, train.future, train.clip) == (own.lookback, own.future, own.clip)
 
 
 def test_instruments_of_another_store_carry_its_label(two_stores):
     own, other = two_stores
-    joined = join_windows([("", own), ("us", other)])
-    assert listed(joined) == listed(own) + [(date, f"us:{name}") for date, name in listed(other)]
-    assert len(set(joined.keys)) == len(joined)
-    np.testing.assert_array_equal(joined.keys[: len(own)], own.keys)
+    train = join_windows([("", own), ("us", other)])
+    assert listed(train) == listed(own) + [(date, f"us:{name}") for date, name in listed(other)]
+    assert len(set(train.keys)) == len(train)
+    np.testing.assert_array_equal(train.keys[: len(own)], own.keys)
 
 
 def test_joined_bars_are_well_formed(two_stores):
@@ -70,22 +70,22 @@ def test_joined_bars_are_well_formed(two_stores):
 def test_other_windows_on_the_first_bars_stay_what_they_are(market, two_stores):
     own, other = two_stores
     valid = own.take(np.array([5, 1, 7]))
-    joined = join_windows([("", own), ("us", other)])
-    moved = replace(valid, bars=joined.bars)
+    train = join_windows([("", own), ("us", other)])
+    moved = replace(valid, bars=train.bars)
     assert_same_batches(moved, valid)
     np.testing.assert_array_equal(moved.keys, valid.keys)
 
 
 def test_a_window_in_several_universes_of_a_store_counts_once(market):
     own, all_, longer = training_windows("some"), training_windows("all"), training_windows("all", [DAY[5], DAY[45]])
-    joined = join_windows([("", own), ("", all_), ("", longer), ("", own)])
-    pairs = listed(joined)
+    train = join_windows([("", own), ("", all_), ("", longer), ("", own)])
+    pairs = listed(train)
     assert len(pairs) == len(set(pairs))
     assert set(pairs) == {*listed(own), *listed(all_), *listed(longer)}
     assert pairs[: len(own)] == listed(own), "the dataset's own come first"
     assert set(listed(all_)) - set(listed(own)), "or the test says nothing"
     reference = dict(zip(listed(longer), longer.normalised(np.arange(len(longer))).x))
-    for pair, x in zip(pairs, joined.normalised(np.arange(len(joined))).x):
+    for pair, x in zip(pairs, train.normalised(np.arange(len(train))).x):
         np.testing.assert_array_equal(x, reference[pair])
 
 
@@ -96,9 +96,9 @@ def test_windows_of_different_stores_are_never_repeats(two_stores):
 
 def test_a_universe_that_is_there_already_adds_nothing(market):
     own = training_windows("some")
-    joined = join_windows([("", own), ("", training_windows(["AAA"]))])
-    assert listed(joined) == listed(own)
-    assert joined.bars.instruments == own.bars.instruments
+    train = join_windows([("", own), ("", training_windows(["AAA"]))])
+    assert listed(train) == listed(own)
+    assert train.bars.instruments == own.bars.instruments
 
 
 def test_one_source_alone_is_itself(market):
