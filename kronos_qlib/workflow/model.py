@@ -31,7 +31,7 @@ from kronos_qlib.nn.checkpoint import HubModule
 from kronos_qlib.settings import read_settings
 from kronos_qlib.train import FinetuneSettings, Job
 from kronos_qlib.train.adapters import check_freeze, require_peft
-from kronos_qlib.train.batches import recency
+from kronos_qlib.train.batches import recency_weights
 from kronos_qlib.train.job import EXTRA_DATA, STAGES
 from kronos_qlib.train.launch import launch
 from kronos_qlib.train.loop import evenly_spaced
@@ -144,9 +144,8 @@ class KronosModel(ModelFT):
         """
         if self.settings.finetune is None:
             raise ValueError("KronosModel: finetune is null in the settings; give its stages to fine-tune")
-        job = self.job(dataset)
-        job.folder = Path(output_dir) if output_dir else Path(self.settings.finetune.output_dir) / "finetune"
-        self._train(job, dataset)
+        folder = Path(output_dir) if output_dir else Path(self.settings.finetune.output_dir) / "finetune"
+        self._train(replace(self.job(dataset), folder=folder), dataset)
 
     def job(self, dataset: KLineDataset, reweighter: Reweighter | None = None, scratch: Path | None = None) -> Job:
         """What `fit` would train: networks, windows and settings, ready to run.
@@ -179,7 +178,7 @@ class KronosModel(ModelFT):
             seed=self.settings.seed,
             device=device,
             dtype=resolve_dtype(self.settings.dtype, device),
-            weights=_window_weights(train, settings, reweighter),
+            draw_weights=_window_weights(train, settings, reweighter),
             recorder=active_recorder(),
         )
 
@@ -379,7 +378,7 @@ def _window_weights(windows: Windows, settings: FinetuneSettings, reweighter: Re
     """How often each training window is to be drawn, float `[W]`, or None if all alike."""
     weights = None
     if settings.half_life_days is not None:
-        weights = recency(windows.dates, settings.half_life_days)
+        weights = recency_weights(windows.dates, settings.half_life_days)
     if reweighter is not None:
         if any(
             stage is not None and stage.windows_per_epoch is None for stage in (settings.tokenizer, settings.predictor)
