@@ -24,7 +24,7 @@ from qlib.workflow import R
 from table import print_row
 from trained import WORKFLOW
 
-from kronos_qlib.train.distributed import Compute
+from kronos_qlib.train.distributed import open_compute
 from kronos_qlib.train.memory_estimate import bytes_of_state
 from kronos_qlib.workflow.finetune import read_workflow
 
@@ -74,8 +74,9 @@ def main() -> None:
         finally:
             ended.set()
             watcher.join()
-        with Compute.on(torch.device("cpu"), torch.float32) as compute:
-            state = max(bytes_of_state(stage, compute) for stage in model.job(dataset, extra_dir=Path(folder)).stages())
+        with open_compute(torch.device("cpu"), torch.float32) as compute:
+            specifications = model.job(dataset, extra_dir=Path(folder)).specifications()
+            state = max(bytes_of_state(specification.stage, compute) for specification in specifications)
         os.chdir(Path(folder).parent)
 
     for number, (_pid, sizes) in enumerate(sorted(largest.items())):

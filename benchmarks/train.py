@@ -45,12 +45,12 @@ from work import attention, linears, triangle
 from kronos_qlib import Kronos, KronosTokenizer
 from kronos_qlib.data.stamps import STAMP_FIELDS, stamps
 from kronos_qlib.data.windows import COLUMNS, EPS, Bars, Windows
-from kronos_qlib.hardware.cpu import retain_heap
+from kronos_qlib.hardware.cpu import memory_kept
 from kronos_qlib.hardware.device import DTYPES, resolve_device, resolve_dtype
 from kronos_qlib.nn import zoo
-from kronos_qlib.nn.dropout import use_generator
-from kronos_qlib.train import PredictorStage, TokenizerStage, train_stage
-from kronos_qlib.train.batches import gather
+from kronos_qlib.nn.dropout import drawn_from
+from kronos_qlib.train import PredictorStage, StageSpecification, TokenizerStage, train_stage
+from kronos_qlib.train.batches import load_examples
 from kronos_qlib.train.settings import PredictorSettings, StageSettings, TokenizerSettings
 from kronos_qlib.train.stages import Stage
 
@@ -149,7 +149,7 @@ class FrameWindows(Dataset):
 
 
 def our_turn(
-    stage: Stage, windows: Windows, device: torch.device, dtype: torch.dtype, steps: int, compiled: bool
+    stage: Stage, windows: Windows, device: torch.device, dtype: torch.dtype, steps: int, compile: bool
 ) -> Turn:
     """Train by our loop for a turn."""
     size, rows = (WARM_UP + steps) * BATCH, []
@@ -160,8 +160,10 @@ def our_turn(
             rows.append([metrics[f"{stage.name}.{key}"] for key in ("windows_per_second", "data_wait")])
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):  # its progress bar
-        options = {"seed": 0, "device": device, "dtype": dtype, "compiled": compiled, "log": log}
-        train_stage(stage, windows, windows.take(slice(1)), folder, **options, checkpoint_every=WARM_UP + steps)
+        specification = StageSpecification(
+            stage, windows, windows.take(slice(1)), 0, device, dtype, compile=compile, checkpoint_every=WARM_UP + steps
+        )
+        train_stage(specification, folder, log=log)
     rates, waits = zip(*rows)
     return Turn(statistics.harmonic_mean(rates), statistics.fmean(waits, [1 / rate for rate in rates]))
 
@@ -255,7 +257,7 @@ def difference(model: str, name: str, windows: Windows, folder: Path) -> float:
         settings = settings.model_copy(update={"s1_query": "teacher_forced"})
     stage = our_stage(name, paths, settings)
     network, plain_loss = plain_stage(name, paths, draw_s1=False)
-    examples = gather(windows, np.linspace(0, len(windows) - 1, BATCH).astype(int))
+    examples = load_examples(windows, np.linspace(0, len(windows) - 1, BATCH).astype(int))
     figures = []
     for trained, loss_of, batch in (
         (stage.network, stage.loss, [examples]),
@@ -286,18 +288,18 @@ def silent() -> Iterator[None]:
 
 def where_time_goes(stage: Stage, windows: Windows, part: int, repeats: int = 3) -> dict[str, float]:
     """Shares of products, attention and the rest in the time of a pass, forward and backward, of one thread."""
-    chance = np.random.default_rng(0).random((part, LOOKBACK + FUTURE - 1), np.float32)
-    examples = gather(windows, np.linspace(0, len(windows) - 1, part).astype(int), chance=chance)
+    uniforms = np.random.default_rng(0).random((part, LOOKBACK + FUTURE - 1), np.float32)
+    examples = load_examples(windows, np.linspace(0, len(windows) - 1, part).astype(int), uniforms=uniforms)
     parameters = [parameter for parameter in stage.network.parameters() if parameter.requires_grad]
     stage.network.train()
 
     def one_pass() -> None:
-        with use_generator(torch.Generator().manual_seed(0)):
+        with drawn_from(torch.Generator().manual_seed(0)):
             torch.autograd.grad(stage.loss(examples), parameters)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with retain_heap():
+    with memory_kept():
         one_pass()
         with silent(), profile(activities=[ProfilerActivity.CPU]) as profiled:
             for _ in range(repeats):

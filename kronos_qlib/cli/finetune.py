@@ -32,7 +32,7 @@ def add_command(commands: Commands) -> None:
     """Add the command to the parser of `kronos-qlib`."""
     command = commands.add_parser(
         "finetune",
-        help="run a workflow's fine-tuning alone, or foretell it",
+        help="run a workflow's fine-tuning alone, or preview it",
         description=dedent(_DESCRIPTION),
         epilog=dedent(_EXAMPLES),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -48,36 +48,36 @@ def add_command(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit status."""
-    from kronos_qlib.train.distributed import launched
-    from kronos_qlib.train.worker import together
+    from kronos_qlib.train.distributed import is_launched
+    from kronos_qlib.train.worker import run_under_torchrun
 
-    if launched() and options.dry_run:
+    if is_launched() and options.dry_run:
         return fail("finetune", ValueError("--dry-run needs no torchrun; run it alone"))
-    if launched() and os.environ["RANK"] != "0":
-        return together()[0]  # what is to be said, the first process says
+    if is_launched() and os.environ["RANK"] != "0":
+        return run_under_torchrun()[0]  # the first process prints the message
 
     from kronos_qlib.workflow.finetune import Finetuning
 
     try:
-        if launched():
-            ours: list[Finetuning] = []
+        if is_launched():
+            prepared: list[Finetuning] = []
 
             def prepare() -> Path:
-                ours.append(Finetuning(options.workflow))
-                return ours[0].prepare()
+                prepared.append(Finetuning(options.workflow))
+                return prepared[0].prepare()
 
             try:
-                status, said = together(prepare, lambda: ours[0].conclude())
+                status, message = run_under_torchrun(prepare, lambda: prepared[0].conclude())
             except BaseException:  # another machine is gone, say: torchrun starts all again
-                if ours:
-                    ours[0].give_up()
+                if prepared:
+                    prepared[0].record_failure()
                 raise
-            if status and ours:
-                ours[0].give_up()
-            return fail("finetune", ValueError(said), status) if status else 0
+            if status and prepared:
+                prepared[0].record_failure()
+            return fail("finetune", ValueError(message), status) if status else 0
         finetuning = Finetuning(options.workflow)
         if options.dry_run:
-            print(finetuning.foretell())
+            print(finetuning.preview())
         else:
             finetuning.run()
     except (ValueError, FloatingPointError, ImportError, OSError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Training a part of a network: the first blocks frozen, or low-rank adapters (LoRA) beside frozen weights."""
+"""Parameter-efficient fine-tuning: the first blocks frozen, or low-rank adapters (LoRA) beside frozen weights."""
 
 import copy
 from typing import Literal, get_args
@@ -19,10 +19,10 @@ class LoraSettings(Settings):
     """The `lora` mapping of a stage (Hu et al. 2021, arXiv 2106.09685): W x becomes W x + alpha / rank · B A x.
 
     rank: rows of A and columns of B, the weights that learn.
-    alpha: how strongly the adapters count; with alpha / rank kept, another rank needs no other learning rate.
-    dropout: on what enters the adapters, in training.
-    targets: the linear layers that get adapters, wherever their names occur. All by default: adapters on every layer of
-        a block are what it takes to come close to full fine-tuning (Dettmers et al. 2023, arXiv 2305.14314).
+    alpha: scales the adapters' outputs; with the same alpha / rank, another rank needs no other learning rate.
+    dropout: of the adapters' inputs, in training.
+    targets: the linear layers that get adapters, wherever their names occur. All by default: only adapters on every
+        layer of a block come close to full fine-tuning (Dettmers et al. 2023, arXiv 2305.14314).
     """
 
     rank: int = Field(default=8, ge=1)
@@ -32,20 +32,20 @@ class LoraSettings(Settings):
 
 
 def freeze_blocks(network: HubModule, count: int) -> None:
-    """Stop the first `count` blocks and the embeddings before them from learning; 0 freezes nothing.
+    """Freeze the first `count` blocks of a network and the embeddings before them, in place; 0 freezes nothing.
 
-    Kronos: embedding, time_emb and transformer[:count]; the s1 embedding also asks the dependency layer, and is frozen
-    there too. KronosTokenizer: embed and encoder[:count]. Frozen blocks keep their dropout in training: it regularises
-    what learns above them as it does without freezing, and they follow `network.train()` like any other part.
+    Kronos: embedding, time_emb and transformer[:count]; the s1 embedding is also the query of the dependency layer, and
+    is frozen there too. KronosTokenizer: embed and encoder[:count]. Frozen blocks keep their dropout in training: it
+    regularises the blocks above them as it does without freezing, and follows `network.train()` as everywhere.
 
     Raises:
         ValueError: the network has fewer blocks.
     """
     check_freeze(network, count)
     if count:
-        inputs, blocks = _front(network)
-        for part in [*inputs, *blocks[:count]]:
-            part.requires_grad_(False)
+        embeddings, blocks = _embeddings_and_blocks(network)
+        for module in [*embeddings, *blocks[:count]]:
+            module.requires_grad_(False)
 
 
 def check_freeze(network: HubModule, count: int) -> None:
@@ -54,13 +54,13 @@ def check_freeze(network: HubModule, count: int) -> None:
     Raises:
         ValueError: naming `freeze_blocks` and the number of blocks.
     """
-    kind, available = type(network).__name__, len(_front(network)[1])
+    kind, available = type(network).__name__, len(_embeddings_and_blocks(network)[1])
     if count > available:
         raise ValueError(f"freeze_blocks: should be at most {available}, the blocks of this {kind}, not {count}")
 
 
-def _front(network: HubModule) -> tuple[list[nn.Module], nn.ModuleList]:
-    """The embeddings of a network's input, and the blocks that they feed."""
+def _embeddings_and_blocks(network: HubModule) -> tuple[list[nn.Module], nn.ModuleList]:
+    """Return the embeddings of a network's input, and the blocks that they feed."""
     if isinstance(network, Kronos):
         return [network.embedding, network.time_emb], network.transformer
     assert isinstance(network, KronosTokenizer)
@@ -83,7 +83,7 @@ def require_peft() -> None:
 
 
 def add_lora(network: HubModule, settings: LoraSettings) -> None:
-    """Put adapters beside a network's linear layers, in place; from then on only they learn.
+    """Add adapters to a network's linear layers, in place; from then on only they learn.
 
     The outputs are unchanged at first: A is drawn from torch's global random state, on the CPU for any device, and B is
     zero. Layers that do not learn, such as those of frozen blocks, get no adapter.
@@ -99,8 +99,8 @@ def add_lora(network: HubModule, settings: LoraSettings) -> None:
         raise ValueError("lora: the network has adapters already; merge them first")
     adapted = [
         name
-        for name, part in network.named_modules()
-        if isinstance(part, nn.Linear) and name.rpartition(".")[2] in settings.targets and part.weight.requires_grad
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in settings.targets and module.weight.requires_grad
     ]
     if not adapted:
         raise ValueError(f"lora: no layer that learns is among the targets {settings.targets}; freeze fewer blocks")
@@ -109,24 +109,24 @@ def add_lora(network: HubModule, settings: LoraSettings) -> None:
     )
     inject_adapter_in_model(config, network)
     del network.peft_config  # peft's note for loading its own files
-    for part in network.modules():
-        if type(part) is nn.Dropout:
-            part.__class__ = Dropout  # masks from the same random numbers as the network's own
+    for module in network.modules():
+        if type(module) is nn.Dropout:
+            module.__class__ = Dropout  # masks from the same random numbers as the network's own
 
 
 def has_lora(network: HubModule) -> bool:
-    """Whether a network has adapters that are not merged; only `merged` may then be saved for others, or forecast with.
+    """Return whether a network has adapters that are not merged; only its `merged_copy` can be published or forecast.
 
     Generation reads the layers' weights, not their outputs, and would leave the adapters out.
     """
-    return any(_is_adapted(part) for part in network.modules())
+    return any(_is_adapted(module) for module in network.modules())
 
 
-def merged(network: HubModule) -> HubModule:
-    """A plain copy with the adapters merged into its weights, or the network itself if it has none.
+def merged_copy(network: HubModule) -> HubModule:
+    """Copy a network with its adapters merged into the weights; one without adapters is returned itself.
 
     The copy's state dict has the published names, and saves and loads as any other; the network and torch's random
-    state are left alone, so that its training goes on as if nothing had been copied.
+    state do not change, so that its training goes on as if nothing had been copied.
     """
     if not has_lora(network):
         return network
@@ -138,19 +138,19 @@ def merged(network: HubModule) -> HubModule:
 def merge_lora(network: HubModule) -> None:
     """Merge a network's adapters into its weights, in place, so that it is plain again and learns as a new one does.
 
-    A network without adapters is left alone.
+    A network without adapters does not change.
     """
-    adapted = [name for name, part in network.named_modules() if _is_adapted(part)]
+    adapted = [name for name, module in network.named_modules() if _is_adapted(module)]
     for name in adapted:
         layer = network.get_submodule(name)
         layer.merge()
         network.set_submodule(name, layer.get_base_layer())
     if adapted:
         network.requires_grad_(True)
-        for part in network.modules():
-            if isinstance(part, FixedEmbedding):
-                part.requires_grad_(False)
+        for module in network.modules():
+            if isinstance(module, FixedEmbedding):
+                module.requires_grad_(False)
 
 
-def _is_adapted(part: nn.Module) -> bool:
-    return hasattr(part, "lora_A")  # peft's own class would have to be imported, and that takes seconds
+def _is_adapted(module: nn.Module) -> bool:
+    return hasattr(module, "lora_A")  # peft's own class would have to be imported, and that takes seconds

@@ -1,10 +1,9 @@
-"""Which windows every step learns from, in which parts, and which process takes them."""
+"""The batches of a stage: a seed draws their windows, and each process loads its micro-batches of each, one ahead."""
 
 import math
 import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -12,168 +11,168 @@ import numpy as np
 import torch
 
 from kronos_qlib.data.windows import Windows
-from kronos_qlib.train.code_cache import Codes
+from kronos_qlib.train.code_cache import CodeCache
 from kronos_qlib.train.distributed import Compute
-from kronos_qlib.train.settings import StageSettings
-from kronos_qlib.train.stages import Examples
+from kronos_qlib.train.stages import Examples, StageSpecification
 
-LEAST = 1e-100  # of a window's weight
+SMALLEST_DRAW_WEIGHT = 1e-100
 
 
 @dataclass(frozen=True)
-class Step:
-    """What one optimiser step learns from.
+class SampledBatch:
+    """The windows of one optimiser step, over all processes.
 
-    epoch: its epoch, from 0. number: the step, from 0. rows: int `[N]`, the windows of the global batch.
+    epoch, step: from 0, the step counted over all epochs. rows: int `[B]`, their positions among the training windows.
     """
 
     epoch: int
-    number: int
+    step: int
     rows: np.ndarray
 
-    def parts(self, size: int) -> list[slice]:
-        """The batch in nearly equal parts of up to `size` windows. Who takes them does not change them."""
-        count = math.ceil(len(self.rows) / size)
-        edges = [len(self.rows) * part // count for part in range(count + 1)]
+    def micro_batches(self, micro_batch_size: int) -> list[slice]:
+        """Divide the batch into nearly equal slices of up to `micro_batch_size` windows, whoever works on them."""
+        count = math.ceil(len(self.rows) / micro_batch_size)
+        edges = [len(self.rows) * number // count for number in range(count + 1)]
         return [slice(*pair) for pair in zip(edges, edges[1:])]
 
 
-def share_of(parts: int, rank: int, size: int) -> range:
-    """The numbers of the parts that one of `size` processes takes; it may be none."""
-    return range(parts * rank // size, parts * (rank + 1) // size)
-
-
 @dataclass(frozen=True)
-class Plan:
-    """The steps of a stage: each epoch a draw of windows without replacement that only the seed decides.
+class BatchSampler:
+    """Draws the batches of a stage: every epoch takes windows without replacement, by the seed alone.
 
-    weights: float `[size]` or None; windows with larger weights come sooner, so that an epoch that takes only the
-        first `per_epoch` of all takes more of them (Efraimidis & Spirakis 2006).
+    n_windows: how many there are to draw from. windows_per_epoch, batch_size, epochs: see `StageSettings`.
+    draw_weights: float `[n_windows]` or None. Windows with larger weights come sooner in an epoch's order, so that an
+        epoch of fewer than all takes more of them (Efraimidis & Spirakis 2006).
     """
 
-    size: int
-    per_epoch: int
+    n_windows: int
+    windows_per_epoch: int
     batch_size: int
     epochs: int
     seed: int
-    weights: np.ndarray | None = None
+    draw_weights: np.ndarray | None = None
 
     @classmethod
-    def of(cls, settings: StageSettings, size: int, seed: int, weights: np.ndarray | None = None) -> "Plan":
-        """The plan of a stage's settings for `size` training windows."""
-        per_epoch = min(settings.windows_per_epoch or size, size)
-        return cls(size, per_epoch, settings.batch_size, settings.epochs, seed, weights)
+    def from_specification(cls, specification: StageSpecification) -> "BatchSampler":
+        """Make the sampler of a stage's training windows."""
+        settings, n_windows = specification.stage.settings, len(specification.train)
+        windows_per_epoch = min(settings.windows_per_epoch or n_windows, n_windows)
+        draw = specification.seed, specification.draw_weights
+        return cls(n_windows, windows_per_epoch, settings.batch_size, settings.epochs, *draw)
 
     @property
-    def epoch_steps(self) -> int:
+    def steps_per_epoch(self) -> int:
         """Steps in an epoch; its last batch may be smaller."""
-        return math.ceil(self.per_epoch / self.batch_size)
+        return math.ceil(self.windows_per_epoch / self.batch_size)
 
     @property
     def steps(self) -> int:
         """Steps in all epochs."""
-        return self.epochs * self.epoch_steps
+        return self.epochs * self.steps_per_epoch
 
-    def windows(self, steps: int) -> int:
-        """How many windows the first `steps` steps learn from, counted with repetition."""
-        epochs, rest = divmod(steps, self.epoch_steps)
-        return epochs * self.per_epoch + min(rest * self.batch_size, self.per_epoch)
+    def windows_drawn(self, steps: int) -> int:
+        """Count the windows of the first `steps` batches, with repetition."""
+        epochs, rest = divmod(steps, self.steps_per_epoch)
+        return epochs * self.windows_per_epoch + min(rest * self.batch_size, self.windows_per_epoch)
 
-    def after(self, done: int) -> Iterator[Step]:
-        """Every step after the first `done`."""
-        first = done // self.epoch_steps
-        for epoch in range(first, self.epochs):
-            order = self._order(epoch)
-            skip = done % self.epoch_steps if epoch == first else 0
-            for part in range(skip, self.epoch_steps):
-                rows = order[part * self.batch_size : (part + 1) * self.batch_size]
-                yield Step(epoch, epoch * self.epoch_steps + part, rows)
+    def batches(self, first: int = 0) -> Iterator[SampledBatch]:
+        """Draw the batches from step `first` to the last."""
+        for epoch in range(first // self.steps_per_epoch, self.epochs):
+            order, before = self._order(epoch), epoch * self.steps_per_epoch
+            for step in range(max(first, before), before + self.steps_per_epoch):
+                start = (step - before) * self.batch_size
+                yield SampledBatch(epoch, step, order[start : start + self.batch_size])
 
     def _order(self, epoch: int) -> np.ndarray:
         random = np.random.default_rng((self.seed % 2**64, epoch))
-        if self.weights is None:
-            return random.permutation(self.size)[: self.per_epoch]
-        waits = random.standard_exponential(self.size) / self.weights
-        return np.argsort(waits, kind="stable")[: self.per_epoch]
+        if self.draw_weights is None:
+            return random.permutation(self.n_windows)[: self.windows_per_epoch]
+        waits = random.standard_exponential(self.n_windows) / self.draw_weights
+        return np.argsort(waits, kind="stable")[: self.windows_per_epoch]
 
 
-def recency(dates: np.ndarray, half_life_days: float) -> np.ndarray:
-    """Weights of windows that halve with every half-life before the newest: float `[W]` of dates datetime64 `[W]`.
+def recency_weights(dates: np.ndarray, half_life_days: float) -> np.ndarray:
+    """Weigh windows by their age, half for every half-life before the newest: float `[W]` of datetime64 `[W]`.
 
-    None is less than LEAST: what is drawn last of all is still in an order of its own.
+    No weight is below SMALLEST_DRAW_WEIGHT: among zeros the order would not be random.
     """
     age = (dates.max() - dates) / np.timedelta64(1, "D")
-    return np.maximum(0.5 ** (age / half_life_days), LEAST)
+    return np.maximum(0.5 ** (age / half_life_days), SMALLEST_DRAW_WEIGHT)
 
 
 @dataclass(frozen=True)
-class Part:
-    """Some windows of a global batch.
+class MicroBatch:
+    """Windows of a batch that go through the network at a time.
 
-    number: which part of the batch it is. weight: the share of the batch that it is.
+    number: which micro-batch of the batch it is. share: its windows over those of the batch.
     """
 
     number: int
-    weight: float
+    share: float
     examples: Examples
 
 
-@dataclass
-class Feed:
-    """The parts that one process takes, step after step, gathered one step ahead by a thread.
+def shard(count: int, rank: int, size: int) -> range:
+    """Return which of `count` micro-batches one of `size` processes works on; it may be none."""
+    return range(count * rank // size, count * (rank + 1) // size)
 
-    waited: seconds spent so far in waiting for a step that was not ready.
+
+@dataclass
+class BatchLoader:
+    """Loads the micro-batches of this process, batch after batch; a thread prepares the next one meanwhile.
+
+    seconds_waited: for batches that were not ready.
     """
 
     windows: Windows
-    plan: Plan
-    part_size: int
+    sampler: BatchSampler
+    micro_batch_size: int
     compute: Compute
-    codes: Codes | None = None
-    waited: float = field(default=0.0, init=False)
+    code_cache: CodeCache | None = None
+    seconds_waited: float = field(default=0.0, init=False)
 
-    def after(self, done: int) -> Iterator[tuple[Step, list[Part]]]:
-        """The steps after the first `done`, each with this process's parts, on the device."""
-        with ThreadPoolExecutor(1, thread_name_prefix="feed") as thread:
-            ahead: deque[tuple[Step, Future[list[Part]]]] = deque()
-            for step in chain(self.plan.after(done), [None]):
-                if step is not None:
-                    ahead.append((step, thread.submit(self._parts, step)))
-                if len(ahead) > 1 or (ahead and step is None):
-                    ready, future = ahead.popleft()
+    def batches(self, first: int = 0) -> Iterator[tuple[SampledBatch, list[MicroBatch]]]:
+        """Load the batches from step `first` to the last, each with this process's micro-batches, on its device."""
+        with ThreadPoolExecutor(1, thread_name_prefix="loader") as thread:
+            ready = None
+            for batch in chain(self.sampler.batches(first), [None]):
+                following = None if batch is None else (batch, thread.submit(self._load, batch))
+                if ready is not None:
                     started = time.perf_counter()
-                    parts = future.result()
-                    self.waited += time.perf_counter() - started
-                    yield ready, [replace(part, examples=part.examples.to(self.compute.device)) for part in parts]
+                    micro_batches = ready[1].result()
+                    self.seconds_waited += time.perf_counter() - started
+                    device = self.compute.device
+                    yield ready[0], [replace(some, examples=some.examples.to(device)) for some in micro_batches]
+                ready = following
 
-    def _parts(self, step: Step) -> list[Part]:
-        slices = step.parts(self.part_size)
-        own = share_of(len(slices), self.compute.group.rank, self.compute.group.size)
+    def _load(self, batch: SampledBatch) -> list[MicroBatch]:
+        slices = batch.micro_batches(self.micro_batch_size)
+        own = shard(len(slices), self.compute.group.rank, self.compute.group.size)
         if not own:
             return []
         rows = slice(slices[own[0]].start, slices[own[-1]].stop)
-        random = np.random.default_rng((self.plan.seed % 2**64, step.number, 1))
+        random = np.random.default_rng((self.sampler.seed % 2**64, batch.step, 1))
         length = self.windows.lookback + self.windows.future
-        chance = random.random((len(step.rows), length - 1), dtype=np.float32)  # of the whole batch, whoever takes it
-        examples = gather(self.windows, step.rows[rows], self.codes, chance[rows])
-        parts = []
+        uniforms = random.random((len(batch.rows), length - 1), dtype=np.float32)  # of the whole batch, in any process
+        examples = load_examples(self.windows, batch.rows[rows], self.code_cache, uniforms[rows])
+        micro_batches = []
         for number in own:
             start, stop = slices[number].start, slices[number].stop
-            some = examples.part(slice(start - rows.start, stop - rows.start))
+            some = examples.copy_rows(slice(start - rows.start, stop - rows.start))
             if self.compute.device.type == "cuda":
-                some = some.pinned()
-            parts.append(Part(number, (stop - start) / len(step.rows), some))
-        return parts
+                some = some.pin_memory()
+            micro_batches.append(MicroBatch(number, (stop - start) / len(batch.rows), some))
+        return micro_batches
 
 
-def gather(
-    windows: Windows, rows: np.ndarray, codes: Codes | None = None, chance: np.ndarray | None = None
+def load_examples(
+    windows: Windows, rows: np.ndarray, code_cache: CodeCache | None = None, uniforms: np.ndarray | None = None
 ) -> Examples:
-    """The windows at `rows` as tensors on the CPU, from the cache of codes if there is one."""
-    if codes is None:
+    """Load the windows at `rows` as tensors on the CPU, as codes if there is a cache of them."""
+    if code_cache is None:
         batch = windows.normalised(rows)
         x, ids, stamp = torch.from_numpy(batch.x), None, batch.stamp
     else:
-        x, ids, stamp = None, torch.from_numpy(codes.take(rows)), windows.stamps(rows)
-    examples = Examples(x, ids, torch.from_numpy(stamp), None if chance is None else torch.from_numpy(chance))
-    return examples.part(slice(None))
+        x, ids, stamp = None, torch.from_numpy(code_cache.take(rows)), windows.stamps(rows)
+    examples = Examples(x, ids, torch.from_numpy(stamp), None if uniforms is None else torch.from_numpy(uniforms))
+    return examples.copy_rows(slice(None))

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -12,16 +13,17 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import AdamW
 
 from kronos_qlib.files import whole_file
 from kronos_qlib.nn.checkpoint import WEIGHTS_FILE, CheckpointError, HubModule
-from kronos_qlib.train.optimizer import AdamW
 
 logger = logging.getLogger("qlib.KronosTrainer")
 KEPT = 2
 CHECKPOINTS = "checkpoints"
 OPTIMIZER_FILE, PROGRESS_FILE = "optimizer.safetensors", "progress.json"
-_ASIDE = ".tmp"
+_DRAFT_SUFFIX = ".tmp"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -29,44 +31,44 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class Progress:
     """How far a stage has come.
 
-    step: optimiser steps done; it is the position in the epoch and, with the seed, the state of every random number.
+    step: optimiser steps done; with the seed it decides the place in the epoch and every random number to come.
     best: the best validation loss. stale: epochs since. losses: those of the steps since the last row of the history.
-    part_size: windows that go through the network at a time; with another size a resumed run would round otherwise.
+    micro_batch_size: windows that go through the network at a time; another size would round differently.
     """
 
     step: int = 0
     best: float = float("inf")
     stale: int = 0
     losses: list[float] = field(default_factory=list)
-    part_size: int = 0
+    micro_batch_size: int = 0
 
 
 def save_checkpoint(folder: Path, network: HubModule, optimizer: AdamW, progress: Progress) -> None:
-    """Write `folder/step-N` with everything a resumed run needs, then drop all but the last two.
+    """Write `folder/step-N` with everything that a resumed training needs, then remove all but the last two.
 
     Raises:
         OSError: the disk is full; the checkpoints before are untouched.
     """
     name = f"step-{progress.step:08d}"
-    aside = folder / (name + _ASIDE)
-    with no_space_is_told(folder):
+    draft_folder = folder / (name + _DRAFT_SUFFIX)
+    with explain_full_disk(folder):
         try:
-            shutil.rmtree(aside, ignore_errors=True)
-            network.save_pretrained(aside)
-            with whole_file(aside / OPTIMIZER_FILE) as draft:
-                save_file({name: tensor.cpu() for name, tensor in optimizer.tensors().items()}, draft)
-            with whole_file(aside / PROGRESS_FILE) as draft:
+            shutil.rmtree(draft_folder, ignore_errors=True)
+            network.save_pretrained(draft_folder)
+            with whole_file(draft_folder / OPTIMIZER_FILE) as draft:
+                save_file(_optimizer_tensors(optimizer), draft)
+            with whole_file(draft_folder / PROGRESS_FILE) as draft:
                 draft.write_text(json.dumps(asdict(progress)))
             shutil.rmtree(folder / name, ignore_errors=True)
-            os.replace(aside, folder / name)
+            os.replace(draft_folder, folder / name)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    for old in finished(folder)[:-KEPT]:
-        shutil.rmtree(old, ignore_errors=True)  # the new one is there: a file that somebody has open ends no training
+            shutil.rmtree(draft_folder, ignore_errors=True)
+    for old in whole_checkpoints(folder)[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)  # the new one is there: a file that somebody has open is no error
 
 
 def load_checkpoint(folder: Path, network: HubModule, optimizer: AdamW) -> Progress:
-    """Restore network and optimiser from one checkpoint: how far it had come.
+    """Restore network and optimiser from one checkpoint, and return how far it had come.
 
     Raises:
         CheckpointError: it is damaged.
@@ -74,43 +76,68 @@ def load_checkpoint(folder: Path, network: HubModule, optimizer: AdamW) -> Progr
     progress = read_progress(folder)
     try:
         network.load_weights(folder / WEIGHTS_FILE)
-        optimizer.load(load_file(folder / OPTIMIZER_FILE))
+        _load_optimizer(optimizer, load_file(folder / OPTIMIZER_FILE))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder} is damaged ({error})") from error
     return progress
 
 
+def _optimizer_tensors(optimizer: AdamW) -> dict[str, Tensor]:
+    """Name the state: `INDEX.step`, `INDEX.exp_avg` and `INDEX.exp_avg_sq` of each parameter."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{name}": tensor.cpu() for index, own in state.items() for name, tensor in own.items()}
+
+
+def _load_optimizer(optimizer: AdamW, tensors: dict[str, Tensor]) -> None:
+    """Restore a state.
+
+    Raises:
+        ValueError: it is that of other parameters.
+    """
+    state: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        index, _, name = key.partition(".")
+        state[int(index)][name] = tensor.clone()  # not mapped from the file, which is going to be removed
+    [group] = optimizer.param_groups
+    expected = [{"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} for p in group["params"]]
+    if {index: {name: t.shape for name, t in own.items()} for index, own in state.items()} != dict(enumerate(expected)):
+        raise ValueError("the optimiser's state is that of other parameters")
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+
 def read_progress(folder: Path) -> Progress:
-    """How far a checkpoint had come.
+    """Read how far a checkpoint had come.
 
     Raises:
         CheckpointError: it is damaged.
     """
     try:
-        said = json.loads((folder / PROGRESS_FILE).read_text())
-        said.pop("schedule", None)  # once written too, though it follows from the step
-        return Progress(**said)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        progress = json.loads((folder / PROGRESS_FILE).read_text())
+        progress.pop("schedule", None)  # once written too, though it follows from the step
+        if "part_size" in progress:  # the former name
+            progress["micro_batch_size"] = progress.pop("part_size")
+        return Progress(**progress)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder} is damaged ({error})") from error
 
 
 def newest_progress(folder: Path) -> Progress | None:
-    """That of the newest checkpoint whose progress can be read; None if there is none."""
-    for path in reversed(finished(folder)):
+    """Read the progress of the newest checkpoint where it can be read; None if there is none."""
+    for path in reversed(whole_checkpoints(folder)):
         try:
             return read_progress(path)
         except CheckpointError:
-            continue  # `newest_whole` tells of it
+            continue  # `newest_undamaged` warns of it
     return None
 
 
-def newest_whole(folder: Path, network: HubModule, optimizer: AdamW) -> Path | None:
-    """The newest checkpoint that can be loaded, into these; None if there is none yet. Damaged ones are told of.
+def newest_undamaged(folder: Path, network: HubModule, optimizer: AdamW) -> Path | None:
+    """Load the newest checkpoint that can be loaded, with a warning for each that cannot; None if there is none.
 
     Raises:
         CheckpointError: all there are are damaged.
     """
-    found = finished(folder)
+    found = whole_checkpoints(folder)
     for path in reversed(found):
         try:
             load_checkpoint(path, network, optimizer)
@@ -122,22 +149,22 @@ def newest_whole(folder: Path, network: HubModule, optimizer: AdamW) -> Path | N
     return None
 
 
-def finished(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if not path.name.endswith(_ASIDE))
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """List the checkpoints that were written to their end, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if not path.name.endswith(_DRAFT_SUFFIX))
 
 
 @contextmanager
-def no_space_is_told(folder: Path) -> Iterator[None]:
-    """Say what a full disk means for the training whose checkpoints are in `folder`: nothing is lost, what to do."""
+def explain_full_disk(folder: Path) -> Iterator[None]:
+    """Explain a full disk to the user of the training whose checkpoints are in `folder`: what is kept, what to do."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        number = error.errno if isinstance(error, OSError) else _errno_told(str(error))
-        if number not in _FULL or isinstance(error.__cause__, (OSError, SafetensorError)):  # told already
+        number = error.errno if isinstance(error, OSError) else _errno_in(str(error))
+        if number not in _FULL or isinstance(error.__cause__, (OSError, SafetensorError)):  # explained already
             raise
-        whole = [path.name for path in finished(folder)]
-        kept = f"the last whole checkpoint is {whole[-1]}" if whole else "there is no checkpoint yet"
+        names = [path.name for path in whole_checkpoints(folder)]
+        kept = f"the last whole checkpoint is {names[-1]}" if names else "there is no checkpoint yet"
         raise OSError(
             number,
             f"{os.strerror(number)} while writing to {folder}; {kept}. Free some space and run the same again: it goes "
@@ -145,6 +172,6 @@ def no_space_is_told(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _errno_told(message: str) -> int | None:
-    """The error number that safetensors puts into the text of its errors."""
+def _errno_in(message: str) -> int | None:
+    """Find the error number that safetensors puts into the text of its errors."""
     return next((number for number in _FULL if f"os error {number}" in message), None)

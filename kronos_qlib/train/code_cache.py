@@ -1,4 +1,4 @@
-"""The codes of all training windows, computed once and kept on disk for the epochs to come."""
+"""The cache of codes: those of all training windows, computed once and kept on disk for the epochs to come."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ CHUNK, BATCH = 32_768, 64  # windows a file and at a time; a killed encoding goe
 
 
 @dataclass(frozen=True)
-class Codes:
+class CodeCache:
     """Ids s1 and s2 of every bar of every window: uint16 `[≤ CHUNK, T, 2]` arrays, mapped from files."""
 
     chunks: list[np.ndarray]
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """The codes of the windows at `rows` (int `[B]`): int32 `[B, T, 2]`."""
+        """Read the codes of the windows at `rows` (int `[B]`): int32 `[B, T, 2]`."""
         taken = np.empty((len(rows), *self.chunks[0].shape[1:]), np.int32)
         for chunk in np.unique(rows // CHUNK):
             here = rows // CHUNK == chunk
@@ -36,50 +36,50 @@ def encode_windows(
     tokenizer: KronosTokenizer,
     windows: Windows,
     compute: Compute,
-    stopped: Callable[[], int] = lambda: 0,
-) -> Codes | None:
-    """Encode all windows into `folder`, or take up what is there already; the processes divide the files.
+    should_stop: Callable[[], int] = lambda: 0,
+) -> CodeCache | None:
+    """Encode all windows into a folder of this tokenizer and these windows, or read what is there already.
 
-    The folder belongs to this tokenizer and these windows; its caller sees to that.
+    The processes divide the files among them.
 
     Args:
-        stopped: asked between windows; None is returned, in every process, if it has said so in one.
+        should_stop: called between batches; where it returns true in one process, None is returned in every one.
 
     Raises:
         ValueError: codes of more than 16 bits. OSError: in every process, if one cannot write.
     """
     if max(tokenizer.s1_bits, tokenizer.s2_bits) > 16:
         raise ValueError(f"cache_codes: codes of {tokenizer.s1_bits} and {tokenizer.s2_bits} bits do not fit into 16")
-    group, error, ended = compute.group, None, False
+    group, error, stopped = compute.group, None, False
     paths = [folder / f"codes-{number:05d}.npy" for number in range(-(-len(windows) // CHUNK))]
-    missing = group.once(lambda: [number for number, path in enumerate(paths) if not path.exists()])
+    missing = group.run_on_first(lambda: [number for number, path in enumerate(paths) if not path.exists()])
     own = missing[group.rank :: group.size]
-    with tqdm(total=len(own) * CHUNK, desc="codes", unit="window", disable=not (group.first and own)) as bar:
+    with tqdm(total=len(own) * CHUNK, desc="codes", unit="window", disable=not (group.is_first and own)) as bar:
         for number in own:
-            batches = []
-            for codes in compute.each(lambda rows: _encode(tokenizer, windows, rows, compute), _rows(number, windows)):
-                batches.append(codes)
+            encoded, batches = [], _batches_of_chunk(number, windows)
+            for codes in compute.map_on_cores(lambda rows: _encode(tokenizer, windows, rows, compute), batches):
+                encoded.append(codes)
                 bar.update(len(codes))
-                ended = bool(stopped())
-                if ended:
+                stopped = bool(should_stop())
+                if stopped:
                     break
-            if ended:
+            if stopped:
                 break
             try:
-                save_array(paths[number], np.concatenate(batches))
-            except OSError as failed:  # told to the others below: they wait there
+                save_array(paths[number], np.concatenate(encoded))
+            except OSError as failed:  # raised below, in every process: the others wait there
                 error = failed
                 break
-    for failed, left in group.gather((error, ended)):
+    for failed, also_stopped in group.all_gather((error, stopped)):
         if failed is not None:
             raise failed
-        ended |= left
-    if ended:
+        stopped |= also_stopped
+    if stopped:
         return None
-    return Codes([np.load(path, mmap_mode="r") for path in paths])
+    return CodeCache([np.load(path, mmap_mode="r") for path in paths])
 
 
-def _rows(chunk: int, windows: Windows) -> list[np.ndarray]:
+def _batches_of_chunk(chunk: int, windows: Windows) -> list[np.ndarray]:
     end = min((chunk + 1) * CHUNK, len(windows))
     return [np.arange(start, min(start + BATCH, end)) for start in range(chunk * CHUNK, end, BATCH)]
 

@@ -1,4 +1,4 @@
-"""Both stages of a fine-tuning, by one process or many; a job on disk is all that a process needs to take part."""
+"""A job: both stages of a fine-tuning, run by one process or many; on disk it is all that a process needs to join."""
 
 import contextlib
 import json
@@ -19,26 +19,26 @@ from kronos_qlib.data.windows_on_disk import map_windows, save_windows
 from kronos_qlib.files import save_array, scratch_folder, whole_file
 from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.nn.checkpoint import WEIGHTS_FILE
-from kronos_qlib.train.checkpoints import CHECKPOINTS, finished, no_space_is_told
-from kronos_qlib.train.distributed import ALONE, Group
+from kronos_qlib.train.checkpoints import CHECKPOINTS, explain_full_disk, whole_checkpoints
+from kronos_qlib.train.distributed import SINGLE_PROCESS, Group
 from kronos_qlib.train.loop import RESULT, train_stage
-from kronos_qlib.train.metrics import Log, recorder_log, tolerant
+from kronos_qlib.train.metrics import Log, guarded_log, recorder_log
 from kronos_qlib.train.settings import FinetuneSettings
-from kronos_qlib.train.stages import PredictorStage, Stage, TokenizerStage
+from kronos_qlib.train.stages import PredictorStage, Stage, StageSpecification, TokenizerStage
 
 logger = logging.getLogger("qlib.KronosTrainer")
-JOB, WEIGHTS = "job.json", "weights.npy"
+MANIFEST, DRAW_WEIGHTS = "job.json", "draw_weights.npy"
 LOCK, LOCK_SECONDS = ".lock", 300  # processes of a killed training need a step, or a validation, to notice
-EXTRA_DATA = "extra_data"  # beside the stages' folders
 STAGES = ("tokenizer", "predictor")
+EXTRA_DATA = "extra_data"  # the folder of windows from other stores, beside those of the stages
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Job:
     """A fine-tuning that is ready to run.
 
-    settings: what to do; folder: where to, its `output_dir` or a folder in its place.
-    weights: how often each training window is to be drawn, or None: all alike.
+    settings: what to do. folder: where to write, its `output_dir` or a folder in its place.
+    draw_weights: how often each training window is to be drawn, or None: all alike.
     recorder: the MLflow store and run that get the metrics, or None.
     """
 
@@ -51,49 +51,60 @@ class Job:
     seed: int
     device: torch.device
     dtype: torch.dtype
-    weights: np.ndarray | None = None
+    draw_weights: np.ndarray | None = None
     recorder: dict[str, str] | None = None
 
-    def stages(self) -> Iterator[Stage]:
-        """The stages to train, in their order; the second uses what the first has made of the tokenizer."""
-        if self.settings.tokenizer:
-            yield TokenizerStage(self.tokenizer, self.settings.tokenizer)
-        if self.settings.predictor:
-            yield PredictorStage(self.model, self.tokenizer.to(self.device), self.settings.predictor)
+    @property
+    def stage_names(self) -> list[str]:
+        """The names of the stages to train, in their order."""
+        return [name for name in STAGES if getattr(self.settings, name) is not None]
 
-    def run(self, group: Group = ALONE, launcher: int | None = None, log: Log | None = None) -> None:
+    def specifications(self) -> Iterator[StageSpecification]:
+        """Specify the stages to train, in their order; the second uses the tokenizer that the first has trained."""
+        if self.settings.tokenizer:
+            yield self._specification(TokenizerStage(self.tokenizer, self.settings.tokenizer))
+        if self.settings.predictor:
+            tokenizer = self.tokenizer.to(self.device)
+            yield self._specification(PredictorStage(self.model, tokenizer, self.settings.predictor))
+
+    def _specification(self, stage: Stage) -> StageSpecification:
+        return StageSpecification(
+            stage=stage,
+            train=self.train,
+            valid=self.valid,
+            seed=self.seed,
+            device=self.device,
+            dtype=self.dtype,
+            micro_batch_size=self.settings.micro_batch_size,
+            compile=self.settings.compile,
+            checkpoint_every=self.settings.checkpoint_every,
+            draw_weights=self.draw_weights,
+        )
+
+    def run(self, group: Group = SINGLE_PROCESS, launcher: int | None = None, log: Log | None = None) -> None:
         """Train the stages one after the other; the networks end with their best weights.
 
-        Where that fails or is stopped, a single process's networks are as they were before: the same job, run again,
-        goes on from its last checkpoint.
+        Where that fails or is stopped, a single process's networks get their former weights back: the same job, run
+        again, goes on from its last checkpoint.
+
+        Args:
+            group, launcher: see `train_stage`.
+            log: gets the metrics instead of the job's recorder.
 
         Raises:
             ValueError, FloatingPointError, OSError, TrainingStopped: see `train_stage`.
             TimeoutError: another training is at work in the folder.
         """
-        with _locked(self.folder, group), self._networks_kept(group):
-            for stage in self.stages():
-                train_stage(
-                    stage,
-                    self.train,
-                    self.valid,
-                    self.folder / stage.name,
-                    seed=self.seed,
-                    device=self.device,
-                    dtype=self.dtype,
-                    checkpoint_every=self.settings.checkpoint_every,
-                    micro_batch_size=self.settings.micro_batch_size,
-                    compiled=self.settings.compile,
-                    weights=self.weights,
-                    group=group,
-                    launcher=launcher,
-                    log=tolerant(log or recorder_log(self.recorder if group.first else None)),
-                )
-            group.gather(None)  # nobody leaves before all are done
+        log = guarded_log(log or recorder_log(self.recorder if group.is_first else None))
+        with _folder_lock(self.folder, group), self._weight_backup(group):
+            for specification in self.specifications():
+                folder = self.folder / specification.stage.name
+                train_stage(specification, folder, group=group, launcher=launcher, log=log)
+            group.all_gather(None)  # no process leaves before all are done
 
     @contextmanager
-    def _networks_kept(self, group: Group) -> Iterator[None]:
-        """Give the networks their weights back where the block fails; several processes have nobody to use them."""
+    def _weight_backup(self, group: Group) -> Iterator[None]:
+        """Restore the networks' weights if the block fails; of several processes nobody uses the networks then."""
         networks = (self.tokenizer, self.model) if group.size == 1 else ()
         before = [{name: value.cpu().clone() for name, value in network.state_dict().items()} for network in networks]
         try:
@@ -104,42 +115,44 @@ class Job:
             raise
 
     def load_best(self) -> None:
-        """Give the networks the best weights of a training that other processes have done."""
-        for stage in self.stages():
-            stage.network.load_weights(self.folder / stage.name / "best" / WEIGHTS_FILE)
+        """Load the best weights of a training that other processes have done into the networks."""
+        networks = dict(zip(STAGES, (self.tokenizer, self.model)))
+        for name in self.stage_names:
+            networks[name].load_weights(self.folder / name / "best" / WEIGHTS_FILE)
 
     def results(self) -> dict[str, dict[str, float]]:
-        """The validation figures of the best weights of every stage that was trained, by the stage's name."""
-        return {
-            name: json.loads((self.folder / name / RESULT).read_text())
-            for name in STAGES
-            if getattr(self.settings, name) is not None
-        }
+        """Read the validation metrics of the best weights of every stage that was trained, by the stage's name."""
+        return {name: json.loads((self.folder / name / RESULT).read_text()) for name in self.stage_names}
+
+    def newest_checkpoint(self) -> Path | None:
+        """Find the newest checkpoint of the last stage that has one."""
+        found = [path for name in self.stage_names for path in whole_checkpoints(self.folder / name / CHECKPOINTS)]
+        return found[-1] if found else None
 
     def save(self, folder: Path) -> None:
-        """Write what other processes need to take part: networks, windows (to be mapped, not copied) and settings."""
-        places = [self.folder / name / CHECKPOINTS for name in STAGES]
-        with no_space_is_told(next((place for place in reversed(places) if finished(place)), places[0])):
+        """Write what other processes need to join: networks, windows (to be mapped, not copied) and settings."""
+        newest = self.newest_checkpoint()
+        with explain_full_disk(newest.parent if newest else self.folder / self.stage_names[0] / CHECKPOINTS):
             self.tokenizer.save_pretrained(folder / "tokenizer")
             self.model.save_pretrained(folder / "model")
             save_windows(folder / "windows", {"train": self.train, "valid": self.valid})
-            if self.weights is not None:
-                save_array(folder / WEIGHTS, self.weights)
-            said: dict[str, Any] = {
-                "settings": self.settings.model_dump(exclude={"extra_data"}),
+            if self.draw_weights is not None:
+                save_array(folder / DRAW_WEIGHTS, self.draw_weights)
+            manifest: dict[str, Any] = {
+                "settings": self.settings.model_dump(include=set(FinetuneSettings.model_fields)),  # no workflow's own
                 "folder": str(self.folder.resolve()),
                 "seed": self.seed,
                 "device": self.device.type,
                 "dtype": str(self.dtype).removeprefix("torch."),
-                "weights": self.weights is not None,
+                "draw_weights": self.draw_weights is not None,
                 "recorder": self.recorder,
             }
-            with whole_file(folder / JOB) as draft:
-                draft.write_text(json.dumps(said, indent=2) + "\n")
+            with whole_file(folder / MANIFEST) as draft:
+                draft.write_text(json.dumps(manifest, indent=2) + "\n")
 
     @contextmanager
-    def saved(self) -> Iterator[Path]:
-        """`save` in a folder of its own beside the stages', for the length of a block: several may wait for one."""
+    def scratch_copy(self) -> Iterator[Path]:
+        """Save the job to a folder of its own beside the stages', for a block; trainings that wait have their own."""
         parent = self.folder.resolve() / "job"
         with scratch_folder(parent, "job-") as folder:
             self.save(folder)
@@ -149,35 +162,35 @@ class Job:
 
     @classmethod
     def load(cls, folder: Path) -> "Job":
-        """The job that `save` wrote, its windows mapped from the files.
+        """Load the job that `save` wrote, its windows mapped from the files.
 
         Raises:
             FileNotFoundError: this machine does not see the folder.
         """
-        path = folder / JOB
+        path = folder / MANIFEST
         if not path.exists():
             raise FileNotFoundError(
                 f"{path} is not here: output_dir must lie on a file system that all machines of a training share"
             )
-        said, windows = json.loads(path.read_text()), map_windows(folder / "windows")
+        manifest, windows = json.loads(path.read_text()), map_windows(folder / "windows")
         return cls(
             tokenizer=KronosTokenizer.from_pretrained(folder / "tokenizer"),
             model=Kronos.from_pretrained(folder / "model"),
             train=windows["train"],
             valid=windows["valid"],
-            settings=FinetuneSettings(**said["settings"]),
-            folder=Path(said["folder"]),
-            seed=said["seed"],
-            device=torch.device(said["device"]),
-            dtype=getattr(torch, said["dtype"]),
-            weights=np.load(folder / WEIGHTS, mmap_mode="r") if said["weights"] else None,
-            recorder=said["recorder"],
+            settings=FinetuneSettings(**manifest["settings"]),
+            folder=Path(manifest["folder"]),
+            seed=manifest["seed"],
+            device=torch.device(manifest["device"]),
+            dtype=getattr(torch, manifest["dtype"]),
+            draw_weights=np.load(folder / DRAW_WEIGHTS, mmap_mode="r") if manifest["draw_weights"] else None,
+            recorder=manifest["recorder"],
         )
 
 
 @contextmanager
-def _locked(folder: Path, group: Group) -> Iterator[None]:
-    """Keep other trainings out of the folder; the lock of a process that died is free."""
+def _folder_lock(folder: Path, group: Group) -> Iterator[None]:
+    """Keep other trainings out of the folder, for a block; the lock of a process that died is free."""
     lock = FileLock(folder / LOCK, timeout=LOCK_SECONDS)
 
     def acquire() -> None:
@@ -194,10 +207,10 @@ def _locked(folder: Path, group: Group) -> Iterator[None]:
                 ) from None
 
         for name in (*STAGES, EXTRA_DATA):
-            for left in [*(folder / name).glob("**/*.tmp")]:  # by a training that was killed while it wrote
-                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+            for draft in [*(folder / name).glob("**/*.tmp")]:  # of a training that was killed while it wrote
+                shutil.rmtree(draft) if draft.is_dir() else draft.unlink(missing_ok=True)
 
-    group.once(acquire)
+    group.run_on_first(acquire)
     try:
         yield
     finally:

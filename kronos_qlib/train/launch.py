@@ -1,4 +1,4 @@
-"""Starting the processes of a training on this machine, and what comes of them."""
+"""Starts the processes of a training on this machine, and raises here what ended them."""
 
 import json
 import logging
@@ -15,16 +15,15 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from kronos_qlib.train.checkpoints import CHECKPOINTS, finished
 from kronos_qlib.train.job import Job
-from kronos_qlib.train.metrics import METRICS, passed_on, recorder_log, tolerant
+from kronos_qlib.train.metrics import METRICS_FILE, forward_metrics, guarded_log, recorder_log
 from kronos_qlib.train.signals import TrainingStopped
-from kronos_qlib.train.worker import FAILURE, FINAL
+from kronos_qlib.train.worker import FAILURE_FILE, FINAL_ERRORS
 
 logger = logging.getLogger("qlib.KronosTrainer")
-# torch's launcher takes these for itself, those that the system has.
+# Those that torch's launcher handles itself, where the system has them.
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
-PATIENCE = 300  # seconds that a process has for its step and a checkpoint when it is to stop
+SHUTDOWN_SECONDS = 300  # that a process has for its step and a checkpoint when it is to stop
 
 
 def launch(job: Job, processes: int) -> None:
@@ -36,10 +35,10 @@ def launch(job: Job, processes: int) -> None:
     Raises:
         what `Job.run` raises; RuntimeError: the processes died too often.
     """
-    heeded = [
+    passed = [
         number.name for number in SIGNALS if number.name != "SIGQUIT" and signal.getsignal(number) != signal.SIG_IGN
     ]
-    options = {"shutdown_timeout": PATIENCE, "signals_to_handle": ",".join(heeded)}
+    options = {"shutdown_timeout": SHUTDOWN_SECONDS, "signals_to_handle": ",".join(passed)}
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -52,43 +51,43 @@ def launch(job: Job, processes: int) -> None:
         **{key: value for key, value in options.items() if key in LaunchConfig.__dataclass_fields__},  # not in 2.7
     )
     logger.info(f"starting {processes} processes; they are started again up to {config.max_restarts} times if one dies")
-    # Not in output_dir, whose disk may be full.
-    with _handlers_kept(), job.saved() as folder, tempfile.TemporaryDirectory(prefix="kronos-") as told:
+    # The outbox is not in output_dir, whose disk may be full.
+    with _handler_backup(), job.scratch_copy() as folder, tempfile.TemporaryDirectory(prefix="kronos-") as temporary:
+        outbox = Path(temporary)
         try:
-            arguments = [str(folder), told, str(os.getpid())]
-            with passed_on(Path(told) / METRICS, tolerant(recorder_log(job.recorder))):
+            arguments = [str(folder), str(outbox), str(os.getpid())]
+            with forward_metrics(outbox / METRICS_FILE, guarded_log(recorder_log(job.recorder))):
                 elastic_launch(config, sys.executable)("-m", "kronos_qlib.train.worker", *arguments)
         except SignalException as stopped:
-            _raise_failure(Path(told))
+            _raise_failure(outbox)
             raise TrainingStopped(
-                f"stopped by {stopped.sigval.name}; {_newest(job)}; run the same again to go on", stopped.sigval
+                f"stopped by {stopped.sigval.name}; {_name_checkpoint(job)}; run the same again to go on",
+                stopped.sigval,
             ) from None
         except ChildFailedError as error:
-            _raise_failure(Path(told))
+            _raise_failure(outbox)
             raise RuntimeError(
-                f"the training processes died {config.max_restarts + 1} times ({_causes(error)}); {_newest(job)}; what "
-                "they said stands above"
+                f"the training processes died {config.max_restarts + 1} times ({_name_causes(error)}); "
+                f"{_name_checkpoint(job)}; their messages stand above"
             ) from None
-        _raise_failure(Path(told))
+        _raise_failure(outbox)
     job.load_best()
 
 
-def _raise_failure(folder: Path) -> None:
-    """Raise here what a process could not go on for and no restart would mend."""
-    path = folder / FAILURE
+def _raise_failure(outbox: Path) -> None:
+    """Raise the error that ended a process and that no restart would mend, if there was one."""
+    path = outbox / FAILURE_FILE
     if path.exists():
-        said = json.loads(path.read_text())
-        raise {kind.__name__: kind for kind in FINAL}[said["kind"]](said["message"])
+        failure = json.loads(path.read_text())
+        raise {kind.__name__: kind for kind in FINAL_ERRORS}[failure["kind"]](failure["message"])
 
 
-def _newest(job: Job) -> str:
-    """The newest checkpoint there is, in words."""
-    folders = [job.folder / stage.name / CHECKPOINTS for stage in job.stages()]
-    found = [path for folder in folders for path in finished(folder)]
-    return f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+def _name_checkpoint(job: Job) -> str:
+    newest = job.newest_checkpoint()
+    return f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
 
 
-def _causes(error: ChildFailedError) -> str:
+def _name_causes(error: ChildFailedError) -> str:
     return ", ".join(
         f"process {rank}: {failure.signal_name() if failure.exitcode < 0 else f'exit code {failure.exitcode}'}"
         for rank, failure in error.failures.items()
@@ -96,7 +95,8 @@ def _causes(error: ChildFailedError) -> str:
 
 
 @contextmanager
-def _handlers_kept() -> Iterator[None]:
+def _handler_backup() -> Iterator[None]:
+    """Restore the handlers of signals after the block, in which torch's launcher sets its own."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""The training loop of one stage: data, optimiser, steps, validation, checkpoints, in that order."""
+"""The training loop of one stage: batches, steps, history, validation and checkpoints, in the order they happen."""
 
 import hashlib
 import json
@@ -20,46 +20,37 @@ from tqdm.auto import tqdm
 from kronos_qlib.data.windows import Windows
 from kronos_qlib.files import whole_file
 from kronos_qlib.nn.checkpoint import WEIGHTS_FILE, HubModule
-from kronos_qlib.train.adapters import add_lora, freeze_blocks, merge_lora, merged
-from kronos_qlib.train.batches import Feed, Plan, Step, gather
+from kronos_qlib.train.adapters import add_lora, freeze_blocks, merge_lora, merged_copy
+from kronos_qlib.train.batches import BatchLoader, BatchSampler, SampledBatch, load_examples
 from kronos_qlib.train.checkpoints import (
     CHECKPOINTS,
     Progress,
+    explain_full_disk,
     load_checkpoint,
     newest_progress,
-    newest_whole,
-    no_space_is_told,
+    newest_undamaged,
     save_checkpoint,
 )
-from kronos_qlib.train.code_cache import Codes, encode_windows
-from kronos_qlib.train.distributed import ALONE, Compute, Group
-from kronos_qlib.train.fingerprint import claim, digest_of_weights, digest_of_windows, identity_of
-from kronos_qlib.train.memory_estimate import bytes_per_window, part_size, room_for
+from kronos_qlib.train.code_cache import CodeCache, encode_windows
+from kronos_qlib.train.distributed import SINGLE_PROCESS, Compute, Group, open_compute
+from kronos_qlib.train.fingerprint import claim_folder, digest_of_weights, digest_of_windows, fingerprint
+from kronos_qlib.train.memory_estimate import bytes_per_window, estimate_micro_batch_size, windows_that_fit
 from kronos_qlib.train.metrics import History, Log
 from kronos_qlib.train.settings import StageSettings
-from kronos_qlib.train.signals import StopRequest, TrainingStopped, stop_requests
-from kronos_qlib.train.stages import PredictorStage, Stage
-from kronos_qlib.train.step import Diverged, Learner, seed_of
+from kronos_qlib.train.signals import StopRequest, TrainingStopped, catch_stop_signals
+from kronos_qlib.train.stages import Stage, StageSpecification
+from kronos_qlib.train.step import Diverged, TrainingStep, derive_seed
 
 logger = logging.getLogger("qlib.KronosTrainer")  # Qlib's own, without importing Qlib into every training process
 RESULT = "result.json"
-JUDGED, JUDGED_ON_CPU = 64, 16  # windows at a time in validation, whichever process judges them
+VALIDATION_BATCH, VALIDATION_BATCH_ON_CPU = 64, 16  # windows, in whichever process
 
 
 def train_stage(
-    stage: Stage,
-    train: Windows,
-    valid: Windows,
+    specification: StageSpecification,
     folder: str | os.PathLike[str],
     *,
-    seed: int,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    checkpoint_every: int = 200,
-    micro_batch_size: int | str = "auto",
-    compiled: bool = False,
-    weights: np.ndarray | None = None,
-    group: Group = ALONE,
+    group: Group = SINGLE_PROCESS,
     launcher: int | None = None,
     log: Log = lambda metrics, step: None,
 ) -> dict[str, float]:
@@ -68,48 +59,43 @@ def train_stage(
     A folder that holds this very training already is resumed from its newest checkpoint, or only read if it ended.
 
     Args:
-        train, valid: windows with their future bars; validation uses a fixed, evenly spaced choice of `valid`.
         folder: gets history.csv, checkpoints/, best/ (hub format) and result.json; all processes see it.
-        seed: decides the order of the windows, dropout and sampling.
-        dtype: bfloat16 runs the forward pass under autocast.
-        checkpoint_every: steps between two checkpoints.
-        micro_batch_size: windows that go through the network at a time (on a CPU in each thread), or auto: a part for
-            every core, or what an estimate finds room for. A resumed training keeps to what it began with.
-        compiled: let torch.compile build the training step.
-        weights: how often each training window is to be drawn, relative to the others: float `[len(train)]`.
         group: the processes that train together, of which this is one.
-        launcher: the process whose end ends this one.
+        launcher: the process whose end stops this one.
         log: called in the first process with the metrics of a logging step, e.g. to record them.
 
     Returns:
-        The validation figures of the best weights.
+        The validation metrics of the best weights.
 
     Raises:
         ValueError: the folder holds another training. FloatingPointError: the loss is not finite.
-        OSError: the disk is full. TrainingStopped: by a signal, after a checkpoint. They reach every process.
+        OSError: the disk is full. TrainingStopped: by a signal, after a checkpoint. They are raised in every process.
     """
-    folder, settings, network = Path(folder), stage.settings, stage.network.to(device)
-    plan, judged = Plan.of(settings, len(train), seed, weights), evenly_spaced(valid, settings.valid_windows)
+    folder, stage, device, seed = Path(folder), specification.stage, specification.device, specification.seed
+    network, settings = stage.network.to(device), stage.settings
+    sampler, valid = BatchSampler.from_specification(specification), validation_windows(specification)
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        Compute.on(device, dtype, group) as compute,
-        stop_requests(launcher) as stop,
-        no_space_is_told(folder / CHECKPOINTS),
+        open_compute(device, specification.dtype, group) as compute,
+        catch_stop_signals(launcher) as stop,
+        explain_full_disk(folder / CHECKPOINTS),
     ):
-        what = stage, train, valid, seed, dtype, weights, micro_batch_size, compiled
-        group.once(lambda: claim(folder, identity_of(*what)))
-        size, held = _parts(stage, train, folder, micro_batch_size, compute)
-        _announce(stage, plan, len(judged), size, compute)
-        feed = Feed(train, plan, size, compute, _codes(stage, train, folder, compute, stop))
-        with _learning_in_part(network, settings, seed_of(seed, stage.name)):
-            learner = Learner(stage, plan.steps, seed, compute, held=held, compiled=compiled)
-            _Run(stage, plan, learner, feed, judged, folder, checkpoint_every, compute, log, stop).all_steps()
+        group.run_on_first(lambda: claim_folder(folder, fingerprint(specification)))
+        micro_batch_size, keep_latents = _fit_into_memory(specification, folder, compute)
+        _log_start(stage, sampler, len(valid), micro_batch_size, compute)
+        code_cache = _open_code_cache(specification, folder, compute, stop)
+        loader = BatchLoader(specification.train, sampler, micro_batch_size, compute, code_cache)
+        with _learning_parameters(network, settings, derive_seed(seed, stage.name)):
+            training_step = TrainingStep(
+                stage, sampler.steps, seed, compute, keep_latents=keep_latents, compile=specification.compile
+            )
+            _Loop(specification, folder, loader, training_step, valid, log, stop).run()
         network.load_weights(folder / "best" / WEIGHTS_FILE)
-        best = judge(stage, judged, compute)
-        if group.first:
+        best = validate(stage, valid, compute)
+        if group.is_first:
             logger.info(f"{stage.name}: best weights {', '.join(f'{key} {value:.4f}' for key, value in best.items())}")
-        group.once(lambda: _write_result(folder, best))
-        if any(group.gather(bool(stop.asked()))):  # after the last step: the stages to come would not know
+        group.run_on_first(lambda: _write_result(folder, best))
+        if any(group.all_gather(bool(stop.signal))):  # after the last step: the stages to come would not know
             raise TrainingStopped(
                 f"{stage.name}: stopped after its last step, with all saved in {folder}; run the same again to go on",
                 stop.signal or signal.SIGTERM,
@@ -118,167 +104,179 @@ def train_stage(
 
 
 @dataclass
-class _Run:
-    """The steps of a stage, from where its folder stands to their end."""
+class _Loop:
+    """The steps of a stage, from its newest checkpoint to the last."""
 
-    stage: Stage
-    plan: Plan
-    learner: Learner
-    feed: Feed
-    judged: Windows
+    specification: StageSpecification
     folder: Path
-    checkpoint_every: int
-    compute: Compute
+    loader: BatchLoader
+    training_step: TrainingStep
+    valid: Windows
     log: Log
     stop: StopRequest
 
-    def all_steps(self) -> None:
-        """The story of a stage."""
+    def __post_init__(self) -> None:
+        self.stage, self.sampler = self.specification.stage, self.loader.sampler
+        self.compute, self.group = self.loader.compute, self.loader.compute.group
+
+    def run(self) -> None:
+        """Take the steps, with a row of the history, validation and a checkpoint where one is due."""
         self.progress = self._resume()
         self.history = History(self.folder / "history.csv", self.progress.step)
         self.since = time.perf_counter(), self.progress.step
-        if self._ended_early():
+        if self._is_out_of_patience():
             return
         with tqdm(
-            total=self.plan.windows(self.plan.steps),
-            initial=self.plan.windows(self.progress.step),
+            total=self.sampler.windows_drawn(self.sampler.steps),
+            initial=self.sampler.windows_drawn(self.progress.step),
             desc=self.stage.name,
             unit="window",
-            disable=not self.compute.group.first,
+            disable=not self.group.is_first,
         ) as self.bar:
-            self._steps()
+            for batch, micro_batches in self.loader.batches(self.progress.step):
+                lr = self.training_step.lr
+                try:
+                    loss, stopped = self.training_step.take(batch.step, micro_batches, bool(self.stop.signal))
+                except Diverged:
+                    raise FloatingPointError(self._divergence_message(batch)) from None
+                self.progress.step += 1
+                self.progress.losses.append(loss)
+                self.bar.update(len(batch.rows))
+                epoch_ended = self.progress.step % self.sampler.steps_per_epoch == 0
+                if epoch_ended or self.progress.step % self.stage.settings.log_every == 0:
+                    self._log_metrics(batch, lr, epoch_ended)
+                if epoch_ended or stopped or self.progress.step % self.specification.checkpoint_every == 0:
+                    self._save_checkpoint()
+                if stopped:
+                    raise TrainingStopped(
+                        f"{self.stage.name}: stopped after step {self.progress.step:,} of {self.sampler.steps:,}, "
+                        f"which is saved in {self.folder / CHECKPOINTS}; run the same again to go on",
+                        self.stop.signal or signal.SIGTERM,
+                    )
+                if epoch_ended and self._is_out_of_patience():
+                    break
 
-    def _steps(self) -> None:
-        for step, parts in self.feed.after(self.progress.step):
-            lr = self.learner.optimizer.rate(step.number)
-            try:
-                loss, stopped = self.learner.step(step.number, parts, bool(self.stop.asked()))
-            except Diverged:
-                raise FloatingPointError(self._divergence(step)) from None
-            self.progress.step += 1
-            self.progress.losses.append(loss)
-            self.bar.update(len(step.rows))
-            ended = self.progress.step % self.plan.epoch_steps == 0
-            if ended or self.progress.step % self.stage.settings.log_every == 0:
-                self._note(step, lr, ended)
-            if ended or stopped or self.progress.step % self.checkpoint_every == 0:
-                if self.learner.align() and self.compute.group.first:
-                    logger.warning(f"{self.stage.name}: the processes' weights differed by rounding; the first's count")
-                self.compute.group.once(self._save)
-            if stopped:
-                raise TrainingStopped(
-                    f"{self.stage.name}: stopped after step {self.progress.step:,} of {self.plan.steps:,}, which is "
-                    f"saved in {self.folder / CHECKPOINTS}; run the same again to go on",
-                    self.stop.signal or signal.SIGTERM,
-                )
-            if ended and self._ended_early():
-                break
+    def _resume(self) -> Progress:
+        """Load the newest checkpoint, if there is one, in every process."""
+        state = self.stage.network, self.training_step.optimizer
+        newest = self.group.run_on_first(lambda: newest_undamaged(self.folder / CHECKPOINTS, *state))
+        if newest is None:
+            return Progress(micro_batch_size=self.loader.micro_batch_size)
+        progress = load_checkpoint(newest, *state)
+        self.training_step.resume(progress.step)
+        if self.group.is_first:
+            logger.info(f"{self.folder}: resumed after step {progress.step:,} of {self.sampler.steps:,}")
+        return progress
 
-    def _note(self, step: Step, lr: float, ended: bool) -> None:
-        """A row of the history; at the end of an epoch with validation, and the best weights kept."""
-        row = {"lr": lr, "train_loss": statistics.fmean(self.progress.losses)} | self._speed()
+    def _log_metrics(self, batch: SampledBatch, lr: float, epoch_ended: bool) -> None:
+        """Add a row to the history and the log; at the end of an epoch validate, and keep the best weights."""
+        metrics = {"lr": lr, "train_loss": statistics.fmean(self.progress.losses)} | self._measure_speed()
         self.progress.losses.clear()
-        if ended:
-            row |= judge(self.stage, self.judged, self.compute)
-            if not math.isfinite(row["val_loss"]):
+        if epoch_ended:
+            metrics |= validate(self.stage, self.valid, self.compute)
+            if not math.isfinite(metrics["val_loss"]):
                 raise FloatingPointError(
                     f"{self.stage.name}: the validation loss is not finite after step {self.progress.step}; the "
                     f"checkpoint before is kept in {self.folder / CHECKPOINTS}"
                 )
             self.progress.stale += 1
-            if row["val_loss"] < self.progress.best:
-                self.progress.best, self.progress.stale = row["val_loss"], 0
-                self.compute.group.once(self._keep_as_best)
+            if metrics["val_loss"] < self.progress.best:
+                self.progress.best, self.progress.stale = metrics["val_loss"], 0
+                self.group.run_on_first(self._save_best)
             self.since = time.perf_counter(), self.progress.step  # validation is not part of the training's speed
-        self.history.append({"step": self.progress.step, "epoch": step.epoch, **row})
-        if self.compute.group.first:
-            self.log({f"{self.stage.name}.{key}": value for key, value in row.items()}, self.progress.step)
-        shown = {key: f"{row[key]:.4g}" for key in ("train_loss", "val_loss", "lr") if key in row}
+        self.history.append({"step": self.progress.step, "epoch": batch.epoch, **metrics})
+        if self.group.is_first:
+            self.log({f"{self.stage.name}.{key}": value for key, value in metrics.items()}, self.progress.step)
+        shown = {key: f"{metrics[key]:.4g}" for key in ("train_loss", "val_loss", "lr") if key in metrics}
         self.bar.set_postfix(shown)
 
-    def _speed(self) -> dict[str, float]:
-        """Windows a second since the last row, over all processes, and the share of the time spent waiting for data."""
+    def _measure_speed(self) -> dict[str, float]:
+        """Measure windows a second since the last row, over all processes, and the share of time waited for data."""
         now, (then, step) = time.perf_counter(), self.since
-        windows = self.plan.windows(self.progress.step) - self.plan.windows(step)
-        waited, self.feed.waited = self.feed.waited, 0.0
+        windows = self.sampler.windows_drawn(self.progress.step) - self.sampler.windows_drawn(step)
+        waited, self.loader.seconds_waited = self.loader.seconds_waited, 0.0
         self.since = now, self.progress.step
         return {"windows_per_second": windows / (now - then), "data_wait": waited / (now - then)}
 
-    def _resume(self) -> Progress:
-        """Take up the newest checkpoint if there is one, in every process."""
-        ours = self.stage.network, self.learner.optimizer
-        found = self.compute.group.once(lambda: newest_whole(self.folder / CHECKPOINTS, *ours))
-        if found is None:
-            return Progress(part_size=self.feed.part_size)
-        progress = load_checkpoint(found, *ours)
-        if self.compute.group.first:
-            logger.info(f"{self.folder}: resumed after step {progress.step:,} of {self.plan.steps:,}")
-        return progress
+    def _save_checkpoint(self) -> None:
+        if self.training_step.synchronise() and self.group.is_first:
+            logger.warning(
+                f"{self.stage.name}: the processes' weights differed by rounding; all go on with those of the first"
+            )
 
-    def _save(self) -> None:
-        self.history.flush()
-        save_checkpoint(self.folder / CHECKPOINTS, self.stage.network, self.learner.optimizer, self.progress)
+        def save() -> None:
+            self.history.flush()
+            folder, optimizer = self.folder / CHECKPOINTS, self.training_step.optimizer
+            save_checkpoint(folder, self.stage.network, optimizer, self.progress)
 
-    def _keep_as_best(self) -> None:
-        merged(self.stage.network).save_pretrained(self.folder / "best")
+        self.group.run_on_first(save)
 
-    def _ended_early(self) -> bool:
+    def _save_best(self) -> None:
+        merged_copy(self.stage.network).save_pretrained(self.folder / "best")
+
+    def _is_out_of_patience(self) -> bool:
         patience = self.stage.settings.patience
         if patience is None or self.progress.stale < patience:
             return False
-        if self.compute.group.first and self.progress.step < self.plan.steps:
+        if self.group.is_first and self.progress.step < self.sampler.steps:
             logger.info(
                 f"{self.stage.name}: no better validation loss in {patience} epochs, ended after step "
-                f"{self.progress.step:,} of {self.plan.steps:,}"
+                f"{self.progress.step:,} of {self.sampler.steps:,}"
             )
         return True
 
-    def _divergence(self, step: Step) -> str:
-        """What to say of a batch whose loss is not finite; all its windows are in diverged.csv."""
-        windows, path = self.feed.windows, self.folder / "diverged.csv"
-        names, dates = windows.instruments[step.rows], np.datetime_as_string(windows.dates[step.rows], unit="m")
+    def _divergence_message(self, batch: SampledBatch) -> str:
+        """Describe a batch whose loss is not finite, and write all its windows to diverged.csv."""
+        windows, path = self.loader.windows, self.folder / "diverged.csv"
+        names, dates = windows.instruments[batch.rows], np.datetime_as_string(windows.dates[batch.rows], unit="m")
         lines = [f"{name},{date}" for name, date in zip(names, dates, strict=True)]
-        if self.compute.group.first:
+        if self.group.is_first:
             with whole_file(path) as draft:
                 draft.write_text("\n".join(["instrument,datetime", *lines]) + "\n")
         return (
-            f"{self.stage.name}: the loss or its gradient is not finite at step {step.number + 1}; its batch has "
+            f"{self.stage.name}: the loss or its gradient is not finite at step {batch.step + 1}; its batch has "
             f"{len(lines)} windows such as {', '.join(line.replace(',', ' ') for line in lines[:3])} (all are in "
             f"{path}). The last good checkpoint is kept in {self.folder / CHECKPOINTS}; lower learning_rate or look "
             "at these bars"
         )
 
 
-def judge(stage: Stage, windows: Windows, compute: Compute) -> dict[str, float]:
-    """Validation figures over all windows, each counted once, whatever the number of processes that divide them.
+def validate(stage: Stage, windows: Windows, compute: Compute) -> dict[str, float]:
+    """Compute the validation metrics over all windows, each counted once, divided among the processes.
 
-    The batches are the same for any number, and their sums are added exactly.
+    The batches are the same for any number of processes, and their sums are added exactly.
     """
     stage.network.eval()
-    group, size = compute.group, JUDGED_ON_CPU if compute.device.type == "cpu" else JUDGED
+    group = compute.group
+    size = VALIDATION_BATCH_ON_CPU if compute.device.type == "cpu" else VALIDATION_BATCH
     starts = range(group.rank * size, len(windows), group.size * size)
     batches = (np.arange(start, min(start + size, len(windows))) for start in starts)
-    sums = compute.each(lambda rows: _sums(stage, windows, rows, compute), batches)
-    everywhere = [part for parts in group.gather(list(sums)) for part in parts]
-    return {name: math.fsum(part[name] for part in everywhere) / len(windows) for name in everywhere[0]}
+    own = list(compute.map_on_cores(lambda rows: _metric_sums(stage, windows, rows, compute), batches))
+    sums = [batch for batches in group.all_gather(own) for batch in batches]
+    return {name: math.fsum(batch[name] for batch in sums) / len(windows) for name in sums[0]}
 
 
 @torch.no_grad()
-def _sums(stage: Stage, windows: Windows, rows: np.ndarray, compute: Compute) -> dict[str, float]:
+def _metric_sums(stage: Stage, windows: Windows, rows: np.ndarray, compute: Compute) -> dict[str, float]:
     with compute.autocast:
-        figures = stage.judge(gather(windows, rows).to(compute.device))
-    return {name: value.item() * len(rows) for name, value in figures.items()}
+        means = stage.validation_metrics(load_examples(windows, rows).to(compute.device))
+    return {name: mean.item() * len(rows) for name, mean in means.items()}
+
+
+def validation_windows(specification: StageSpecification) -> Windows:
+    """Choose the fixed windows that every epoch of a stage is validated on."""
+    return evenly_spaced(specification.valid, specification.stage.settings.valid_windows)
 
 
 def evenly_spaced(windows: Windows, count: int) -> Windows:
-    """`count` of the windows, or all if there are fewer, from the first to the last."""
+    """Choose `count` windows from the first to the last, or all if there are fewer."""
     positions = np.linspace(0, len(windows) - 1, min(count, len(windows)))
     return windows.take(np.unique(positions.round().astype(int)))
 
 
 @contextmanager
-def _learning_in_part(network: HubModule, settings: StageSettings, seed: int) -> Iterator[None]:
-    """Freeze blocks or add adapters as the settings say; afterwards the network is plain again and all of it learns."""
+def _learning_parameters(network: HubModule, settings: StageSettings, seed: int) -> Iterator[None]:
+    """Freeze blocks or add adapters as the settings say; afterwards the network is plain and all of it learns."""
     learning = [parameter.requires_grad for parameter in network.parameters()]
     try:
         freeze_blocks(network, settings.freeze_blocks)
@@ -292,53 +290,59 @@ def _learning_in_part(network: HubModule, settings: StageSettings, seed: int) ->
             parameter.requires_grad_(learns)
 
 
-def _announce(stage: Stage, plan: Plan, judged: int, part: int, compute: Compute) -> None:
+def _log_start(
+    stage: Stage, sampler: BatchSampler, valid_windows: int, micro_batch_size: int, compute: Compute
+) -> None:
     group, device = compute.group, compute.device
-    if not group.first:
+    if not group.is_first:
         return
     where = f"{group.size} processes on {device.type}" if group.size > 1 else str(device)
     logger.info(
         f"{stage.name}: {stage.network.n_parameters:,} parameters, {compute.precision} on {where}, "
-        f"{plan.windows(plan.steps):,} windows in {plan.steps:,} steps of {plan.batch_size}, in parts of {part}; "
-        f"judged on {judged:,} windows"
+        f"{sampler.windows_drawn(sampler.steps):,} windows in {sampler.steps:,} steps of {sampler.batch_size}, in "
+        f"micro-batches of {micro_batch_size}; validated on {valid_windows:,} windows"
     )
-    parts = math.ceil(plan.batch_size / part)
-    if parts < group.size:
-        logger.warning(f"{stage.name}: a batch has {parts} parts for {group.size} processes: some have nothing to do")
+    count = math.ceil(sampler.batch_size / micro_batch_size)
+    if count < group.size:
+        logger.warning(
+            f"{stage.name}: a batch has {count} micro-batches for {group.size} processes: some have nothing to do"
+        )
 
 
-def _parts(
-    stage: Stage, train: Windows, folder: Path, micro_batch_size: int | str, compute: Compute
-) -> tuple[int, bool]:
-    """Windows to take through the network at a time, the same in every process, and if a whole share of them fits."""
-    group = compute.group
-    share = -(-stage.settings.batch_size // group.size)
+def _fit_into_memory(specification: StageSpecification, folder: Path, compute: Compute) -> tuple[int, bool]:
+    """Choose the micro-batch size, the same in every process, and whether all latents of a batch may be kept."""
+    stage, group, size = specification.stage, compute.group, specification.micro_batch_size
+    batch_size = stage.settings.batch_size
+    at_once = -(-batch_size // group.size)
     if compute.device.type == "cpu":
-        share *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # they share this machine's memory
-    room = room_for(bytes_per_window(stage, train, compute), compute.device)
-    size, held = micro_batch_size, share <= room
+        at_once *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # they share this machine's memory
+    window_bytes = bytes_per_window(stage, specification.train, compute)
     if size == "auto":
-        before = group.once(lambda: newest_progress(folder / CHECKPOINTS))
-        size = before.part_size if before else part_size(stage.settings.batch_size, room, compute)
-    told = group.gather((size, held))
-    return min(size for size, _ in told), all(held for _, held in told)
+        before = group.run_on_first(lambda: newest_progress(folder / CHECKPOINTS))
+        size = before.micro_batch_size if before else estimate_micro_batch_size(batch_size, window_bytes, compute)
+    choices = group.all_gather((size, at_once <= windows_that_fit(window_bytes, compute.device)))
+    return min(size for size, _ in choices), all(keep_latents for _, keep_latents in choices)
+
+
+def _open_code_cache(
+    specification: StageSpecification, folder: Path, compute: Compute, stop: StopRequest
+) -> CodeCache | None:
+    """Read or make the cache of codes, if the stage wants one."""
+    stage, train = specification.stage, specification.train
+    if not stage.cache_codes:
+        return None
+    tokenizer = stage.frozen_tokenizer
+    key = (digest_of_weights(tokenizer), digest_of_windows(train), str(compute.dtype))
+    name = hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest()
+    code_cache = encode_windows(folder / "codes" / name, tokenizer, train, compute, lambda: stop.signal)
+    if code_cache is None:
+        raise TrainingStopped(
+            f"{stage.name}: stopped while windows were encoded, the files so far kept; run the same again to go on",
+            stop.signal or signal.SIGTERM,
+        )
+    return code_cache
 
 
 def _write_result(folder: Path, best: dict[str, float]) -> None:
     with whole_file(folder / RESULT) as draft:
         draft.write_text(json.dumps(best, indent=2) + "\n")
-
-
-def _codes(stage: Stage, train: Windows, folder: Path, compute: Compute, stop: StopRequest) -> Codes | None:
-    """The cache of codes, if the stage wants one."""
-    if not (isinstance(stage, PredictorStage) and stage.settings.cache_codes):
-        return None
-    what = (digest_of_weights(stage.tokenizer), digest_of_windows(train), str(compute.dtype))
-    name = hashlib.blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
-    codes = encode_windows(folder / "codes" / name, stage.tokenizer, train, compute, stop.asked)
-    if codes is None:
-        raise TrainingStopped(
-            f"{stage.name}: stopped while windows were encoded, the files so far kept; run the same again to go on",
-            stop.signal or signal.SIGTERM,
-        )
-    return codes

@@ -1,4 +1,4 @@
-"""Metrics on their way to the recorder, also from the first of several processes to their launcher."""
+"""The metrics of a training: the rows of history.csv, and the way to the recorder, also from another process."""
 
 import csv
 import json
@@ -18,17 +18,43 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 logger = logging.getLogger("qlib.KronosTrainer")
-METRICS, POLL_SECONDS = "metrics.jsonl", 1.0
+HISTORY_COLUMNS = ["step", "epoch", "lr", "train_loss", "val_loss"]
+METRICS_FILE, POLL_SECONDS = "metrics.jsonl", 1.0
 
 Log = Callable[[dict[str, float], int], None]
-"""What takes metrics by name and the step they are of."""
+"""A function that takes metrics by name, and the step that they are of."""
 
 
-def tolerant(log: Log) -> Log:
-    """A log whose failures are told, once, and end no training: a store of metrics may be busy or out of reach."""
+class History:
+    """The rows of history.csv, one per logging step; the file is rewritten whole, so that a kill leaves no half row.
+
+    Args:
+        step: rows after it are of steps that the resumed training takes again; they are dropped.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path, self.rows = path, []
+        if step and path.exists():
+            with path.open(newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+
+    def append(self, row: dict[str, float]) -> None:
+        """Add a row; columns that it lacks stay empty."""
+        self.rows.append({key: row.get(key, "") for key in HISTORY_COLUMNS})
+
+    def flush(self) -> None:
+        """Write the file."""
+        with whole_file(self.path) as draft, draft.open("w", newline="") as file:
+            writer = csv.DictWriter(file, HISTORY_COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+def guarded_log(log: Log) -> Log:
+    """Make a log that warns of its first failure and raises none: a recorder out of reach must not end a training."""
     failed: list[Exception] = []
 
-    def log_if_it_can(metrics: dict[str, float], step: int) -> None:
+    def log_or_warn(metrics: dict[str, float], step: int) -> None:
         try:
             log(metrics, step)
         except Exception as error:
@@ -36,11 +62,11 @@ def tolerant(log: Log) -> Log:
                 logger.warning(f"the metrics of step {step} could not be recorded ({error}); the training goes on")
             failed.append(error)
 
-    return log_if_it_can
+    return log_or_warn
 
 
 def recorder_log(recorder: dict[str, str] | None) -> Log:
-    """A function that logs metrics to an MLflow run as they come; without one it does nothing."""
+    """Make a log to an MLflow run, given by its `uri` and `run_id`; None gives one that does nothing."""
     if recorder is None:
         return lambda metrics, step: None
 
@@ -60,7 +86,7 @@ def recorder_log(recorder: dict[str, str] | None) -> Log:
 
 
 def file_log(path: Path) -> Log:
-    """A function that leaves metrics in a file, for `passed_on`: MLflow takes 150 MiB, which a launcher has already."""
+    """Make a log to a file, for `forward_metrics` in the launcher: MLflow would take 150 MiB of another process."""
 
     def log(metrics: dict[str, float], step: int) -> None:
         with path.open("ab") as file:
@@ -70,16 +96,16 @@ def file_log(path: Path) -> Log:
 
 
 @contextmanager
-def passed_on(path: Path, log: Log) -> Iterator[None]:
-    """For the length of a block log what `file_log` leaves in a file, as it comes, and at the end the rest of it."""
+def forward_metrics(path: Path, log: Log) -> Iterator[None]:
+    """Log what a `file_log` writes to a file, as it comes, for a block; the rest of it at the block's end."""
     path.touch()
     ended = threading.Event()
 
     def follow() -> None:
         with path.open("rb") as file:
             while not ended.wait(POLL_SECONDS):
-                _pass_on(file, log)
-            _pass_on(file, log)
+                _forward_lines(file, log)
+            _forward_lines(file, log)
 
     follower = threading.Thread(target=follow, name="metrics", daemon=True)
     try:
@@ -90,7 +116,7 @@ def passed_on(path: Path, log: Log) -> Iterator[None]:
         follower.join()
 
 
-def _pass_on(file: BinaryIO, log: Log) -> None:
+def _forward_lines(file: BinaryIO, log: Log) -> None:
     """Log the whole lines that have come; one that is being written waits for the next time.
 
     One that was cut short, by a kill or a full disk, is left out.
@@ -102,31 +128,3 @@ def _pass_on(file: BinaryIO, log: Log) -> None:
             continue
         log(metrics, step)
     file.seek(-len(line), os.SEEK_CUR)
-
-
-HISTORY_COLUMNS = ["step", "epoch", "lr", "train_loss", "val_loss"]
-
-
-class History:
-    """One row per logging step, rewritten whole so that a kill never leaves half a row.
-
-    Args:
-        step: rows after it belong to a past that a resumed training does not share; they are dropped.
-    """
-
-    def __init__(self, path: Path, step: int) -> None:
-        self.path, self.rows = path, []
-        if step and path.exists():
-            with path.open(newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-
-    def append(self, row: dict[str, float]) -> None:
-        """Add a row; what it lacks stays empty."""
-        self.rows.append({key: row.get(key, "") for key in HISTORY_COLUMNS})
-
-    def flush(self) -> None:
-        """Write the file."""
-        with whole_file(self.path) as draft, draft.open("w", newline="") as file:
-            writer = csv.DictWriter(file, HISTORY_COLUMNS)
-            writer.writeheader()
-            writer.writerows(self.rows)

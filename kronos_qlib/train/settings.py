@@ -19,33 +19,16 @@ def _auto_or_count(value: Any) -> int | str:
 AutoOrCount = Annotated[Any, BeforeValidator(_auto_or_count)]
 
 
-def _extra_data(value: Any) -> list[Any]:
-    """Checked by the data room, which brings pandas and Qlib: training processes, which need neither, never ask."""
-    if not isinstance(value, (list, tuple)):
-        raise ValueError("should be a list of mappings, each with the key 'instruments'")
-    if not value:
-        return []
-    from kronos_qlib.data.extra import ExtraData
-    from kronos_qlib.settings import read_settings
-
-    return [
-        part
-        if isinstance(part, ExtraData)
-        else read_settings(ExtraData, f"entry {index}", dict(part) if isinstance(part, dict) else {"": part})
-        for index, part in enumerate(value)
-    ]
-
-
 class StageSettings(Settings):
-    """What both stages have in common.
+    """The keys that both stages have.
 
-    epochs: each a seeded draw of windows without replacement.
+    epochs: in each a seed draws windows without replacement.
     windows_per_epoch: how many of the training windows; null is all of them.
     batch_size: windows a step, over all processes together.
     learning_rate: the peak of a OneCycle schedule with 3 % warm-up from a tenth of it.
-    valid_windows: fixed windows, evenly spaced over the validation segment, on which every epoch is judged.
+    valid_windows: how many fixed windows, evenly spaced over the validation segment, validate every epoch.
     patience: epochs without a better validation loss after which the stage ends; null never ends it early.
-    freeze_blocks: how many of the first blocks, with the embeddings before them, are left as they are.
+    freeze_blocks: how many of the first blocks, with the embeddings before them, do not learn.
     lora: train low-rank adapters instead of the weights (extra `lora`); they are merged into best/.
     log_every: steps between two rows of history.csv.
     """
@@ -81,10 +64,10 @@ class TokenizerSettings(StageSettings):
 class PredictorSettings(StageSettings):
     """Stage 2: the model learns to continue codes.
 
-    s1_query: the s1 that the s2 head is asked about in training: drawn from the model's own logits, as published
+    s1_query: the s1 that the s2 head attends from in training: sampled from the model's own logits, as published
         ("sampled"), or the true one ("teacher_forced").
     cache_codes: encode all training windows once, before the first step, instead of anew whenever one is drawn. It
-        pays when the epochs together draw more windows than there are.
+        saves time when the epochs together draw more windows than there are.
     """
 
     learning_rate: float = Field(default=4e-5, gt=0)
@@ -95,20 +78,18 @@ class PredictorSettings(StageSettings):
 
 
 class FinetuneSettings(Settings):
-    """The `finetune` mapping of a workflow.
+    """The keys of a workflow's `finetune` mapping that a training knows; `extra_data` is the workflow's own.
 
     output_dir: gets tokenizer/ and predictor/, each with history.csv, checkpoints/ and best/ (hub format).
     checkpoint_every: steps between two checkpoints; the last two are kept.
     tokenizer, predictor: the stages; null skips one.
     processes: how many train together; auto is one per GPU, one on a CPU. On a CPU the result does not depend on it.
-        On GPUs with `micro_batch_size: auto` each has a part of its own, with its own dropout and rounding.
+        On GPUs with `micro_batch_size: auto` each has a micro-batch of its own, with its own dropout and rounding.
     max_restarts: how often dead processes are started again, from the last checkpoint.
     micro_batch_size: windows that go through the network at a time, on a CPU in each thread; the gradients of a batch
-        are accumulated over such parts. auto is a part for every core, or what an estimate finds room for.
+        are accumulated over its micro-batches. auto is one for every core, or what an estimate finds room for.
     compile: let torch.compile build the training step: slow to start, and without a clear gain on a CPU.
     half_life_days: draw older windows less often, half as often for every so many days before the newest.
-    extra_data: further universes or stores to train on, see `kronos_qlib.data.extra.ExtraData`; validation stays with
-        the dataset's own.
     """
 
     output_dir: str = Field(min_length=1)
@@ -120,7 +101,6 @@ class FinetuneSettings(Settings):
     micro_batch_size: AutoOrCount = "auto"
     compile: bool = False
     half_life_days: float | None = Field(default=None, gt=0)
-    extra_data: Annotated[list[Any], BeforeValidator(_extra_data)] = []
 
     @model_validator(mode="after")
     def _trains_something(self) -> "FinetuneSettings":

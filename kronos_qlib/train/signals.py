@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a launcher that is gone: seen by the loop between two steps, never in the middle of one."""
+"""Requests to stop: Ctrl-C, SIGTERM and a launcher that has ended, seen by the loop between two steps."""
 
 import os
 import signal
@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# Windows has fewer. The last is a terminal that is gone, unless nohup made it of no account.
+# Windows has fewer. The last comes when a terminal is closed, unless nohup lets it be ignored.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class TrainingStopped(Exception):
-    """The training was asked to stop and its state is in a checkpoint.
+    """The training stopped on request, and its state is in a checkpoint.
 
     Attributes:
-        signal: the number of the signal that asked.
+        signal: the number of the signal that requested it.
     """
 
     def __init__(self, message: str, signal: int) -> None:
@@ -27,37 +27,38 @@ class TrainingStopped(Exception):
 
 
 class StopRequest:
-    """Whether somebody asked this process to stop."""
+    """Whether this process was requested to stop, by a signal or by the end of its launcher."""
 
-    def __init__(self, parent: int | None) -> None:
-        self.signal = 0
-        self._parent = parent
+    def __init__(self, launcher: int | None) -> None:
+        self._signal = 0
+        self._launcher = launcher
 
-    def asked(self) -> int:
-        """The signal to stop by, 0 for none; a process whose launcher is gone stops too."""
-        if not self.signal and self._parent is not None and os.getppid() != self._parent:
-            self.signal = signal.SIGTERM
-        return self.signal
+    @property
+    def signal(self) -> int:
+        """The signal to stop by, 0 for none; SIGTERM if the launcher has ended."""
+        if not self._signal and self._launcher is not None and os.getppid() != self._launcher:
+            self._signal = signal.SIGTERM
+        return self._signal
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.signal and number == signal.SIGINT:  # Ctrl-C once more: they do not want to wait
+        if self._signal and number == signal.SIGINT:  # Ctrl-C once more: the user does not want to wait
             raise KeyboardInterrupt
-        self.signal = number
+        self._signal = number
 
 
 @contextmanager
-def stop_requests(parent: int | None = None) -> Iterator[StopRequest]:
-    """Note signals instead of dying by them while the block runs. Only a main thread can; elsewhere they stay as is.
+def catch_stop_signals(launcher: int | None = None) -> Iterator[StopRequest]:
+    """Turn signals into a request to stop, for a block. Only a main thread can; in others signals act as before.
 
     Args:
-        parent: the process id of the launcher whose end is to be noticed.
+        launcher: the process id of the launcher, whose end is a request too.
     """
-    request = StopRequest(parent)
+    request = StopRequest(launcher)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, request._receive) for number in heeded}
+    caught = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, request._receive) for number in caught}
     try:
         yield request
     finally:

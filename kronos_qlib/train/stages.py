@@ -1,13 +1,15 @@
-"""The two stages of fine-tuning: what each minimises and how it is judged."""
+"""The two stages of fine-tuning: what each minimises, how it is validated, and the specification of one's training."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kronos_qlib.data.windows import Windows
 from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.nn.checkpoint import HubModule
 from kronos_qlib.nn.quantizer import MeanCode
@@ -16,75 +18,90 @@ from kronos_qlib.train.settings import PredictorSettings, StageSettings, Tokeniz
 
 @dataclass(frozen=True)
 class Examples:
-    """What a stage learns from, T bars of each of B windows.
+    """What a stage learns from: B windows of T bars.
 
     x: normalised bars float32 `[B, T, d_in]`, or codes: ids s1 and s2, `[B, T, 2]`; one of them is None.
-    stamp: `[B, T, 5]`. chance: uniform numbers float32 `[B, T - 1]` for what is drawn at random, None in validation.
+    stamp: `[B, T, 5]`. uniforms: uniform numbers float32 `[B, T - 1]` for what is sampled, None in validation.
     """
 
     x: Tensor | None
     codes: Tensor | None
     stamp: Tensor
-    chance: Tensor | None
+    uniforms: Tensor | None
 
     def to(self, device: torch.device) -> "Examples":
-        """The same on a device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        """Copy to a device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pinned(self) -> "Examples":
-        """The same in memory that a GPU can fetch while it computes."""
-        return self._each(Tensor.pin_memory)
+    def pin_memory(self) -> "Examples":
+        """Copy to memory that a GPU can fetch while it computes."""
+        return self._map(Tensor.pin_memory)
 
-    def part(self, rows: slice) -> "Examples":
-        """Some of the windows, in memory of their own: where rows begin in memory decides how products are rounded."""
-        return self._each(lambda tensor: tensor[rows].clone())
+    def copy_rows(self, rows: slice) -> "Examples":
+        """Copy some of the windows to memory of their own: where rows begin in memory decides how products round."""
+        return self._map(lambda tensor: tensor[rows].clone())
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Examples":
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Examples":
         return Examples(*(None if tensor is None else change(tensor) for tensor in vars(self).values()))
 
 
 class Stage(Protocol):
-    """What the loop needs to know of a stage.
+    """All that a training asks of a stage; a class with these attributes and methods is a third one.
 
-    A loss that is no mean over windows is reached in two halves: `latent` of each part of a batch, `mean_code` of the
-    latent (of `code_length` numbers), from which that of the batch follows, and `loss` with both. For other losses
-    `latent` is None and the rest is not there.
+    name: of its folder, its metrics and in messages. network: what learns. settings: how it learns.
+    frozen_tokenizer: the tokenizer whose codes the network learns from, None if it learns from bars. Its weights are
+        part of the training's fingerprint.
+    cache_codes: encode all training windows before the first step; needs a frozen_tokenizer.
+    latent, mean_code, code_length: for a loss that is no mean over windows, but depends on a mean over the whole
+        batch; None, None and 0 for others. Each micro-batch then goes through the network in two halves: `latent` of
+        its examples, and `loss` of examples, latent and the mean code of the batch (see `MeanCode`), which is the mean
+        of the micro-batches' `mean_code(latent)`, float32 `[code_length]`.
     """
 
     name: str
     network: HubModule
     settings: StageSettings
+    frozen_tokenizer: KronosTokenizer | None
+    cache_codes: bool
     latent: Callable[[Examples], Tensor] | None
+    mean_code: Callable[[Tensor], Tensor] | None
+    code_length: int
 
-    def loss(self, examples: Examples) -> Tensor: ...
+    def loss(self, examples: Examples, latent: Tensor | None = None, mean_code: MeanCode | None = None) -> Tensor:
+        """Return the training loss of some examples, a scalar: their mean, but for what `mean_code` replaces."""
+        ...
 
-    def judge(self, examples: Examples) -> dict[str, Tensor]: ...
+    def validation_metrics(self, examples: Examples) -> dict[str, Tensor]:
+        """Return means over some examples by name; `val_loss` is the one that decides which weights are best."""
+        ...
 
 
 class TokenizerStage:
     """Stage 1: reconstruct normalised bars from their codes."""
 
     name = "tokenizer"
+    frozen_tokenizer = None
+    cache_codes = False
 
     def __init__(self, tokenizer: KronosTokenizer, settings: TokenizerSettings) -> None:
         self.network, self.settings, self.code_length = tokenizer, settings, tokenizer.bits
 
     def latent(self, examples: Examples) -> Tensor:
-        """The first half of the loss: [B, T, bits]."""
+        """Run the first half of the forward pass: [B, T, bits]."""
         return self.network.latent(examples.x)
 
     def mean_code(self, latent: Tensor) -> Tensor:
-        """What the loss of a batch needs to know of all its parts: [bits]."""
+        """Return what the BSQ loss of a batch depends on across its micro-batches: [bits]."""
         return self.network.mean_code(latent)
 
     def loss(self, examples: Examples, latent: Tensor | None = None, mean_code: MeanCode | None = None) -> Tensor:
-        """Training loss: (MSE coarse + MSE full + BSQ loss) / 2."""
+        """Return the training loss: (MSE coarse + MSE full + BSQ loss) / 2."""
         latent = self.latent(examples) if latent is None else latent
         (recon_s1, recon), bsq_loss, _, _ = self.network.reconstruct(latent, mean_code)
         return (F.mse_loss(recon_s1.float(), examples.x) + F.mse_loss(recon.float(), examples.x) + bsq_loss) / 2
 
-    def judge(self, examples: Examples) -> dict[str, Tensor]:
-        """Validation figures of a batch, the deciding one first: mean squared error from all bits, from coarse bits."""
+    def validation_metrics(self, examples: Examples) -> dict[str, Tensor]:
+        """Return the mean squared error from all bits, and that from the coarse bits."""
         x, ((recon_s1, recon), _, _, _) = examples.x, self.network(examples.x)
         return {"val_loss": F.mse_loss(recon.float(), x), "val_mse_s1": F.mse_loss(recon_s1.float(), x)}
 
@@ -93,24 +110,25 @@ class PredictorStage:
     """Stage 2: predict the codes of the next bar. The tokenizer is frozen."""
 
     name = "predictor"
-    latent = None  # its loss is a mean over windows
+    latent, mean_code, code_length = None, None, 0  # its loss is a mean over windows
 
     def __init__(self, model: Kronos, tokenizer: KronosTokenizer, settings: PredictorSettings) -> None:
-        self.network, self.tokenizer, self.settings = model, tokenizer.eval(), settings
+        self.network, self.frozen_tokenizer, self.settings = model, tokenizer.eval(), settings
+        self.cache_codes = settings.cache_codes
 
-    def loss(self, examples: Examples) -> Tensor:
-        """Training loss: mean cross-entropy of s1 and s2, in nats."""
+    def loss(self, examples: Examples, latent: Tensor | None = None, mean_code: MeanCode | None = None) -> Tensor:
+        """Return the training loss: mean cross-entropy of s1 and s2, in nats."""
         return self._losses(examples, self.settings.s1_query == "teacher_forced")[0]
 
-    def judge(self, examples: Examples) -> dict[str, Tensor]:
-        """Validation figures of a batch, the deciding one first: cross-entropies in nats, causal, true s1 as query."""
+    def validation_metrics(self, examples: Examples) -> dict[str, Tensor]:
+        """Return cross-entropies in nats, causal and with the true s1 as query: mean of s1 and s2, s1, s2."""
         loss, ce_s1, ce_s2 = self._losses(examples, teacher_forced=True)
         return {"val_loss": loss, "val_ce_s1": ce_s1, "val_ce_s2": ce_s2}
 
     def _losses(self, examples: Examples, teacher_forced: bool) -> tuple[Tensor, Tensor, Tensor]:
         s1, s2 = self._codes(examples)
         s1_logits, context = self.network.decode_s1(s1[:, :-1], s2[:, :-1], examples.stamp[:, :-1])
-        query = s1[:, 1:] if teacher_forced else draw(s1_logits.detach(), examples.chance)
+        query = s1[:, 1:] if teacher_forced else sample_codes(s1_logits.detach(), examples.uniforms)
         s2_logits = self.network.decode_s2(context, query)
         return self.network.head.compute_loss(s1_logits, s2_logits, s1[:, 1:], s2[:, 1:])
 
@@ -118,15 +136,43 @@ class PredictorStage:
     def _codes(self, examples: Examples) -> tuple[Tensor, Tensor]:
         if examples.codes is not None:
             return examples.codes[..., 0].long(), examples.codes[..., 1].long()
-        s1, s2 = self.tokenizer.encode(examples.x, half=True)
+        s1, s2 = self.frozen_tokenizer.encode(examples.x, half=True)
         return s1, s2
 
 
-def draw(logits: Tensor, chance: Tensor) -> Tensor:
-    """One code per position from its distribution: ids [B, T] from logits [B, T, V] and uniform numbers [B, T].
+def sample_codes(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Sample one code per position from its distribution: ids [B, T] from logits [B, T, V] and uniforms [B, T].
 
-    The numbers come from outside, so that a draw depends neither on the other windows nor on the process.
+    V is the number of codes. The uniform numbers are given, so that a sample depends neither on the other windows nor
+    on the process.
     """
     mass = logits.float().softmax(-1).cumsum(-1)
-    target = chance.unsqueeze(-1) * mass[..., -1:]
+    target = uniforms.unsqueeze(-1) * mass[..., -1:]
     return torch.searchsorted(mass, target, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class StageSpecification:
+    """What one stage trains, on what and how: what `train_stage` runs, `fingerprint` digests and the dry run previews.
+
+    stage: network and settings. train, valid: windows with their future bars, `valid` all of the segment's.
+    seed: decides the order of the windows, dropout and sampling.
+    device: where to. dtype: bfloat16 runs the forward pass under autocast.
+    micro_batch_size: windows that go through the network at a time (on a CPU in each thread), or auto: a micro-batch
+        for every core, or what an estimate finds room for. A resumed training keeps the size that it began with.
+    compile: let torch.compile build the training step.
+    checkpoint_every: steps between two checkpoints.
+    draw_weights: how often each training window is to be drawn, relative to the others: float `[W]` for W training
+        windows; None: all alike.
+    """
+
+    stage: Stage
+    train: Windows
+    valid: Windows
+    seed: int
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    micro_batch_size: int | str = "auto"
+    compile: bool = False
+    checkpoint_every: int = 200
+    draw_weights: np.ndarray | None = None

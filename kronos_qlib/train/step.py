@@ -1,4 +1,4 @@
-"""One optimiser step over a global batch, whichever processes and threads share its parts."""
+"""One optimiser step on a batch: forward and backward by micro-batch, one sum over the processes, clipping, AdamW."""
 
 import hashlib
 import math
@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from kronos_qlib.nn.dropout import use_generator
-from kronos_qlib.train.batches import Part
+from kronos_qlib.train.batches import MicroBatch
 from kronos_qlib.train.distributed import Compute
-from kronos_qlib.train.optimizer import AdamW
 from kronos_qlib.train.stages import Stage
 
 
@@ -19,124 +18,173 @@ class Diverged(ArithmeticError):
     """The loss or its gradient is not finite; the weights are as they were before the step."""
 
 
-class Learner:
-    """Forward and backward by parts, one sum over parts and processes, clipping, AdamW under OneCycle.
+class TrainingStep:
+    """Accumulates the gradients of a batch and takes a step of AdamW under OneCycleLR.
 
-    What a part adds follows from its windows, the weights and its own random numbers, not from who works on it. On a
-    CPU the sum is in float64, where the order of so few float32 terms is lost in the rounding to float32: any number of
-    processes and threads takes bitwise the same step. The loss and whether to stop share the gradients' buffer, so
-    that a step has one sum over the processes (and one more, small, for a loss that is no mean over windows).
+    What a micro-batch adds depends on its windows, the weights and its own random numbers, not on the thread or process
+    that works on it. On a CPU the sum is in float64, where the order of so few float32 terms is lost when it is rounded
+    to float32: any number of processes and threads takes bitwise the same step. Loss and stop request share the buffer
+    of the gradients, so that a step has one all-reduce (and a small one more for a loss that is no mean over windows).
 
     Args:
         steps: of the whole training, for the schedule.
-        held: where the loss needs all parts half the way, keep what their first halves leave behind; else it is made
-            again, part by part, which takes longer and less memory. The result is the same.
-        compiled: let torch.compile build the forward and backward pass.
+        keep_latents: for a loss in two halves (see `Stage`), keep what the first half of every micro-batch leaves for
+            the backward pass; else it is computed again, which takes longer and less memory. The result is the same.
+        compile: let torch.compile build the forward and backward pass.
     """
 
     def __init__(
-        self, stage: Stage, steps: int, seed: int, compute: Compute, *, held: bool = True, compiled: bool = False
+        self,
+        stage: Stage,
+        steps: int,
+        seed: int,
+        compute: Compute,
+        *,
+        keep_latents: bool = True,
+        compile: bool = False,
     ) -> None:
-        self._stage, self._seed, self._compute, self._held = stage, seed, compute, held
+        self._stage, self._seed, self._compute, self._keep_latents = stage, seed, compute, keep_latents
         self._loss, self._latent = stage.loss, stage.latent
-        if compiled:
+        if compile:
             self._loss, self._latent = torch.compile(stage.loss), stage.latent and torch.compile(stage.latent)
-        self._parameters = [parameter for parameter in stage.network.parameters() if parameter.requires_grad]
-        count = sum(parameter.numel() for parameter in self._parameters)
-        device = compute.device
-        exact = torch.float64 if device.type == "cpu" else torch.float32
-        self._shared = torch.zeros(count + 2, device=device, dtype=exact)
-        self._gradients, self._said = self._shared[:-2], self._shared[-2:]
-        self._rounded = torch.zeros(count, device=device)
-        self.optimizer = AdamW(self._parameters, stage.settings, steps)
 
-    def step(self, number: int, parts: list[Part], stop: bool = False) -> tuple[float, bool]:
-        """Learn from a global batch of which `parts` are this process's: the batch's loss, and if any wants to stop.
+        self._parameters = [parameter for parameter in stage.network.parameters() if parameter.requires_grad]
+        count, device = sum(parameter.numel() for parameter in self._parameters), compute.device
+        exact = torch.float64 if device.type == "cpu" else torch.float32
+        self._reduced = torch.zeros(count + 2, device=device, dtype=exact)
+        self._gradients, self._loss_and_stop = self._reduced[:-2], self._reduced[-2:]
+        self._rounded = torch.zeros(count, device=device)
+
+        settings = stage.settings
+        self.optimizer = torch.optim.AdamW(
+            self._parameters,
+            settings.learning_rate,
+            betas=tuple(settings.betas),
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        self._schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer,
+            settings.learning_rate,
+            total_steps=steps,
+            pct_start=0.03,
+            div_factor=10,
+            final_div_factor=1e4,
+            cycle_momentum=False,
+        )
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the step to come."""
+        return self._schedule.get_last_lr()[0]
+
+    def resume(self, steps: int) -> None:
+        """Go on after the first `steps` steps, whose weights and moments have been loaded."""
+        if steps:
+            self._schedule.load_state_dict({"last_epoch": steps - 1, "_step_count": steps})
+            self._schedule.step()
+
+    def take(self, step: int, micro_batches: list[MicroBatch], stop: bool = False) -> tuple[float, bool]:
+        """Take step `step` on a batch, of which `micro_batches` are this process's.
+
+        Returns:
+            The batch's loss, and whether any process wants to stop.
 
         Raises:
             Diverged: in all processes at once.
         """
         self._stage.network.train()
-        self._shared.zero_()
-        self._said[1] = float(stop)
-        for loss, gradients in self._passes(number, parts):
-            self._said[0] += loss
-            for total, gradient in zip(self._split(self._gradients), gradients):
+        self._reduced.zero_()
+        self._loss_and_stop[1] = float(stop)
+        for loss, gradients in self._losses_and_gradients(step, micro_batches):
+            self._loss_and_stop[0] += loss
+            for total, gradient in zip(self._by_parameter(self._gradients), gradients):
                 total += gradient
-        self._compute.group.sum(self._shared)
+        self._compute.group.all_reduce(self._reduced)
+
         norm = torch.linalg.vector_norm(self._gradients)
-        loss, asked, norm = torch.cat([self._said, norm[None]]).tolist()
+        loss, stops, norm = torch.cat([self._loss_and_stop, norm[None]]).tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise Diverged
-        limit = self._stage.settings.clip_norm
-        if norm > limit:
-            self._gradients.mul_(limit / norm)
-        self._rounded.copy_(self._gradients)
-        self.optimizer.step(number, self._split(self._rounded))
-        return loss, asked > 0
+        clip_norm = self._stage.settings.clip_norm
+        if norm > clip_norm:
+            self._gradients.mul_(clip_norm / norm)
 
-    def align(self) -> bool:
-        """Give all processes the first one's weights and moments if they differ, as machines of several kinds may make
-        them: whether they did."""
+        self._rounded.copy_(self._gradients)
+        for parameter, gradient in zip(self._parameters, self._by_parameter(self._rounded)):
+            parameter.grad = gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._schedule.step()
+        return loss, stops > 0
+
+    def synchronise(self) -> bool:
+        """Give all processes the first one's weights and moments if they differ, and return whether they did.
+
+        Machines of several kinds may round differently.
+        """
         own = [float(parameter.detach().double().sum()) for parameter in self._parameters]
-        sums = self._compute.group.gather(own)
+        sums = self._compute.group.all_gather(own)
         if all(theirs == sums[0] for theirs in sums):
             return False
-        for tensor in (*self._parameters, *self.optimizer.moments()):
-            self._compute.group.copy(tensor.data)
+        moments = [self.optimizer.state[p][name] for name in ("exp_avg", "exp_avg_sq") for p in self._parameters]
+        for tensor in (*self._parameters, *moments):
+            self._compute.group.broadcast(tensor.data)
         return True
 
-    def _passes(self, number: int, parts: list[Part]) -> Iterable[tuple[Tensor, tuple[Tensor, ...]]]:
-        """Loss and gradients of every part, weighted by its share of the batch."""
+    def _losses_and_gradients(
+        self, step: int, micro_batches: list[MicroBatch]
+    ) -> Iterable[tuple[Tensor, tuple[Tensor, ...]]]:
+        """Run forward and backward for every micro-batch, weighted by its share of the batch."""
         if self._latent is None:
-            return self._compute.each(lambda part: self._pass(number, part), parts)
-        # The loss needs the mean code of the whole batch: all parts go half the way, and on when it is known.
-        halves = list(self._compute.each(lambda part: self._first_half(number, part), parts))
-        mean = torch.zeros(self._stage.code_length, device=self._compute.device, dtype=self._shared.dtype)
-        for part, (_, own) in zip(parts, halves):
-            mean += part.weight * own
-        self._compute.group.sum(mean)
-        latents = [latent if self._held else None for latent, _ in halves]
+            return self._compute.map_on_cores(lambda some: self._forward_backward(step, some), micro_batches)
+        # The loss depends on the mean code of the whole batch: all first halves come before any second half.
+        halves = list(self._compute.map_on_cores(lambda some: self._first_half(step, some), micro_batches))
+        mean = torch.zeros(self._stage.code_length, device=self._compute.device, dtype=self._reduced.dtype)
+        for some, (_, own) in zip(micro_batches, halves):
+            mean += some.share * own
+        self._compute.group.all_reduce(mean)
+        pairs = [(some, latent) for some, (latent, _) in zip(micro_batches, halves)]
         del halves
-        return self._compute.each(lambda pair: self._pass(number, *pair, mean.float()), list(zip(parts, latents)))
+        return self._compute.map_on_cores(lambda pair: self._forward_backward(step, *pair, mean.float()), pairs)
 
-    def _first_half(self, number: int, part: Part) -> tuple[Tensor | None, Tensor]:
-        with torch.set_grad_enabled(self._held), self._circumstances("first half", number, part):
-            latent = self._latent(part.examples)
-            return (latent if self._held else None), self._stage.mean_code(latent).detach()
+    def _first_half(self, step: int, some: MicroBatch) -> tuple[Tensor | None, Tensor]:
+        with torch.set_grad_enabled(self._keep_latents), self._forward_context("first half", step, some):
+            latent = self._latent(some.examples)
+            return (latent if self._keep_latents else None), self._stage.mean_code(latent).detach()
 
-    def _pass(
-        self, number: int, part: Part, latent: Tensor | None = None, mean: Tensor | None = None
+    def _forward_backward(
+        self, step: int, some: MicroBatch, latent: Tensor | None = None, mean: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        halfway = ()
+        latent_and_mean_code = ()
         if mean is not None:
             if latent is None:
-                with self._circumstances("first half", number, part):
-                    latent = self._latent(part.examples)
-            # Of the whole batch's mean this part's own share has the gradient.
-            halfway = latent, lambda own: own + (mean - own.detach())
-        with self._circumstances("loss", number, part):
-            loss = self._loss(part.examples, *halfway) * part.weight
+                with self._forward_context("first half", step, some):
+                    latent = self._latent(some.examples)
+            # The value is the whole batch's mean code; the gradient is that of this micro-batch's share in it.
+            latent_and_mean_code = latent, lambda own: own + (mean - own.detach())
+        with self._forward_context("loss", step, some):
+            loss = self._loss(some.examples, *latent_and_mean_code) * some.share
         return loss.detach(), torch.autograd.grad(loss, self._parameters)
 
     @contextmanager
-    def _circumstances(self, half: str, number: int, part: Part) -> Iterator[None]:
-        """Precision, and random numbers that follow from what they are for, in the thread that works on a part."""
-        seed = seed_of(self._seed, self._stage.name, half, number, part.number)
+    def _forward_context(self, half: str, step: int, some: MicroBatch) -> Iterator[None]:
+        """Set the precision and the random numbers of one half of one micro-batch, in the thread that works on it."""
+        seed = derive_seed(self._seed, self._stage.name, half, step, some.number)
         if self._compute.device.type == "cpu":
-            chance = torch.Generator().manual_seed(seed)
-        else:  # one thread takes the parts one after another, with torch's own
-            chance = None
+            generator = torch.Generator().manual_seed(seed)
+        else:  # one thread takes the micro-batches one after another, with torch's own generator
+            generator = None
             torch.manual_seed(seed)
-        with self._compute.autocast, use_generator(chance):
+        with self._compute.autocast, use_generator(generator):
             yield
 
-    def _split(self, flat: Tensor) -> list[Tensor]:
-        """A buffer as one view per parameter."""
+    def _by_parameter(self, flat: Tensor) -> list[Tensor]:
+        """View a buffer as one tensor per parameter."""
         sizes = [parameter.numel() for parameter in self._parameters]
         return [view.view_as(parameter) for view, parameter in zip(flat.split(sizes), self._parameters)]
 
 
-def seed_of(*parts: int | str) -> int:
-    """A seed below 2^56 that follows from all the parts."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")
+def derive_seed(*key: int | str) -> int:
+    """Derive a seed below 2^56 from all of a key."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "little")

@@ -1,86 +1,97 @@
-"""One process of a training, as the launcher starts it: `python -m kronos_qlib.train.worker FOLDER TOLD LAUNCHER`."""
+"""One process of a training, as our launcher starts it (`python -m kronos_qlib.train.worker`), or as torchrun does."""
 
 import json
 import logging
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from kronos_qlib.files import whole_file
 from kronos_qlib.nn.checkpoint import CheckpointError
-from kronos_qlib.train.distributed import Group, joined, own_device
+from kronos_qlib.train.distributed import Group, local_device, process_group
 from kronos_qlib.train.job import Job
-from kronos_qlib.train.metrics import METRICS, file_log
+from kronos_qlib.train.metrics import METRICS_FILE, file_log
 from kronos_qlib.train.signals import TrainingStopped
 
-FAILURE = "failure.json"
-# What running again would not mend. A process that meets one ends in peace, or the launcher would try again.
-FINAL = (CheckpointError, ValueError, FloatingPointError, FileNotFoundError, TimeoutError, OSError)
+FAILURE_FILE = "failure.json"
+# What running again would not mend. A process that meets one ends with status 0, or the launcher would try again.
+FINAL_ERRORS = (CheckpointError, ValueError, FloatingPointError, FileNotFoundError, TimeoutError, OSError)
 
 
-def main(folder: Path, told: Path, launcher: int) -> int:
-    """Take part in the job in `folder`: the exit status, 0 also where `told`/failure.json says why it failed."""
-    log_as_qlib_does()
+def main(job_folder: Path, outbox: Path, launcher: int) -> int:
+    """Run a saved job as one process of our launcher.
+
+    Args:
+        outbox: gets the metrics, and failure.json if the training failed and a restart would not mend it.
+        launcher: the process id of the launcher.
+
+    Returns:
+        The exit status: 0, also for a failure, or 128 + the number of the signal that stopped the training.
+    """
+    configure_logging()
     try:
-        with joined() as group:
-            group.once(lambda: (told / FAILURE).unlink(missing_ok=True))  # of a life before the launcher's restart
-            _loaded(folder, group).run(group, launcher, file_log(told / METRICS))
+        with process_group() as group:
+            group.run_on_first(lambda: (outbox / FAILURE_FILE).unlink(missing_ok=True))  # from before a restart
+            _load_job(job_folder, group).run(group, launcher, file_log(outbox / METRICS_FILE))
     except TrainingStopped as stopped:
         return 128 + stopped.signal
-    except FINAL as error:
-        tell(told, error)
+    except FINAL_ERRORS as error:
+        _write_failure(outbox, error)
     return 0
 
 
-def together(prepare: Callable[[], Path] | None = None, conclude: Callable[[], None] = lambda: None) -> tuple[int, str]:
-    """Take part in a training whose processes somebody else has started, on one machine or several.
+def run_under_torchrun(
+    prepare: Callable[[], Path] | None = None, conclude: Callable[[], None] = lambda: None
+) -> tuple[int, str]:
+    """Run a job as one of the processes that torchrun has started, on one machine or several.
 
     Args:
-        prepare: makes the job in a folder that all machines share, in the first process; the others wait for it.
-        conclude: what the first process does when all is trained.
+        prepare: saves the job to a folder that all machines share and returns it; called in the first process, while
+            the others, which give None, wait for it.
+        conclude: called in the first process when all is trained.
 
     Returns:
-        The exit status (0, 2 for an error that a restart would not mend, 128 + signal) and what is to be said.
+        The exit status (0, 2 for an error that a restart would not mend, 128 + signal) and its message.
     """
     launcher = os.getppid()
     if prepare is None:
-        log_as_qlib_does()
+        configure_logging()
     try:
-        with joined() as group:
-            _loaded(group.once(prepare), group).run(group, launcher)
-            if group.first:
+        with process_group() as group:
+            _load_job(group.run_on_first(prepare), group).run(group, launcher)
+            if group.is_first:
                 conclude()
     except TrainingStopped as stopped:
         return 128 + stopped.signal, str(stopped)
-    except FINAL as error:
+    except FINAL_ERRORS as error:
         return 2, str(error)
     return 0, ""
 
 
-def _loaded(folder: Path, group: Group) -> Job:
-    """The job on this process's own device; what is wrong in one process is raised in all: the first one says it."""
+def _load_job(folder: Path, group: Group) -> Job:
+    """Load the job for this process's own device; an error in one process is raised in all: the first reports it."""
     try:
         job, error = Job.load(folder), None
-        job.device = own_device(job.device)
-    except FINAL as failed:
+        job = replace(job, device=local_device(job.device))
+    except FINAL_ERRORS as failed:
         error = failed
-    for failed in group.gather(error):
+    for failed in group.all_gather(error):
         if failed is not None:
             raise failed
     return job
 
 
-def tell(folder: Path, error: Exception) -> None:
-    """Leave word of an error for the launcher."""
-    kind = next(kind for kind in FINAL if isinstance(error, kind))
+def _write_failure(outbox: Path, error: Exception) -> None:
+    kind = next(kind for kind in FINAL_ERRORS if isinstance(error, kind))
     message = error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else str(error)
-    with whole_file(folder / FAILURE) as draft:
+    with whole_file(outbox / FAILURE_FILE) as draft:
         draft.write_text(json.dumps({"kind": kind.__name__, "message": message}) + "\n")
 
 
-def log_as_qlib_does() -> None:
-    """Show this room's messages in the form of Qlib's own, which is not imported here: it takes memory and time."""
+def configure_logging() -> None:
+    """Log in the form of Qlib's own messages, without Qlib, whose import takes memory and time."""
     handler = logging.StreamHandler()
     form = (
         "[%(process)s:%(threadName)s](%(asctime)s) %(levelname)s - %(name)s - [%(filename)s:%(lineno)d] - %(message)s"
@@ -97,5 +108,5 @@ if __name__ == "__main__":
     logging.shutdown()
     sys.stdout.flush()
     # All is on disk. A thread of the process group that outlives the interpreter would abort the process ("terminate
-    # called without an active exception", seen once), and the launcher take it for one that died.
+    # called without an active exception", seen once), and the launcher would take it for one that died.
     os._exit(status)

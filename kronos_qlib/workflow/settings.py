@@ -4,10 +4,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from kronos_qlib.data.extra import ExtraData
 from kronos_qlib.data.factors import FACTORS
 from kronos_qlib.forecast.scores import SCORES
 from kronos_qlib.hardware.device import DTYPES
-from kronos_qlib.settings import Settings
+from kronos_qlib.settings import Settings, read_settings
 from kronos_qlib.train.settings import AutoOrCount, FinetuneSettings
 
 
@@ -15,6 +16,27 @@ def _network(value: Any) -> str | dict[str, Any]:
     if isinstance(value, (str, dict)) and value:
         return value
     raise ValueError("should be a hub id, a folder, a name of the zoo or a mapping of constructor arguments")
+
+
+def _extra_data(value: Any) -> list[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError("should be a list of mappings, each with the key 'instruments'")
+    return [
+        entry
+        if isinstance(entry, ExtraData)
+        else read_settings(ExtraData, f"entry {index}", dict(entry) if isinstance(entry, dict) else {"": entry})
+        for index, entry in enumerate(value)
+    ]
+
+
+class WorkflowFinetuneSettings(FinetuneSettings):
+    """The `finetune` mapping of a workflow: what a training knows, and what only Qlib and pandas can read.
+
+    extra_data: further universes or stores to train on, see `kronos_qlib.data.extra.ExtraData`; validation stays with
+        the dataset's own.
+    """
+
+    extra_data: Annotated[list[Any], BeforeValidator(_extra_data)] = []
 
 
 class ForecastSettings(Settings):
@@ -66,7 +88,7 @@ class ModelSettings(Settings):
     tokenizer: Annotated[Any, BeforeValidator(_network)]
     model: Annotated[Any, BeforeValidator(_network)]
     max_context: int = Field(default=512, ge=2)
-    finetune: Annotated[FinetuneSettings | None, Field(strict=False)] = None
+    finetune: Annotated[WorkflowFinetuneSettings | None, Field(strict=False)] = None
     forecast: Annotated[ForecastSettings, Field(strict=False)] = ForecastSettings()
     score: str = "mean_return"
     neutralise: list[str] = []
@@ -100,3 +122,9 @@ class ModelSettings(Settings):
         if self.score == "return_to_risk" and self.forecast.sample_count < 2:
             raise ValueError("score return_to_risk needs forecast.sample_count of 2 or more: one sample has no spread")
         return self
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        """Restore a pickle; in older ones `finetune` is the training's class, with extra_data among its attributes."""
+        super().__setstate__(state)
+        if type(self.finetune) is FinetuneSettings:
+            self.finetune = WorkflowFinetuneSettings.model_construct(**vars(self.finetune))

@@ -14,9 +14,9 @@ from kronos_qlib.data.windows import COLUMNS, Windows
 from kronos_qlib.evaluation.training_report import write_report
 from kronos_qlib.hardware.device import process_count, resolve_device, resolve_dtype
 from kronos_qlib.nn import Kronos, KronosTokenizer
-from kronos_qlib.train import FinetuneSettings, Job
+from kronos_qlib.train import Job
 from kronos_qlib.train.adapters import check_freeze, require_peft
-from kronos_qlib.train.batches import recency
+from kronos_qlib.train.batches import recency_weights
 from kronos_qlib.train.job import EXTRA_DATA, STAGES
 from kronos_qlib.train.launch import launch
 from kronos_qlib.train.loop import evenly_spaced
@@ -28,7 +28,7 @@ from kronos_qlib.workflow.recording import (
     record_metrics,
     warn_of_pretraining_overlap,
 )
-from kronos_qlib.workflow.settings import ModelSettings
+from kronos_qlib.workflow.settings import ModelSettings, WorkflowFinetuneSettings
 
 logger = get_module_logger("KronosModel")
 REPORT_WINDOWS = 1000  # of the validation segment, on which the report at the end of a training is made
@@ -96,7 +96,7 @@ def training_job(
         seed=settings.seed,
         device=device,
         dtype=resolve_dtype(settings.dtype, device),
-        weights=_draw_weights(train, finetune, reweighter),
+        draw_weights=_draw_weights(train, finetune, reweighter),
         recorder=active_recorder(),
     )
 
@@ -143,11 +143,13 @@ def _warn_of_seen_dates(test: Windows, **trained: Windows) -> None:
             )
 
 
-def _draw_weights(windows: Windows, settings: FinetuneSettings, reweighter: Reweighter | None) -> np.ndarray | None:
+def _draw_weights(
+    windows: Windows, settings: WorkflowFinetuneSettings, reweighter: Reweighter | None
+) -> np.ndarray | None:
     """How often each training window is to be drawn, float `[W]`, or None if all alike."""
     weights = None
     if settings.half_life_days is not None:
-        weights = recency(windows.dates, settings.half_life_days)
+        weights = recency_weights(windows.dates, settings.half_life_days)
     stages = {name: stage for name in STAGES if (stage := getattr(settings, name)) is not None}
     if reweighter is not None:
         if any(stage.windows_per_epoch is None for stage in stages.values()):

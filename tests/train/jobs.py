@@ -21,7 +21,9 @@ DROPOUT = {"ffn_dropout_p": 0.1, "attn_dropout_p": 0.1, "resid_dropout_p": 0.1}
 STEPS = 40  # of a stage with these settings: 20 an epoch
 
 
-def job(folder, tokenizer=STAGE, predictor=STAGE, windows=WINDOWS, weights=None, seed=1, **settings):
+def job(
+    folder, tokenizer=STAGE, predictor=STAGE, windows=WINDOWS, draw_weights=None, seed=1, recorder=None, **settings
+):
     """New networks with dropout, and what to do with them; a stage's mapping is laid over STAGE, None skips it."""
     torch.manual_seed(0)
     settings = {
@@ -40,7 +42,8 @@ def job(folder, tokenizer=STAGE, predictor=STAGE, windows=WINDOWS, weights=None,
         seed=seed,
         device=CPU,
         dtype=torch.float32,
-        weights=weights,
+        draw_weights=draw_weights,
+        recorder=recorder,
     )
 
 

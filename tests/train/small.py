@@ -10,7 +10,7 @@ from kronos_qlib import Kronos, KronosTokenizer
 from kronos_qlib.data.stamps import stamps
 from kronos_qlib.data.windows import Bars, Windows
 from kronos_qlib.nn import zoo
-from kronos_qlib.train import PredictorStage, TokenizerStage, train_stage
+from kronos_qlib.train import PredictorStage, StageSpecification, TokenizerStage, train_stage
 from kronos_qlib.train.settings import PredictorSettings, TokenizerSettings
 
 LOOKBACK, FUTURE = 20, 5
@@ -73,8 +73,12 @@ def predictor_stage(**settings):
     return PredictorStage(network, tokenizer, PredictorSettings(**SETTINGS | settings))
 
 
-def run(stage, folder, **options):
-    return train_stage(stage, TRAIN, VALID, folder, **({"seed": 1, "device": CPU, "checkpoint_every": 4} | options))
+def specify(stage, **options):
+    return StageSpecification(stage, TRAIN, VALID, **({"seed": 1, "device": CPU, "checkpoint_every": 4} | options))
+
+
+def run(stage, folder, log=lambda metrics, step: None, **options):
+    return train_stage(specify(stage, **options), folder, log=log)
 
 
 def history(folder):

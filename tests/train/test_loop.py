@@ -15,20 +15,20 @@ from small import (
 )
 
 from kronos_qlib import KronosTokenizer
-from kronos_qlib.train.batches import Plan, gather
+from kronos_qlib.train.batches import BatchSampler, load_examples
 from kronos_qlib.train.distributed import Compute
-from kronos_qlib.train.loop import judge
+from kronos_qlib.train.loop import validate
 from kronos_qlib.train.metrics import HISTORY_COLUMNS
 
 COMPUTE = Compute(CPU)
-PARTS = 4  # of a batch, on a machine with up to four cores
+MICRO_BATCHES = 4  # of a batch, on a machine with up to four cores
 STAGES = pytest.mark.parametrize("make", [tokenizer_stage, predictor_stage])
 
 
 @STAGES
 def test_a_stage_learns_and_ends_with_its_best_weights(make, tmp_path):
     stage = make()
-    before = judge(stage, VALID, COMPUTE)["val_loss"]
+    before = validate(stage, VALID, COMPUTE)["val_loss"]
     best = run(stage, tmp_path)
     rows = history(tmp_path)
     assert list(rows[0]) == HISTORY_COLUMNS
@@ -76,7 +76,7 @@ def test_a_killed_training_resumes_bitwise(make, tmp_path, steps):
 
     def loss_until_killed(examples, *halfway):
         done.append(1)
-        if len(done) > steps * PARTS:
+        if len(done) > steps * MICRO_BATCHES:
             raise Killed
         return learn(examples, *halfway)
 
@@ -116,9 +116,9 @@ def test_only_the_last_two_checkpoints_are_kept(tmp_path):
 
 def test_stage_two_leaves_the_tokenizer_alone(tmp_path):
     stage = predictor_stage()
-    before = {name: tensor.clone() for name, tensor in stage.tokenizer.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in stage.frozen_tokenizer.state_dict().items()}
     run(stage, tmp_path)
-    assert_same_weights(before, stage.tokenizer.state_dict())
+    assert_same_weights(before, stage.frozen_tokenizer.state_dict())
 
 
 @STAGES
@@ -126,8 +126,11 @@ def test_validation_counts_every_window_once(make):
     stage = make()
     stage.network.eval()
     with torch.no_grad():
-        one_by_one = [stage.judge(gather(VALID, np.array([row])))["val_loss"].item() for row in range(len(VALID))]
-    assert judge(stage, VALID, COMPUTE)["val_loss"] == pytest.approx(np.mean(one_by_one), rel=1e-5)
+        one_by_one = [
+            stage.validation_metrics(load_examples(VALID, np.array([row])))["val_loss"].item()
+            for row in range(len(VALID))
+        ]
+    assert validate(stage, VALID, COMPUTE)["val_loss"] == pytest.approx(np.mean(one_by_one), rel=1e-5)
 
 
 def test_validation_of_stage_two_is_causal():
@@ -136,7 +139,7 @@ def test_validation_of_stage_two_is_causal():
     batch = VALID.normalised(np.arange(8))
     x, stamp = torch.from_numpy(batch.x), torch.from_numpy(batch.stamp)
     stage.network.eval()
-    s1, s2 = stage.tokenizer.encode(x, half=True)
+    s1, s2 = stage.frozen_tokenizer.encode(x, half=True)
     seen = stage.network(s1[:, :-1], s2[:, :-1], stamp[:, :-1], True, s1[:, 1:])
     cut = 10
     short = stage.network(s1[:, :cut], s2[:, :cut], stamp[:, :cut], True, s1[:, 1 : cut + 1])
@@ -152,18 +155,18 @@ def test_sampled_and_teacher_forced_queries_train_differently(tmp_path):
 
 
 def test_an_epoch_takes_windows_without_replacement_and_every_epoch_others():
-    plan = Plan(size=100, per_epoch=60, batch_size=7, epochs=2, seed=3)
-    steps = list(plan.after(0))
-    assert [step.number for step in steps] == list(range(plan.steps)) == list(range(18))
+    sampler = BatchSampler(n_windows=100, windows_per_epoch=60, batch_size=7, epochs=2, seed=3)
+    steps = list(sampler.batches())
+    assert [step.step for step in steps] == list(range(sampler.steps)) == list(range(18))
     first, second = (np.concatenate([step.rows for step in steps if step.epoch == number]) for number in (0, 1))
     assert len(first) == len(set(first)) == 60
     assert set(first) != set(second)
     for done in (4, 9, 13):
-        rest = list(plan.after(done))
+        rest = list(sampler.batches(done))
         np.testing.assert_array_equal(
             np.concatenate([step.rows for step in rest]), np.concatenate([step.rows for step in steps[done:]])
         )
-        assert plan.windows(done) == sum(len(step.rows) for step in steps[:done])
+        assert sampler.windows_drawn(done) == sum(len(step.rows) for step in steps[:done])
 
 
 def test_a_learning_rate_that_lets_the_training_diverge_stops_it_with_the_last_checkpoint_kept(tmp_path):
@@ -182,7 +185,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_windows(tmp_path):
     def diverge(examples, *halfway):
         if len(examples.stamp) > 2:  # a step's, not one by which the memory is estimated
             done.append(1)
-        return learn(examples, *halfway) * (torch.nan if len(done) == 6 * PARTS else 1)
+        return learn(examples, *halfway) * (torch.nan if len(done) == 6 * MICRO_BATCHES else 1)
 
     stage.loss = diverge
     with pytest.raises(
@@ -205,7 +208,7 @@ def test_bfloat16_trains_float32_weights(make, tmp_path):
     stage = make()
     best = run(stage, tmp_path, dtype=torch.bfloat16)
     assert np.isfinite(best["val_loss"])
-    assert best["val_loss"] < judge(make(), VALID, COMPUTE)["val_loss"]
+    assert best["val_loss"] < validate(make(), VALID, COMPUTE)["val_loss"]
     assert {tensor.dtype for tensor in stage.network.parameters()} == {torch.float32}
 
 

@@ -1,4 +1,4 @@
-"""What a step adds up from its parts, which windows are drawn how often, and trainings of a part of a network."""
+"""What a step adds up from its micro-batches, which windows are drawn how often, and trainings of a part of a network."""
 
 import os
 import shutil
@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from jobs import job
-from small import CPU, TRAIN, assert_same_weights, history, predictor_stage, run, tokenizer_stage, weights
+from small import CPU, TRAIN, assert_same_weights, history, predictor_stage, run, specify, tokenizer_stage, weights
 
 from kronos_qlib.train.adapters import has_lora
-from kronos_qlib.train.batches import Feed, Plan, recency, share_of
+from kronos_qlib.train.batches import BatchLoader, BatchSampler, recency_weights, shard
 from kronos_qlib.train.distributed import Compute, Group
-from kronos_qlib.train.memory_estimate import part_size
-from kronos_qlib.train.step import Learner
+from kronos_qlib.train.memory_estimate import estimate_micro_batch_size
+from kronos_qlib.train.step import TrainingStep
 
 MAKERS = pytest.mark.parametrize("make", [tokenizer_stage, predictor_stage])
 
@@ -30,22 +30,26 @@ def without_dropout(make):
     return stage
 
 
+def first_batch(stage, size):
+    sampler = BatchSampler.from_specification(specify(stage))
+    return sampler, next(BatchLoader(TRAIN, sampler, size, Compute(CPU)).batches())[1]
+
+
 def one_step(stage, size):
-    """Loss and gradients of the first step in parts of `size` windows, and its examples as one part."""
-    compute, plan = Compute(CPU), Plan.of(stage.settings, len(TRAIN), 1)
-    learner = Learner(stage, plan.steps, 1, compute)
-    step, parts = next(Feed(TRAIN, plan, size, compute).after(0))
-    loss, _ = learner.step(0, parts)
-    return loss, torch.cat([g.flatten() for g in learner._split(learner._gradients)]), parts
+    """Loss and gradients of the first step in micro-batches of `size` windows."""
+    sampler, micro_batches = first_batch(stage, size)
+    step = TrainingStep(stage, sampler.steps, 1, Compute(CPU))
+    loss, _ = step.take(0, micro_batches)
+    return loss, step._gradients.clone()
 
 
 @MAKERS
 @pytest.mark.parametrize("size", [1, 5, 16])
-def test_the_sum_over_parts_is_the_gradient_of_the_whole_batch(make, size):
+def test_the_sum_over_micro_batches_is_the_gradient_of_the_whole_batch(make, size):
     make = without_dropout(make)
-    loss, gradients, _ = one_step(make(clip_norm=1e9), size)
+    loss, gradients = one_step(make(clip_norm=1e9), size)
     plain = make(clip_norm=1e9)
-    _, [whole] = next(Feed(TRAIN, Plan.of(plain.settings, len(TRAIN), 1), 32, Compute(CPU)).after(0))
+    _, [whole] = first_batch(plain, 32)
     plain.network.train()
     expected = plain.loss(whole.examples)
     expected.backward()
@@ -56,7 +60,7 @@ def test_the_sum_over_parts_is_the_gradient_of_the_whole_batch(make, size):
 
 
 @MAKERS
-def test_one_part_and_many_train_alike(make, tmp_path):
+def test_one_micro_batch_and_many_train_alike(make, tmp_path):
     stages = {size: without_dropout(make)(epochs=1, windows_per_epoch=150) for size in (32, 3)}
     for size, stage in stages.items():
         run(stage, tmp_path / str(size), micro_batch_size=size)
@@ -66,53 +70,53 @@ def test_one_part_and_many_train_alike(make, tmp_path):
         torch.testing.assert_close(tensor, weights(stages[3])[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_processes_share_all_parts_each_once():
-    for parts in range(7):
+def test_processes_share_all_micro_batches_each_once():
+    for count in range(7):
         for size in range(1, 6):
-            shares = [list(share_of(parts, rank, size)) for rank in range(size)]
-            assert sum(shares, []) == list(range(parts))
+            shares = [list(shard(count, rank, size)) for rank in range(size)]
+            assert sum(shares, []) == list(range(count))
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_recent_windows_are_drawn_more_often_and_none_twice():
     dates = np.datetime64("2020-01-01") + np.arange(1000)
-    chances = recency(dates, half_life_days=200)
+    chances = recency_weights(dates, half_life_days=200)
     assert chances[-1] == 1 and chances[-201] == pytest.approx(0.5) and chances[-401] == pytest.approx(0.25)
-    plan = Plan(size=1000, per_epoch=50, batch_size=50, epochs=400, seed=3, weights=chances)
+    sampler = BatchSampler(1000, windows_per_epoch=50, batch_size=50, epochs=400, seed=3, draw_weights=chances)
     drawn = np.zeros(1000)
-    for step in plan.after(0):
+    for step in sampler.batches():
         assert len(set(step.rows)) == 50
         drawn[step.rows] += 1
     blocks = drawn.reshape(5, 200).sum(1)  # each a half-life: all windows, 20,000 draws
     expected = 20_000 * chances.reshape(5, 200).sum(1) / chances.sum()
     assert np.all(np.diff(blocks) > 0)
     np.testing.assert_allclose(blocks, expected, rtol=0.15)  # without replacement evens out a little
-    again = Plan(size=1000, per_epoch=50, batch_size=50, epochs=400, seed=3, weights=chances)
-    np.testing.assert_array_equal(next(again.after(7)).rows, list(plan.after(7))[0].rows)
+    again = BatchSampler(1000, windows_per_epoch=50, batch_size=50, epochs=400, seed=3, draw_weights=chances)
+    np.testing.assert_array_equal(next(again.batches(7)).rows, list(sampler.batches(7))[0].rows)
 
 
 def test_the_oldest_windows_are_still_drawn_by_chance():
     dates = np.datetime64("2020-01-01") + np.arange(3000)
-    chances = recency(dates, half_life_days=1)  # a half to the power of 2999 is 0 in float64
+    chances = recency_weights(dates, half_life_days=1)  # a half to the power of 2999 is 0 in float64
     assert (chances > 0).all()
-    orders = [next(Plan(3000, 2999, 2999, 1, seed, chances).after(0)).rows for seed in (1, 2)]
+    orders = [next(BatchSampler(3000, 2999, 2999, 1, seed, chances).batches()).rows for seed in (1, 2)]
     oldest = [order[-500:] for order in orders]
     assert not np.array_equal(oldest[0], np.sort(oldest[0])) and not np.array_equal(*oldest)
 
 
-def test_parts_do_not_hang_on_the_number_of_processes():
-    sizes = {part_size(50, 10**6, Compute(CPU, group=Group(0, count))) for count in (1, 2, 8, 64)}
+def test_micro_batches_do_not_depend_on_the_number_of_processes():
+    sizes = {estimate_micro_batch_size(50, 10**6, Compute(CPU, group=Group(0, count))) for count in (1, 2, 8, 64)}
     assert len(sizes) == 1
 
 
 def test_weights_of_windows_reach_the_training_and_are_part_of_what_it_is(tmp_path):
     short = {"epochs": 1, "windows_per_epoch": 16}
     old = np.where(TRAIN.dates < np.median(TRAIN.dates.astype(np.int64)).astype("M8[ns]"), 1.0, 1e-9)
-    job(tmp_path / "old", short, None, weights=old).run()
+    job(tmp_path / "old", short, None, draw_weights=old).run()
     job(tmp_path / "all", short, None).run()
     assert history(tmp_path / "old" / "tokenizer") != history(tmp_path / "all" / "tokenizer")
     with pytest.raises(ValueError, match="window weights"):
-        job(tmp_path / "old", short, None, weights=old[::-1].copy()).run()
+        job(tmp_path / "old", short, None, draw_weights=old[::-1].copy()).run()
 
 
 def test_patience_ends_a_training_early_and_then_it_is_only_read(tmp_path):
@@ -176,6 +180,6 @@ def test_a_compiled_training_agrees_within_rounding(tmp_path):
     settings = {"epochs": 1, "windows_per_epoch": 96, "s1_query": "teacher_forced", "log_every": 1}
     make = without_dropout(predictor_stage)
     run(make(**settings), tmp_path / "plain", micro_batch_size=32)
-    run(make(**settings), tmp_path / "compiled", micro_batch_size=32, compiled=True)
+    run(make(**settings), tmp_path / "compiled", micro_batch_size=32, compile=True)
     for one, other in zip(history(tmp_path / "plain"), history(tmp_path / "compiled"), strict=True):
         assert float(one["train_loss"]) == pytest.approx(float(other["train_loss"]), rel=1e-3)

@@ -11,16 +11,19 @@ from small import TRAIN, VALID
 
 from kronos_qlib.nn import KronosTokenizer
 from kronos_qlib.train import Job
-from kronos_qlib.train.batches import Plan
+from kronos_qlib.train.batches import BatchSampler
 from kronos_qlib.train.launch import launch
 
-# Batches of 2 parts in stage 1 and of 4 in stage 2, whose last batch has 2 windows, so 1 part; 38 windows to be judged
-# are 2 shards of 16 and one of 6. Four processes are more than there is work for.
+# Batches of 2 micro-batches in stage 1 and of 4 in stage 2, whose last batch has 2 windows, so 1 micro-batch; 38 windows
+# to validate on are 2 batches of 16 and one of 6. Four processes are more than there is work for.
 UNEVEN = {
     "micro_batch_size": 3,
     "tokenizer": {"epochs": 2, "batch_size": 6, "windows_per_epoch": 58, "valid_windows": 38, "log_every": 3},
     "predictor": {"epochs": 2, "batch_size": 10, "windows_per_epoch": 72, "valid_windows": 38, "log_every": 3},
 }
+
+
+RECORDER = {"uri": "sqlite:///nowhere.db", "run_id": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +59,18 @@ def test_the_steps_that_are_compared_have_learned_something(alone):
 
 def test_a_job_comes_back_from_disk_as_it_was(tmp_path):
     lora = {"lora": {"rank": 2, "targets": ["q_proj"]}, "windows_per_epoch": 10}
-    saved = job(tmp_path / "out", predictor=lora, weights=np.linspace(0.1, 1, len(TRAIN)), half_life_days=9.0)
-    saved.recorder = {"uri": "sqlite:///nowhere.db", "run_id": "1"}
+    saved = job(
+        tmp_path / "out",
+        predictor=lora,
+        draw_weights=np.linspace(0.1, 1, len(TRAIN)),
+        half_life_days=9.0,
+        recorder=RECORDER,
+    )
     saved.save(tmp_path / "job")
     loaded = Job.load(tmp_path / "job")
     for name in ("settings", "folder", "seed", "device", "dtype", "recorder"):
         assert getattr(loaded, name) == getattr(saved, name), name
-    np.testing.assert_array_equal(loaded.weights, saved.weights)
+    np.testing.assert_array_equal(loaded.draw_weights, saved.draw_weights)
     for ours, theirs in ((saved.train, loaded.train), (saved.valid, loaded.valid)):
         np.testing.assert_array_equal(ours.keys, theirs.keys)
         np.testing.assert_array_equal(ours.bars.values, theirs.bars.values)
@@ -89,14 +97,15 @@ def test_bars_that_are_not_finite_end_the_training_and_are_named(tmp_path):
     windows = replace(TRAIN, bars=bars), replace(VALID, bars=bars)
     broken = job(tmp_path, {"epochs": 1}, None, windows, checkpoint_every=1)
     hit = lambda rows: any(0 <= bars.offsets[2] + 4 - (windows[0].ends[row] - 19) < 25 for row in rows)  # noqa: E731
-    step = next(step for step in Plan.of(broken.settings.tokenizer, len(TRAIN), 1).after(0) if hit(step.rows))
-    assert step.number > 0
+    specification = next(broken.specifications())
+    batch = next(b for b in BatchSampler.from_specification(specification).batches() if hit(b.rows))
+    assert batch.step > 0
     with pytest.raises(
-        FloatingPointError, match=f"tokenizer: the loss .* at step {step.number + 1}; its batch has 8 win"
+        FloatingPointError, match=f"tokenizer: the loss .* at step {batch.step + 1}; its batch has 8 win"
     ):
         launch(broken, 2)
     with (tmp_path / "tokenizer" / "diverged.csv").open(newline="") as file:
         named = [(row["instrument"], np.datetime64(row["datetime"])) for row in csv.DictReader(file)]
-    assert named == list(zip(TRAIN.instruments[step.rows], TRAIN.dates[step.rows]))
-    assert checkpoints(tmp_path, "tokenizer")[-1] == step.number
-    KronosTokenizer.from_pretrained(tmp_path / "tokenizer" / "checkpoints" / f"step-{step.number:08d}")  # refuses NaN
+    assert named == list(zip(TRAIN.instruments[batch.rows], TRAIN.dates[batch.rows]))
+    assert checkpoints(tmp_path, "tokenizer")[-1] == batch.step
+    KronosTokenizer.from_pretrained(tmp_path / "tokenizer" / "checkpoints" / f"step-{batch.step:08d}")  # refuses NaN

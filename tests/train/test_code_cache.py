@@ -29,9 +29,9 @@ def test_codes_are_those_of_the_tokenizer(tmp_path, monkeypatch):
     monkeypatch.setattr(codes, "CHUNK", 150)
     stage = predictor_stage()
     rows = np.array([399, 0, 151, 149, 150])
-    taken = codes.encode_windows(tmp_path, stage.tokenizer, TRAIN, Compute(CPU)).take(rows)
+    taken = codes.encode_windows(tmp_path, stage.frozen_tokenizer, TRAIN, Compute(CPU)).take(rows)
     with torch.no_grad():
-        s1, s2 = stage.tokenizer.encode(torch.from_numpy(TRAIN.normalised(rows).x), half=True)
+        s1, s2 = stage.frozen_tokenizer.encode(torch.from_numpy(TRAIN.normalised(rows).x), half=True)
     np.testing.assert_array_equal(taken, torch.stack([s1, s2], -1))
     assert len(np.unique(taken)) > 4
 
@@ -39,7 +39,7 @@ def test_codes_are_those_of_the_tokenizer(tmp_path, monkeypatch):
 def test_a_killed_encoding_goes_on_after_the_last_whole_file(tmp_path, monkeypatch):
     monkeypatch.setattr(codes, "CHUNK", 150)
     killed, resumed, whole = (predictor_stage(cache_codes=True, epochs=1) for _ in range(3))
-    encode, batches = killed.tokenizer.encode, []
+    encode, batches = killed.frozen_tokenizer.encode, []
 
     def encode_until_killed(x, half):
         batches.append(len(x))
@@ -47,7 +47,7 @@ def test_a_killed_encoding_goes_on_after_the_last_whole_file(tmp_path, monkeypat
             raise Killed
         return encode(x, half=half)
 
-    killed.tokenizer.encode = encode_until_killed
+    killed.frozen_tokenizer.encode = encode_until_killed
     with pytest.raises(Killed):
         run(killed, tmp_path / "killed")
     [first] = (tmp_path / "killed" / "codes").glob("*/*.npy")
@@ -67,5 +67,5 @@ def test_a_request_to_stop_is_heeded_within_a_file(tmp_path):
         asked.append(1)
         return len(asked) == 2
 
-    assert codes.encode_windows(tmp_path, stage.tokenizer, TRAIN, Compute(CPU), stopped) is None
+    assert codes.encode_windows(tmp_path, stage.frozen_tokenizer, TRAIN, Compute(CPU), stopped) is None
     assert len(asked) == 2 and not [*tmp_path.iterdir()]  # of seven times 64 windows in one file
