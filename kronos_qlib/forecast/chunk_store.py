@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kronos_qlib.files import whole_file
@@ -18,6 +19,7 @@ from kronos_qlib.forecast.task import DIGEST_BYTES, Task
 
 logger = logging.getLogger("qlib.KronosForecast")
 SETTINGS = "forecast.json"
+WINDOW = "datetime", "instrument"  # the columns that name a window
 DRAFT_SECONDS = 3600  # an unfinished file that is older has no writer any more
 
 
@@ -127,6 +129,32 @@ class Store:
     def _discard(self, path: Path, why: str) -> None:
         logger.warning(f"{path} is damaged ({why}): its windows are computed anew")
         path.unlink(missing_ok=True)
+
+
+def read_forecasts(folder: Path, dates: np.ndarray) -> pa.Table:
+    """Read the stored forecasts of some score dates.
+
+    Args:
+        folder: `cache_dir`/<digest of a task>.
+        dates: datetime64 or what numpy converts to it.
+
+    Returns:
+        The columns of a forecast without `digest` and `paths`, sorted by datetime and instrument, each window once. Of
+        a window that was stored before and after one of its bars was corrected, what was stored last.
+
+    Raises:
+        FileNotFoundError: the folder holds no forecasts. OSError, pyarrow.ArrowException: they cannot be read.
+    """
+    chunks = sorted(folder.glob("chunk-*.parquet"), key=lambda path: (-path.stat().st_mtime_ns, path.name))
+    if not chunks:
+        raise FileNotFoundError(f"{folder} holds no stored forecasts (no chunk-*.parquet)")
+    wanted = pc.field("datetime").isin(pa.array(np.asarray(dates, "datetime64[ns]")))
+    stored = pq.ParquetDataset(chunks, filters=wanted, page_checksum_verification=True)
+    table = stored.read([name for name in stored.schema.names if name not in ("digest", "paths")])
+    table = table.sort_by([(name, "ascending") for name in WINDOW])  # stable: the newest of a window comes first
+    first = np.ones(len(table), bool)
+    first[1:] = np.any([pc.not_equal(table[name][1:], table[name][:-1]).to_numpy() for name in WINDOW], axis=0)
+    return table.filter(pa.array(first))
 
 
 def _digests(table: pa.Table) -> np.ndarray:

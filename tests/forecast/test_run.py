@@ -7,6 +7,8 @@ import time
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tasks
@@ -299,3 +301,27 @@ def test_what_a_process_cannot_do_is_said_in_its_words(tmp_path, monkeypatch):
     broken = replace(task, sampling=task.sampling, max_context=2)  # below the horizon: refused by generation
     with pytest.raises(RuntimeError, match="pred_len .3. must be below max_context .2."):
         run(broken, tmp_path, processes=2)
+
+
+def test_stored_forecasts_are_read_by_date_each_window_once_and_as_it_was_stored_last(tmp_path):
+    task = make_task(make_windows(last=40), paths=True)
+    before, _ = run(task, tmp_path)
+    changed = make_task(with_bar_changed(make_windows(last=40), instrument=2, day=39), paths=True)
+    values, _ = run(changed, tmp_path)
+    assert (values["last_close"] != before["last_close"]).any()
+    dates = np.unique(task.windows.dates)[[20, 3]]
+    table = stores.read_forecasts(tmp_path / task.digest, dates.astype("datetime64[D]"))
+    assert table.column_names == ["datetime", "instrument", *COLUMNS]
+    assert table["datetime"].to_pylist() == [*map(pd.Timestamp, np.repeat(np.sort(dates), len(NAMES)))]
+    assert table["instrument"].to_pylist() == [*NAMES, *NAMES]
+    wanted = np.isin(task.windows.dates, dates)  # the task's own order is by date and instrument
+    assert_same({name: table[name].to_numpy() for name in COLUMNS}, {name: values[name][wanted] for name in COLUMNS})
+    assert len(stores.read_forecasts(tmp_path / task.digest, np.array(["1999-12-31"]))) == 0
+
+
+def test_a_folder_without_forecasts_is_named_and_a_damaged_one_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} holds no stored forecasts"):
+        stores.read_forecasts(tmp_path, np.array([], "datetime64[ns]"))
+    (tmp_path / "chunk-1.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises((OSError, pa.ArrowException)):
+        stores.read_forecasts(tmp_path, np.array([], "datetime64[ns]"))
