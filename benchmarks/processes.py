@@ -75,7 +75,7 @@ def main() -> None:
             ended.set()
             watcher.join()
         with Compute.on(torch.device("cpu"), torch.float32) as compute:
-            state = max(bytes_of_state(stage, compute) for stage in model.job(dataset, scratch=Path(folder)).stages())
+            state = max(bytes_of_state(stage, compute) for stage in model.job(dataset, extra_dir=Path(folder)).stages())
         os.chdir(Path(folder).parent)
 
     for number, (_pid, sizes) in enumerate(sorted(largest.items())):

@@ -183,3 +183,8 @@ class KLineDataset(DatasetH):
                 f"valid bars behind them there: {', '.join(names)}{', …' if len(codes) > 5 else ''}",
                 stacklevel=4,
             )
+
+
+def window_index(windows: Windows) -> pd.MultiIndex:
+    """Return the windows' (datetime, instrument), by which those of a dataset are sorted."""
+    return pd.MultiIndex.from_arrays([windows.dates, windows.instruments], names=["datetime", "instrument"])

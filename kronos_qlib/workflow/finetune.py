@@ -93,7 +93,7 @@ class Finetuning:
     def foretell(self) -> str:
         """What `run` would do, in words; nothing is trained and nothing is written."""
         with tempfile.TemporaryDirectory() as scratch:
-            job = self.model.job(self.dataset, self.reweighter, Path(scratch))
+            job = self.model.job(self.dataset, self.reweighter, extra_dir=Path(scratch))
             return "\n".join(self._told(job))
 
     def _told(self, job: Job) -> list[str]:

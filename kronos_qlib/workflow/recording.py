@@ -1,4 +1,4 @@
-"""What a run records of itself: settings, data range, versions, and whether its test period was seen before."""
+"""Record what a run is: settings, data range, versions, and whether its test period was seen before."""
 
 import json
 import platform
@@ -12,21 +12,28 @@ import numpy as np
 import pandas as pd
 import torch
 from qlib.config import C
+from qlib.log import get_module_logger
 from qlib.workflow import R
 from qlib.workflow.recorder import Recorder
 
 from kronos_qlib.data.dataset import KLineDataset
 from kronos_qlib.data.demo_market import is_synthetic
+from kronos_qlib.data.windows import Windows
 from kronos_qlib.nn import zoo
 from kronos_qlib.nn.checkpoint import HubModule
 from kronos_qlib.workflow.settings import ModelSettings
 
 PACKAGES = ("kronos-qlib", "pyqlib", "torch", "numpy", "pandas", "mlflow", "safetensors", "huggingface_hub")
 RECORD = "kronos_run.json"
+logger = get_module_logger("KronosModel")
+_recorded: dict[str, str] = {}  # by recorder id, what its kronos_run.json holds; of this process
 
 
 def record_run(settings: ModelSettings, dataset: KLineDataset) -> None:
-    """Store settings, data range, package versions and machine as kronos_run.json in the active recorder, if any."""
+    """Save settings, data range, package versions and machine as kronos_run.json in the active recorder, if any.
+
+    A recorder that holds the very same already is left as it is: training, scoring and evaluating are one run.
+    """
     if not _recording():
         return
     handler = dataset.handler
@@ -51,10 +58,14 @@ def record_run(settings: ModelSettings, dataset: KLineDataset) -> None:
             "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
     }
+    recorder, content = R.get_recorder(), json.dumps(run, indent=2, default=str) + "\n"
+    if _recorded.get(recorder.id) == content:
+        return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / RECORD
-        path.write_text(json.dumps(run, indent=2, default=str) + "\n")
-        R.get_recorder().save_objects(local_path=str(path))
+        path.write_text(content)
+        recorder.save_objects(local_path=str(path))
+    _recorded[recorder.id] = content
 
 
 def record_metrics(metrics: dict[str, float], step: int | None) -> None:
@@ -71,12 +82,12 @@ def record_files(paths: Iterable[Path]) -> None:
 
 
 def active_recorder() -> dict[str, str] | None:
-    """The MLflow store and the run of the active recorder, by which another process can log to it; None without one."""
+    """Return the MLflow store and run of the active recorder, for other processes to log to; None without one."""
     return {"uri": R.get_uri(), "run_id": R.get_recorder().id} if _recording() else None
 
 
 def end_as_failed() -> None:
-    """End the active recorder as failed: a run that was stopped must not pass for a finished one."""
+    """End the active recorder as failed, so that a run that was stopped does not pass for a finished one."""
     if _recording():
         R.end_exp(recorder_status=Recorder.STATUS_FA)
 
@@ -87,8 +98,16 @@ def record_tags(tags: dict[str, str]) -> None:
         R.set_tags(**tags)
 
 
+def warn_of_pretraining_overlap(tokenizer: HubModule, model: HubModule, windows: Windows) -> None:
+    """Warn, and tag the recorder, if scores of these windows fall into the pre-training data of a checkpoint."""
+    overlap = pretraining_overlap(tokenizer, model, windows.dates.min())
+    if overlap:
+        logger.warning(f"KronosModel: {overlap}")
+        record_tags({"pretraining_overlap": overlap})
+
+
 def pretraining_overlap(tokenizer: HubModule, model: HubModule, first: np.datetime64) -> str | None:
-    """A warning if scores from `first` on fall into the pre-training data of a published checkpoint, else None.
+    """Return a warning if scores from `first` on fall into the pre-training data of a published checkpoint, else None.
 
     A loaded network of a published shape counts as that checkpoint or a descendant of it.
     """
@@ -121,7 +140,7 @@ def _shape(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _recording() -> bool:
-    """Whether a Qlib recorder is active; asking Qlib for one would start one."""
+    """Say whether a Qlib recorder is active, without asking Qlib for one, which would start it."""
     if not C.registered:
         return False
     experiment = R.exp_manager.active_experiment

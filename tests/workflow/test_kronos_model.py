@@ -189,6 +189,24 @@ def test_without_a_recorder_none_is_started(store, tmp_path):
     assert R.exp_manager.active_experiment is None
 
 
+def test_a_run_records_itself_once_and_the_folder_of_its_forecasts(store, tmp_path, monkeypatch):
+    dataset, model = make_dataset(), make_model(forecast={"cache_dir": str(tmp_path / "cache")})
+    saved = []
+    with R.start(experiment_name="once"):
+        recorder = R.get_recorder()
+        save = recorder.save_objects
+        monkeypatch.setattr(recorder, "save_objects", lambda **what: (saved.append(what), save(**what)))
+        model.fit(dataset)
+        model.predict(dataset, FEW_DAYS)
+        model.forecast(dataset, FEW_DAYS)
+        assert [Path(what["local_path"]).name for what in saved] == ["kronos_run.json"]
+        digest = recorder.list_tags()["forecast.digest"]
+    assert list((tmp_path / "cache" / digest).glob("chunk-*.parquet"))
+    with R.start(experiment_name="once"):
+        model.predict(dataset, FEW_DAYS)
+        assert "kronos_run.json" in R.get_recorder().list_artifacts(), "another run has its own"
+
+
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """Folders with a tokenizer and a model of published shapes, as a user who downloaded them has."""
