@@ -26,7 +26,7 @@ from trained import RUN, Trained
 from kronos_qlib.analysis.signals import daily_rank_ic, wide
 from kronos_qlib.analysis.significance import newey_west_t
 from kronos_qlib.data.windows import CLOSE, COLUMNS, Windows
-from kronos_qlib.forecast.run import Run, forecast
+from kronos_qlib.forecast.run import Execution, forecast
 from kronos_qlib.forecast.scores import scores
 from kronos_qlib.workflow.neutralise import factor_ranks, neutralised
 
@@ -54,8 +54,8 @@ def kept_windows(trained: Trained, every: int) -> tuple[Windows, pd.Series]:
 
 def all_scores(trained: Trained, windows: Windows, sampling: dict, run: Path) -> Iterator[tuple[int, str, np.ndarray]]:
     """Horizon, name and values [W] of every score."""
-    task = trained.task(windows, paths=True, **sampling)
-    columns, _ = forecast(task, Run(run / "choose"), ["paths", "last_close"])
+    task = trained.task(windows, keep_paths=True, **sampling)
+    columns, _ = forecast(task, Execution(run / "choose"), ["paths", "last_close"])
     steps = trained.dataset.horizon
     close = columns["paths"].reshape(len(windows), -1, steps, len(COLUMNS))[..., CLOSE].astype(np.float64)
     scale = np.concatenate(

@@ -26,10 +26,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from trained import RUN, Trained
 
-from kronos_qlib.forecast.chunk_store import chunks
-from kronos_qlib.forecast.engine.weights import Linear, Prepared, Stack, prepare
-from kronos_qlib.forecast.forecaster import Scorer
-from kronos_qlib.forecast.run import CHUNK, Run, forecast
+from kronos_qlib.forecast.chunk_store import divide
+from kronos_qlib.forecast.engine.weights import Linear, NetworkWeights, Stack, prepare_weights
+from kronos_qlib.forecast.forecaster import Forecaster
+from kronos_qlib.forecast.run import CHUNK_WINDOWS, Execution, forecast
 from kronos_qlib.forecast.task import Task
 
 SCORE = "mean_return"
@@ -46,11 +46,11 @@ class Rounded(Linear):
     def __call__(self, x: Tensor) -> Tensor:
         return super().__call__(x.bfloat16().float())
 
-    def part(self, rows: slice) -> "Rounded":
-        return Rounded(**vars(super().part(rows)))
+    def rows(self, rows: slice) -> "Rounded":
+        return Rounded(**vars(super().rows(rows)))
 
 
-def rounded(net: Prepared) -> Prepared:
+def rounded(net: NetworkWeights) -> NetworkWeights:
     """Float32 networks with such products where `prepare` has bfloat16 ones."""
 
     def stack(blocks: Stack) -> Stack:
@@ -70,14 +70,16 @@ def rounded(net: Prepared) -> Prepared:
 
 
 def score(task: Task) -> np.ndarray:
-    values, _ = forecast(task, Run(), [SCORE])
+    values, _ = forecast(task, Execution(), [SCORE])
     return values[SCORE]
 
 
 def score_rounded(task: Task) -> np.ndarray:
-    net = prepare(task.tokenizer.eval(), task.model.eval(), task.max_context, torch.float32, task.windows.lookback)
-    scorer = Scorer(task, rounded(net))
-    tables = [scorer.table(rows) for rows in tqdm(chunks(len(task), CHUNK), desc="rounded", unit="chunk")]
+    networks = task.tokenizer.eval(), task.model.eval()
+    weights = prepare_weights(*networks, task.max_context, torch.float32, task.windows.lookback)
+    forecaster = Forecaster(task, rounded(weights))
+    chunks = divide(np.ones(len(task), bool), CHUNK_WINDOWS)
+    tables = [forecaster.table(rows) for rows in tqdm(chunks, desc="rounded", unit="chunk")]
     return np.concatenate([table.column(SCORE).to_numpy() for table in tables])
 
 

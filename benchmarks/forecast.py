@@ -29,9 +29,10 @@ from kronos_qlib import Kronos, KronosTokenizer
 from kronos_qlib.data.stamps import stamps
 from kronos_qlib.data.windows import normalise
 from kronos_qlib.forecast import sample_paths
-from kronos_qlib.forecast.engine.cuda_graph import Recorded
-from kronos_qlib.forecast.engine.generate import Sampling, generate, part_drawn
-from kronos_qlib.forecast.engine.weights import prepare
+from kronos_qlib.forecast.engine.cuda_graph import GraphedFunction
+from kronos_qlib.forecast.engine.generate import generate, path_drawer
+from kronos_qlib.forecast.engine.sampling import Sampling
+from kronos_qlib.forecast.engine.weights import prepare_weights
 from kronos_qlib.hardware.device import DTYPES, resolve_device, resolve_dtype
 from kronos_qlib.nn import zoo
 from kronos_qlib.nn.model import CROSS_ATTENTION_HEADS
@@ -156,16 +157,16 @@ def our_forecast(
 ) -> Callable[[], Tensor]:
     """Our forecast of some windows, to be called again and again.
 
-    On a CUDA device as one part, replayed as `forecast.scorer` does; what a workflow does on the host beside it
-    (gathering windows, scores, files) is not in it, nor is the layout of the weights.
+    On a CUDA device as one window batch, replayed as `forecast.forecaster` does. Not in it: what a workflow does on the
+    host beside it (normalising windows, scores, files), and preparing the weights.
     """
     options = SAMPLING | {"sample_count": case.samples}
     if windows[0].device.type != "cuda":
         return lambda: sample_paths(*networks, *windows, **options, max_context=MAX_CONTEXT, dtype=dtype)
-    net = prepare(*networks, MAX_CONTEXT, dtype, case.lookback)
+    weights = prepare_weights(*networks, MAX_CONTEXT, dtype, case.lookback)
     sampling = Sampling(**options)
-    drawn = Recorded(part_drawn(net, sampling))
-    return lambda: generate(net, *windows, sampling, drawn=drawn).cpu()
+    draw_paths = GraphedFunction(path_drawer(weights, sampling))
+    return lambda: generate(weights, *windows, sampling, draw_paths=draw_paths).cpu()
 
 
 def measure(case: Case, dtype: torch.dtype, device: torch.device, rounds: int, folder: Path) -> dict[str, float | str]:
@@ -225,7 +226,7 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="leave out small 400+100×1 and mini 480+60×1")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: %(default)s)")
     parser.add_argument(
-        "--windows", type=int, help="windows that we forecast in a turn (default: some parts for each thread)"
+        "--windows", type=int, help="windows that we forecast in a turn (default: some window batches for each thread)"
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of our products (default: %(default)s)")

@@ -44,7 +44,7 @@ def measure(model: str, point: Point) -> dict[str, float]:
     """Seconds and peak memory (MiB) of a forecast in this process."""
     from walks import make_task, make_windows
 
-    from kronos_qlib.forecast.run import Run, forecast
+    from kronos_qlib.forecast.run import Execution, forecast
 
     days = point.lookback + -(-point.windows // INSTRUMENTS)
     task = make_task(
@@ -52,7 +52,7 @@ def measure(model: str, point: Point) -> dict[str, float]:
     )
     before = peak_memory(resource.RUSAGE_SELF)
     with tempfile.TemporaryDirectory() as folder:
-        seconds = timed(lambda: forecast(task, Run(Path(folder)), ["mean_return"]))
+        seconds = timed(lambda: forecast(task, Execution(Path(folder)), ["mean_return"]))
     return {"seconds": seconds, "memory": peak_memory(resource.RUSAGE_SELF), "before": before}
 
 

@@ -9,7 +9,8 @@ import torch
 
 from kronos_qlib import KLineDataset, Kronos, KronosTokenizer
 from kronos_qlib.data.windows import Windows
-from kronos_qlib.forecast.engine.generate import Sampling
+from kronos_qlib.forecast.engine.sampling import Sampling
+from kronos_qlib.forecast.forecaster import choose_batch_size
 from kronos_qlib.forecast.task import Task, future_stamps
 from kronos_qlib.workflow.finetune import read_workflow
 
@@ -40,17 +41,22 @@ class Trained:
             config["task"]["model"]["kwargs"],
         )
 
-    def task(self, windows: Windows, dtype: torch.dtype = torch.float32, paths: bool = False, **sampling: Any) -> Task:
+    def task(
+        self, windows: Windows, dtype: torch.dtype = torch.float32, keep_paths: bool = False, **sampling: Any
+    ) -> Task:
         """The forecast of some windows with the workflow's settings, but for those of `Sampling` given."""
         options = self.settings["forecast"]
         usual = {key: options[key] for key in ("sample_count", "temperature", "top_k", "top_p", "s2_rotation")}
+        sampling = {**usual, "seed": self.settings["seed"], **sampling}
+        shape = windows.lookback, self.dataset.horizon, sampling["sample_count"]
         return Task(
             tokenizer=self.tokenizer,
             model=self.model,
             windows=windows,
             future_stamp=future_stamps(windows, self.dataset.horizon, self.dataset.calendar.stamps_after),
-            sampling=Sampling(**{**usual, "seed": self.settings["seed"], **sampling}),
+            sampling=Sampling(**sampling),
             max_context=self.settings["max_context"],
+            batch_size=choose_batch_size(self.model.config, *shape, torch.device("cpu")),
             dtype=dtype,
-            paths=paths,
+            keep_paths=keep_paths,
         )

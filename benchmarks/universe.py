@@ -20,7 +20,7 @@ from machine import describe, peak_memory, timed
 from walks import make_task, make_windows
 
 from kronos_qlib.forecast import run as runs
-from kronos_qlib.forecast.chunk_store import Store
+from kronos_qlib.forecast.chunk_store import ChunkStore, divide
 
 LOOKBACK, HORIZON, SAMPLES, DAYS = 90, 10, 5, 2430
 
@@ -36,15 +36,14 @@ def main() -> None:
     print(f"windows   {len(windows):,} of {len(windows.bars):,} bars")
     task = make_task("nano", windows, HORIZON, SAMPLES)
     with tempfile.TemporaryDirectory() as folder:
-        store, result = Store(Path(folder), task), runs._Columns(len(task), ["mean_return"])
-        missing: list[np.ndarray] = []
-        seconds = timed(lambda: list(store.read(runs.CHUNK, missing)))
+        store, result = ChunkStore(Path(folder), task), runs._Columns(len(task), ["mean_return"])
+        seconds = timed(lambda: list(store.read(runs.CHUNK_WINDOWS)))
+        missing = divide(np.ones(len(task), bool), runs.CHUNK_WINDOWS)
         print(f"planned   {len(missing):,} chunks in {seconds:.0f} s, peak {peak_memory(resource.RUSAGE_SELF):.0f} MiB")
         for rows, table in islice(runs._compute_here(task, store, missing, lambda count: None), options.chunks):
             result.put(rows, table)
         print(f"computed  {options.chunks} chunks, peak {peak_memory(resource.RUSAGE_SELF):.0f} MiB")
-        missing.clear()
-        there = sum(len(rows) for rows, _ in store.read(runs.CHUNK, missing))
+        there = sum(len(rows) for rows, _ in store.read(runs.CHUNK_WINDOWS))
         print(f"resumed   {there:,} windows, peak {peak_memory(resource.RUSAGE_SELF):.0f} MiB")
     print(f"of which  {before:.0f} MiB before the bars, {torch.get_num_threads()} threads")
 

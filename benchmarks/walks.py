@@ -7,7 +7,8 @@ import torch
 from kronos_qlib import Kronos, KronosTokenizer
 from kronos_qlib.data.stamps import stamps
 from kronos_qlib.data.windows import Bars, Windows
-from kronos_qlib.forecast.engine.generate import Sampling
+from kronos_qlib.forecast.engine.sampling import Sampling
+from kronos_qlib.forecast.forecaster import choose_batch_size
 from kronos_qlib.forecast.task import Task, future_stamps
 from kronos_qlib.nn import zoo
 
@@ -50,6 +51,7 @@ def make_task(model: str, windows: Windows, horizon: int, samples: int, sharpen:
         future_stamp=future_stamps(windows, horizon, _stamps_after),
         sampling=Sampling(samples, 0.6, 0, 0.9, s2_rotation="aligned"),
         max_context=512,
+        batch_size=choose_batch_size(entry.config, windows.lookback, horizon, samples, torch.device("cpu")),
     )
 
 

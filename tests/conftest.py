@@ -20,7 +20,7 @@ LONG = (
     "test_no_signal.py",
     "test_qrun.py",
     "test_processes.py",
-    "test_cluster.py",
+    "test_ray_cluster.py",
 )
 
 

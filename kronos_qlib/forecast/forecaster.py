@@ -1,8 +1,9 @@
-"""From windows to the columns that are kept of a forecast: scores, quantiles of the close, sample paths."""
+"""Forecast windows: sample paths, and the columns that are kept of them (scores, quantiles of the close, paths)."""
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import psutil
@@ -10,26 +11,27 @@ import pyarrow as pa
 import torch
 
 from kronos_qlib.data.windows import CLOSE, COLUMNS, denormalise
-from kronos_qlib.forecast.engine.attention import Layout
-from kronos_qlib.forecast.engine.cuda_graph import Recorded
-from kronos_qlib.forecast.engine.generate import PART, generate, part_drawn
-from kronos_qlib.forecast.engine.weights import Prepared, prepare
+from kronos_qlib.forecast.engine.attention import CacheLayout
+from kronos_qlib.forecast.engine.cuda_graph import GraphedFunction
+from kronos_qlib.forecast.engine.generate import CPU_BATCH, DrawPaths, generate, path_drawer
+from kronos_qlib.forecast.engine.weights import NetworkWeights, prepare_weights
 from kronos_qlib.forecast.scores import SCORES, scores
 from kronos_qlib.forecast.task import DIGEST_BYTES, Task
 
 logger = logging.getLogger("qlib.KronosForecast")
 QUANTILES = 5, 10, 25, 50, 75, 90, 95  # per cent, of the close per step over the samples
-CPU_SHARE, GPU_SHARE = 0.3, 0.5  # of the memory that windows on their way may take
-GPU_PART, OTHER_BYTES = 4096, 4 * 2**30  # windows at a time at most; memory of a device that does not tell
+CPU_SHARE, GPU_SHARE = 0.3, 0.5  # of the memory, for the window batches that are being forecast
+GPU_BATCH = 4096  # windows in a window batch at most
+OTHER_BYTES = 4 * 2**30  # assumed memory of a device that does not report it
 
 
 def quantile_columns(horizon: int) -> list[str]:
-    """Names of the quantiles' columns, step by step for each quantile: `q05_1` is the 5 % quantile one bar ahead."""
+    """Name the quantiles' columns, step by step for each quantile: `q05_1` is the 5 % quantile one bar ahead."""
     return [f"q{quantile:02d}_{step + 1}" for quantile in QUANTILES for step in range(horizon)]
 
 
 def schema(task: Task) -> pa.Schema:
-    """The columns of a forecast."""
+    """Return the columns of a forecast."""
     fields = [
         ("digest", pa.binary(DIGEST_BYTES)),
         ("datetime", pa.timestamp("ns")),
@@ -38,71 +40,79 @@ def schema(task: Task) -> pa.Schema:
         *((name, pa.float64()) for name in SCORES),
         *((name, pa.float32()) for name in quantile_columns(task.horizon)),
     ]
-    if task.paths:
+    if task.keep_paths:
         fields.append(("paths", pa.list_(pa.float32(), task.sampling.sample_count * task.horizon * len(COLUMNS))))
     return pa.schema(fields)
 
 
-class Scorer:
-    """A task with its weights laid out on its device.
+def digest_array(digests: np.ndarray) -> pa.Array:
+    """Return digests of windows (void [B]) as a column."""
+    buffer = pa.py_buffer(np.ascontiguousarray(digests).tobytes())
+    return pa.Array.from_buffers(pa.binary(DIGEST_BYTES), len(digests), [None, buffer])
 
-    net: the weights, where they are laid out already.
+
+class Forecaster:
+    """Forecasts windows of a task, with the weights prepared on its device.
+
+    Args:
+        weights: the prepared weights, where they are at hand.
     """
 
-    def __init__(self, task: Task, net: Prepared | None = None) -> None:
-        self.task = task
-        if net is None:
+    def __init__(self, task: Task, weights: NetworkWeights | None = None) -> None:
+        self.task, self.batch_size = task, task.batch_size
+        if weights is None:
             networks = task.tokenizer.to(task.device).eval(), task.model.to(task.device).eval()
-            net = prepare(*networks, task.max_context, task.dtype, task.windows.lookback)
-        self.net = net
-        self.part = task.part or part_size(task)
-        drawn = part_drawn(self.net, task.sampling)
-        self._drawn = Recorded(drawn) if task.device.type == "cuda" else drawn
+            weights = prepare_weights(*networks, task.max_context, task.dtype, task.windows.lookback)
+        self.weights = weights
+        draw_paths = path_drawer(weights, task.sampling)
+        self._draw_paths: DrawPaths = GraphedFunction(draw_paths) if task.device.type == "cuda" else draw_paths
 
-    def table(self, rows: np.ndarray, done: Callable[[int], None] = lambda windows: None) -> pa.Table:
-        """The forecast of the windows at `rows` (int [C]), in their order; `done` is told of windows as they are done.
+    def table(self, rows: np.ndarray, report: Callable[[int], object] = lambda windows: None) -> pa.Table:
+        """Forecast the windows at `rows` (int [B]), in their order.
 
-        Columns: digest of the window, datetime, instrument, last_close (price units), the scores of
-        `kronos_qlib.forecast.scores`, quantiles of the close (price units), and where the task keeps them `paths`, the
-        S × P × 6 values of each window in price units.
+        A GPU that runs out of memory is given half as many windows at a time.
 
-        A GPU without memory enough for a part is given half of it.
+        Args:
+            report: called with the number of windows of each window batch when it is forecast.
+
+        Returns:
+            digest of the window, datetime, instrument, last_close (price units), the scores of
+            `kronos_qlib.forecast.scores`, quantiles of the close (price units), and where the task keeps them `paths`,
+            the S × P × 6 values of each window in price units.
 
         Raises:
             RuntimeError: the memory does not suffice for a single window.
         """
         while True:
-            told = 0
+            reported = 0
 
-            def tell(windows: int) -> None:
-                nonlocal told
-                told += windows
-                done(windows)
+            def report_batch(windows: int) -> None:
+                nonlocal reported
+                reported += windows
+                report(windows)
 
             try:
-                return self._table(rows, tell)
+                return self._table(rows, report_batch)
             except torch.OutOfMemoryError as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
-            # Behind the handler, which held on to the tensors of the part that failed.
-            done(-told)
-            if self.part == 1:
+            # Outside the handler, whose traceback keeps the tensors of the window batch that failed.
+            report(-reported)
+            if self.batch_size == 1:
                 raise RuntimeError(
-                    f"{self.task.device} has not memory enough for one window: give it less sample_count, horizon or "
+                    f"{self.task.device} has not enough memory for one window: set a smaller sample_count, horizon or "
                     f"lookback ({reason})"
                 )
-            self.part = -(-self.part // 2)
-            logger.warning(f"{self.task.device} is out of memory; going on with {self.part} windows at a time")
+            self.batch_size = -(-self.batch_size // 2)
+            logger.warning(f"{self.task.device} is out of memory; going on with {self.batch_size} windows at a time")
             if self.task.device.type == "cuda":
                 with torch.cuda.device(self.task.device):
                     torch.cuda.empty_cache()
 
-    def _table(self, rows: np.ndarray, done: Callable[[int], None]) -> pa.Table:
+    def _table(self, rows: np.ndarray, report: Callable[[int], object]) -> pa.Table:
         task, fields, windows = self.task, schema(self.task), self.task.windows.take(rows)
-        columns = self._columns(rows, done)
+        columns = self._columns(rows, report)
         arrays = {
-            "digest": pa.Array.from_buffers(
-                fields.field("digest").type, len(rows), [None, pa.py_buffer(task.window_digests(rows).tobytes())]
-            ),
+            "digest": digest_array(task.window_digests(rows)),
             "datetime": pa.array(windows.dates),
             "instrument": pa.array(windows.instruments, pa.string()),
         }
@@ -111,56 +121,62 @@ class Scorer:
             arrays[name] = flat if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
         return pa.table([arrays[name] for name in fields.names], schema=fields)
 
-    def _columns(self, rows: np.ndarray, done: Callable[[int], None]) -> dict[str, np.ndarray]:
+    def _columns(self, rows: np.ndarray, report: Callable[[int], object]) -> dict[str, np.ndarray]:
         task, count = self.task, len(rows)
-        # The last part is filled up: how a window is rounded may hang on how many there are, and their number in the
-        # last part on bars to come.
-        rows = rows[np.minimum(np.arange(-(-count // self.part) * self.part), count - 1)]
+        # The last window batch is filled up with copies of its last window: how a window is rounded may depend on the
+        # size of its batch, and without filling that size would depend on how many later dates there are.
+        rows = rows[np.minimum(np.arange(-(-count // self.batch_size) * self.batch_size), count - 1)]
         batch = task.windows.gather(rows)
-        left, lock = count, threading.Lock()
+        unreported, lock = count, threading.Lock()
 
-        def part_done(windows: int) -> None:
-            nonlocal left
-            with lock:  # parts are done by threads side by side
-                real = min(windows, left)
-                left -= real
-                done(real)
+        def report_batch(windows: int) -> None:
+            nonlocal unreported
+            with lock:  # threads forecast window batches side by side
+                own = min(windows, unreported)  # without the copies
+                unreported -= own
+                report(own)
 
-        paths = generate(
-            self.net,
-            *(torch.from_numpy(array) for array in (batch.x, batch.stamp, task.stamps_after(rows))),
+        drawn = generate(
+            self.weights,
+            torch.from_numpy(batch.x),
+            torch.from_numpy(batch.stamp),
+            torch.from_numpy(task.horizon_stamps(rows)),
             task.sampling,
             task.windows.take(rows).keys,
-            part=self.part,
-            part_done=part_done,
-            drawn=self._drawn,
+            batch_size=self.batch_size,
+            report=report_batch,
+            draw_paths=self._draw_paths,
         )
-        paths = paths[:count].cpu().double().numpy()  # [C, S, P, 6], normalised
+        paths = drawn[:count].cpu().double().numpy()  # [B, S, P, D], normalised
         mean, scale, last_close = batch.mean[:count, None], batch.scale[:count, None], batch.last_close[:count]
         close = denormalise(paths[..., CLOSE], mean[..., CLOSE], scale[..., CLOSE])
-        quantiles = np.quantile(close, np.array(QUANTILES) / 100, axis=1).astype(np.float32)  # [7, C, P]
+        quantiles = np.quantile(close, np.array(QUANTILES) / 100, axis=1).astype(np.float32)  # [7, B, P]
         columns = {"last_close": last_close, **scores(close, last_close, scale[:, 0, 0, CLOSE])}
         columns |= dict(zip(quantile_columns(task.horizon), quantiles.transpose(0, 2, 1).reshape(-1, count)))
-        if task.paths:
+        if task.keep_paths:
             columns["paths"] = denormalise(paths, mean, scale).astype(np.float32).reshape(count, -1)
         return columns
 
 
-def part_size(task: Task) -> int:
-    """How many windows to take through the networks at a time: a power of two, as the device's memory allows.
+def choose_batch_size(
+    config: Mapping[str, Any], lookback: int, horizon: int, sample_count: int, device: torch.device
+) -> int:
+    """Choose `batch_size: auto`: a power of two of windows, as the device's memory allows.
 
-    It may decide how a forecast is rounded, so it hangs on how much memory there is, not on how much is free just now.
-    On a CPU no more than its caches like, whatever the number of its cores: every thread has such a part in hand.
+    It may decide how a forecast is rounded, so it depends on how much memory there is, not on how much is free now. On
+    a CPU a window batch is no larger than its caches like, however many cores there are: every thread has one.
+
+    Args:
+        config: the model's constructor arguments.
     """
-    config, cpu = task.model.config, task.device.type == "cpu"
     cached = 2 * (config["n_layers"] + 1) * config["d_model"]
     active = 5 * config["d_model"] + 4 * config["ff_dim"]
-    layout = Layout.of(1, task.sampling.sample_count, task.horizon)
-    rows = layout.copies * (task.windows.lookback + layout.size * task.horizon)
-    if cpu:
-        room, most = psutil.virtual_memory().total * CPU_SHARE / torch.get_num_threads(), PART
+    layout = CacheLayout.divide(1, sample_count, horizon)
+    rows = layout.groups_per_window * (lookback + layout.group_size * horizon)
+    if device.type == "cpu":
+        room, most = psutil.virtual_memory().total * CPU_SHARE / torch.get_num_threads(), CPU_BATCH
     else:
-        total = torch.cuda.get_device_properties(task.device).total_memory if task.device.type == "cuda" else 0
-        room, most = total * GPU_SHARE or OTHER_BYTES, GPU_PART
-    fits = max(1, int(room / (4 * rows * (cached + active))))
-    return min(2 ** (fits.bit_length() - 1), most)
+        total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+        room, most = total * GPU_SHARE or OTHER_BYTES, GPU_BATCH
+    windows = max(1, int(room / (4 * rows * (cached + active))))
+    return min(2 ** (windows.bit_length() - 1), most)

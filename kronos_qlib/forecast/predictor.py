@@ -1,6 +1,7 @@
-"""KronosPredictor: forecasts from DataFrames, a drop-in for the published predictor."""
+"""KronosPredictor: forecast bars in a DataFrame, as a drop-in for the published predictor."""
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -8,18 +9,22 @@ import torch
 
 from kronos_qlib.data.stamps import stamps
 from kronos_qlib.data.windows import COLUMNS, denormalise, normalise
-from kronos_qlib.forecast.engine.generate import Sampling, generate
-from kronos_qlib.forecast.engine.weights import check_pair, prepare
+from kronos_qlib.forecast.engine.generate import generate
+from kronos_qlib.forecast.engine.sampling import Sampling
+from kronos_qlib.forecast.engine.weights import NetworkWeights, check_pair, prepare_weights
 from kronos_qlib.hardware.device import resolve_device, resolve_dtype
 from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.nn.model import S2Rotation
 
 PRICES, VOLUME, AMOUNT = list(COLUMNS[:4]), COLUMNS[4], COLUMNS[5]
-Timestamps = pd.Series | pd.DatetimeIndex
+Timestamps: TypeAlias = "pd.Series | pd.DatetimeIndex"
 
 
 class KronosPredictor:
-    """Forecasts K-lines in price units.
+    """Forecast K-lines in price units.
+
+    The weights are prepared for generation at the first forecast and kept; a checksum at each forecast notices weights
+    that have changed since, however they were changed.
 
     Args:
         model: a Kronos network; it is moved to the device.
@@ -48,6 +53,9 @@ class KronosPredictor:
         self.dtype = resolve_dtype(dtype, self.device)
         self.model, self.tokenizer = model.to(self.device).eval(), tokenizer.to(self.device).eval()
         self.max_context, self.clip, self.s2_rotation = max_context, clip, s2_rotation
+        self._weights: NetworkWeights | None = None
+        self._weights_key: tuple[object, ...] = ()
+        self._weights_length = 0
 
     def predict(
         self,
@@ -62,14 +70,14 @@ class KronosPredictor:
         verbose: bool = True,
         seed: int | None = None,
     ) -> pd.DataFrame:
-        """Forecast the mean of sample_count paths.
+        """Forecast the mean of `sample_count` sample paths.
 
         Args:
             df: bars, oldest first: open, high, low, close, and volume and amount where known. Without volume both
                 are 0; without amount it is volume × mean(open, high, low, close).
             x_timestamp: the bars' times [L]; y_timestamp: the times to forecast [pred_len].
             verbose: show a progress bar.
-            seed: of the random numbers; None draws one from torch's global state, so torch.manual_seed decides.
+            seed: of the random numbers; None draws one from torch's global state, so that torch.manual_seed decides.
 
         Returns:
             pred_len rows indexed by y_timestamp, columns open, high, low, close, volume, amount.
@@ -96,7 +104,7 @@ class KronosPredictor:
         verbose: bool = True,
         seed: int | None = None,
     ) -> list[pd.DataFrame]:
-        """`predict` for several series of equal length in one pass."""
+        """Forecast several series of equal length in one pass; see `predict`."""
         seed = int(torch.randint(2**62, ())) if seed is None else seed
         sampling = Sampling(sample_count, T, top_k, top_p, seed, self.s2_rotation)
         paths = self._paths(df_list, x_timestamp_list, y_timestamp_list, pred_len, sampling, verbose)
@@ -118,7 +126,7 @@ class KronosPredictor:
         sample_count: int = 1,
         seed: int = 0,
     ) -> np.ndarray:
-        """The sample paths themselves: float64 [sample_count, pred_len, 6], price units; arguments as `predict`."""
+        """Return the sample paths themselves: float64 [sample_count, pred_len, 6], price units; see `predict`."""
         sampling = Sampling(sample_count, T, top_k, top_p, seed, self.s2_rotation)
         return self._paths([df], [x_timestamp], [y_timestamp], pred_len, sampling, progress=False)[0]
 
@@ -144,13 +152,31 @@ class KronosPredictor:
                 raise ValueError(f"KronosPredictor: y_timestamp starts at {y[0]}, not after the last bar ({x[-1]})")
         x, mean, scale = normalise(rows, rows.shape[1], self.clip)
         x_stamp, y_stamp = (torch.from_numpy(np.stack([stamps(t) for t in times])) for times in (x_index, y_index))
-        net = prepare(self.tokenizer, self.model, self.max_context, self.dtype, rows.shape[1])
-        paths = generate(net, torch.from_numpy(x), x_stamp, y_stamp, sampling, progress=progress)
+        weights = self._prepare_weights(rows.shape[1])
+        paths = generate(weights, torch.from_numpy(x), x_stamp, y_stamp, sampling, progress=progress)
         return denormalise(paths.cpu().double().numpy(), mean[:, None], scale[:, None])
+
+    def _prepare_weights(self, length: int) -> NetworkWeights:
+        """Return the weights for series of `length` bars, prepared anew where they changed or are for shorter ones."""
+        key = self.max_context, self.dtype, _checksums(self.tokenizer), _checksums(self.model)
+        if self._weights is None or key != self._weights_key or length > self._weights_length:
+            networks = self.tokenizer, self.model
+            self._weights = prepare_weights(*networks, self.max_context, self.dtype, length)
+            self._weights_key, self._weights_length = key, length
+        return self._weights
+
+
+def _checksums(network: torch.nn.Module) -> tuple[torch.device, tuple[int, ...]]:
+    """Return a network's device and the sum of each tensor's words: it takes one pass over the memory."""
+    sums = []
+    for tensor in network.state_dict().values():
+        word = torch.int32 if tensor.element_size() % 4 == 0 else torch.int16
+        sums.append(tensor.reshape(-1).view(word).sum(dtype=torch.int64))
+    return sums[0].device, tuple(torch.stack(sums).tolist())
 
 
 def _bars(frame: pd.DataFrame, name: str) -> np.ndarray:
-    """The six columns [L, 6] of a frame, the missing ones completed."""
+    """Return the six columns [L, 6] of a frame, the missing ones completed."""
     if not frame.columns.is_unique:
         raise ValueError(f"KronosPredictor: {name} has a column twice: {list(frame.columns)}")
     if not len(frame):
@@ -177,6 +203,7 @@ def _bars(frame: pd.DataFrame, name: str) -> np.ndarray:
 
 
 def _times(times: Timestamps, length: int, name: str, counted: str) -> pd.DatetimeIndex:
+    """Return times as an index, checked; `counted` says in an error what their number should be."""
     try:
         index = pd.DatetimeIndex(times)
     except (TypeError, ValueError) as error:

@@ -1,9 +1,10 @@
-"""A forecast from beginning to end: what is there already, what is left, who computes it."""
+"""Forecast all windows of a task: read the chunks that are finished, execute the others, collect the columns."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -11,20 +12,20 @@ import torch
 from tqdm.auto import tqdm
 
 from kronos_qlib.files import scratch_folder
-from kronos_qlib.forecast.chunk_store import Store, chunks
-from kronos_qlib.forecast.forecaster import Scorer, part_size
+from kronos_qlib.forecast.chunk_store import ChunkStore, divide
+from kronos_qlib.forecast.forecaster import Forecaster
 from kronos_qlib.forecast.processes import compute_in_processes
 from kronos_qlib.forecast.task import Task
 from kronos_qlib.hardware.cpu import memory_kept
 
 logger = logging.getLogger("qlib.KronosForecast")
-SCRATCH = "kronos-"  # how the names of folders begin that last as long as a run
-CHUNK = 512  # windows a file, or a part for each thread if that is more: what a killed process loses at most
+SCRATCH = "kronos-"  # prefix of the folders that last as long as a run
+CHUNK_WINDOWS = 512  # in a file, or a window batch for each thread if that is more: what a killed process loses at most
 
 
 @dataclass(frozen=True)
-class Run:
-    """How a forecast is worked on; nothing here decides what comes of it.
+class Execution:
+    """How a forecast is executed; nothing here decides a score.
 
     cache_dir: where finished chunks are kept and looked for; None keeps nothing.
     processes: of this machine, one per GPU or cores divided. engine: "local", or "ray" for a cluster.
@@ -35,68 +36,75 @@ class Run:
     engine: str = "local"
 
 
-def forecast(task: Task, run: Run, columns: Sequence[str]) -> tuple[dict[str, np.ndarray], int]:
+class Forecast(NamedTuple):
+    """The forecasts of W windows, in their order.
+
+    columns: by name, [W] each (`paths`: [W, S · P · 6]). resumed: how many of the windows were in `cache_dir`.
+    """
+
+    columns: dict[str, np.ndarray]
+    resumed: int
+
+
+def forecast(task: Task, execution: Execution, columns: Sequence[str]) -> Forecast:
     """Forecast all windows of a task.
 
     Args:
-        columns: which to bring back; all are in `cache_dir`.
-
-    Returns:
-        The columns by name, [W] (`paths`: [W, S · P · 6]), in the order of the windows, and how many of the windows
-        were in `cache_dir` already.
+        columns: which to return; `cache_dir` has all of them.
 
     Raises:
-        RuntimeError: processes died again and again on one chunk.
+        RuntimeError: processes died too often, on one chunk or in a row.
     """
-    task = replace(task, part=task.part or part_size(task))
-    threads = torch.get_num_threads() // run.processes if task.device.type == "cpu" else 1
-    chunk = max(-(-CHUNK // task.part), threads) * task.part  # a part for every thread at least
-    result = _Columns(len(task), columns)
-    store, missing = Store(run.cache_dir, task) if run.cache_dir else None, []
-    if store is None:
-        missing = chunks(len(task), chunk)
-    else:
-        for rows, table in store.read(chunk, missing):
-            result.put(rows, table)
-    left = sum(len(rows) for rows in missing)
-    resumed = len(task) - left
+    threads = torch.get_num_threads() // execution.processes if task.device.type == "cpu" else 1
+    size = max(-(-CHUNK_WINDOWS // task.batch_size), threads) * task.batch_size  # a window batch for every thread
+    result, missing = _Columns(len(task), columns), np.ones(len(task), bool)
+    store = ChunkStore(execution.cache_dir, task) if execution.cache_dir else None
     if store is not None:
-        logger.info(f"resumed {resumed} of {len(task)} windows from {store.folder}")
-    if missing:
+        for rows, table in store.read(size):
+            result.put(rows, table)
+            missing[rows] = False
+        logger.info(f"resumed {len(task) - missing.sum()} of {len(task)} windows from {store.folder}")
+    resumed = len(task) - int(missing.sum())
+    if missing.any():
         with tqdm(total=len(task), initial=resumed, desc="forecast", unit="window", smoothing=0.05) as bar:
-            for rows, table in _compute(task, run, store, missing, bar.update):
+            for rows, table in _compute(task, execution, store, divide(missing, size), bar.update):
                 result.put(rows, table)
-    return result.values, resumed
+    return Forecast(result.values, resumed)
 
 
 def _compute(
-    task: Task, run: Run, store: Store | None, missing: list[np.ndarray], done: Callable[[int], object]
+    task: Task,
+    execution: Execution,
+    store: ChunkStore | None,
+    chunks: list[np.ndarray],
+    report: Callable[[int], object],
 ) -> Iterator[tuple[np.ndarray, pa.Table]]:
-    if run.engine == "ray":
+    """Compute chunks, in any order, and store them: positions and forecasts of each."""
+    if execution.engine == "ray":
         from kronos_qlib.forecast.ray_cluster import compute_on_cluster
 
-        for rows, table in compute_on_cluster(task, missing, done):
+        for rows, table in compute_on_cluster(task, chunks, report):
             if store is not None:
                 store.write(table)
             yield rows, table
-    elif run.processes > 1:
-        with scratch_folder(run.cache_dir, SCRATCH) as folder:
-            yield from compute_in_processes(task, folder, store, missing, run.processes, done)
+    elif execution.processes > 1:
+        with scratch_folder(execution.cache_dir, SCRATCH) as folder:
+            yield from compute_in_processes(task, folder, store, chunks, execution.processes, report)
     else:
-        yield from _compute_here(task, store, missing, done)
+        yield from _compute_here(task, store, chunks, report)
 
 
 def _compute_here(
-    task: Task, store: Store | None, missing: list[np.ndarray], done: Callable[[int], object]
+    task: Task, store: ChunkStore | None, chunks: list[np.ndarray], report: Callable[[int], object]
 ) -> Iterator[tuple[np.ndarray, pa.Table]]:
-    scorer = Scorer(task)
+    forecaster = Forecaster(task)
     logger.info(
-        f"forecasting {task.told(missing)} on {task.device} ({task.precision}, {scorer.part} windows at a time, "
+        f"forecasting {task.describe(chunks)} on {task.device} ({task.precision}, {task.batch_size} windows at a time, "
         f"{torch.get_num_threads()} threads)"
     )
     with memory_kept():
-        for rows in missing:
-            table = scorer.table(rows, done)
+        for rows in chunks:
+            table = forecaster.table(rows, report)
             if store is not None:
                 store.write(table)
             yield rows, table

@@ -1,4 +1,4 @@
-"""Scores from sample paths: what a distribution of futures says about an instrument, as one number."""
+"""Score sample paths: one number of an instrument from the distribution of its next bars."""
 
 from collections.abc import Callable
 
@@ -19,11 +19,11 @@ SCORES = (
     "return_to_risk",
     *(f"z_{name}" for name in HORIZON_STATISTICS),
 )
-LEAST_RISK = 1e-6  # a ten-thousandth of a percent: samples that all agree have no risk to divide by
+LEAST_RISK = 1e-6  # of the deviation that `return_to_risk` divides by: samples that all agree have none
 
 
 def scores(close: Floats, last_close: Floats, scale: Floats) -> dict[str, Floats]:
-    """All scores of B windows.
+    """Compute all scores of B windows.
 
     Args:
         close: forecast closes in price units [B, S, P].

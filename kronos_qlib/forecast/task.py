@@ -1,4 +1,4 @@
-"""What is to be forecast and how: all that decides the scores of some windows, and a folder that carries it."""
+"""The task of a forecast: all that decides the scores of some windows, and its form on disk for other processes."""
 
 import hashlib
 import json
@@ -18,18 +18,17 @@ from kronos_qlib.hardware.device import DTYPES
 from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.nn.checkpoint import digest_of_weights
 
-# Neither pandas nor Qlib in this file: the processes that forecast stay small.
-GENERATION = 3  # raised when the same task would give other scores: what was cached before is not used any more
-FILE, STAMPS, DIGEST_BYTES = "task.json", "future_stamp.npy", 16
+GENERATION = 3  # raised when the same task would give other scores: chunks cached before are then not read any more
+MANIFEST, STAMPS, DIGEST_BYTES = "task.json", "future_stamp.npy", 16
 
 
 @dataclass(frozen=True)
 class Task:
     """Networks, windows and settings of a forecast.
 
-    future_stamp: int8 [D, P, 5], stamps of the P bars after each of the D distinct score dates, in their order.
-    paths: whether to keep the sample paths themselves.
-    part: windows that go through the networks together (one for each thread of a CPU); None: as many as fit.
+    future_stamp: int8 [N, P, 5], stamps of the P bars after each of the N distinct score dates, in their order.
+    batch_size: windows that go through the networks together (on a CPU, in each thread).
+    keep_paths: keep the sample paths themselves.
     """
 
     tokenizer: KronosTokenizer
@@ -38,10 +37,10 @@ class Task:
     future_stamp: np.ndarray
     sampling: Sampling
     max_context: int
+    batch_size: int
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
-    part: int | None = None
-    paths: bool = False
+    keep_paths: bool = False
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -53,17 +52,17 @@ class Task:
 
     @cached_property
     def score_dates(self) -> np.ndarray:
-        """The distinct score dates: datetime64[ns] [D]."""
+        """The distinct score dates: datetime64[ns] [N]."""
         return np.unique(self.windows.dates)
 
-    def stamps_after(self, rows: np.ndarray) -> np.ndarray:
-        """Stamps of the bars to forecast of the windows at `rows` (int [B]): int64 [B, P, 5]."""
+    def horizon_stamps(self, rows: np.ndarray) -> np.ndarray:
+        """Return the stamps of the bars to forecast, of the windows at `rows` (int [B]): int64 [B, P, 5]."""
         days = self.score_dates.searchsorted(self.windows.bars.dates[self.windows.ends[rows]])
         return self.future_stamp[days].astype(np.int64)
 
     @cached_property
     def identity(self) -> dict[str, object]:
-        """What decides the scores beside the windows' bars: settings and weights."""
+        """What decides the scores, beside the windows' bars: settings and weights."""
         windows = self.windows
         return {
             "generation": GENERATION,
@@ -74,7 +73,7 @@ class Task:
             "sampling": asdict(self.sampling),
             "max_context": self.max_context,
             "dtype": self.precision,
-            "device": self.device.type,  # another kind rounds otherwise
+            "device": self.device.type,  # another kind of device rounds differently
             "lookback": windows.lookback,
             "clip": windows.clip,
             "horizon": self.horizon,
@@ -82,55 +81,56 @@ class Task:
 
     @cached_property
     def digest(self) -> str:
-        """A digest of `identity`."""
+        """A digest of `identity`; it names the folder of these forecasts in `cache_dir`."""
         return hashlib.blake2b(json.dumps(self.identity, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     def window_digests(self, rows: np.ndarray) -> np.ndarray:
-        """A digest of each window at `rows`: of its bars, its stamps and those to come, its instrument and its date.
+        """Compute the digest of each window at `rows`: of its bars, its stamps and the horizon's, instrument and date.
 
-        Returns void [B] of DIGEST_BYTES bytes.
+        Returns:
+            void [B] of DIGEST_BYTES bytes.
         """
         windows = self.windows.take(rows)
         every = np.arange(len(rows))
-        fields = windows.values(every), windows.stamps(every), self.stamps_after(rows), windows.keys
+        fields = windows.values(every), windows.stamps(every), self.horizon_stamps(rows), windows.keys
         digests = (
-            hashlib.blake2b(b"".join(part.tobytes() for part in window), digest_size=DIGEST_BYTES).digest()
+            hashlib.blake2b(b"".join(field.tobytes() for field in window), digest_size=DIGEST_BYTES).digest()
             for window in zip(*fields)
         )
         return np.frombuffer(b"".join(digests), np.dtype((np.void, DIGEST_BYTES)))
 
     def save(self, folder: Path) -> None:
-        """Write what another process needs to work on this task: networks, windows (to be mapped) and settings."""
+        """Write what another process needs to forecast this task: networks, windows (to be mapped) and settings."""
         self.tokenizer.save_pretrained(folder / "tokenizer")
         self.model.save_pretrained(folder / "model")
         save_windows(folder / "windows", {"score": self.windows})
         save_array(folder / STAMPS, self.future_stamp)
-        said = {
+        manifest = {
             "sampling": asdict(self.sampling),
             "max_context": self.max_context,
             "dtype": self.precision,
             "device": str(self.device),
-            "part": self.part,
-            "paths": self.paths,
+            "batch_size": self.batch_size,
+            "keep_paths": self.keep_paths,
         }
-        with whole_file(folder / FILE) as draft:
-            draft.write_text(json.dumps(said, indent=2) + "\n")
+        with whole_file(folder / MANIFEST) as draft:
+            draft.write_text(json.dumps(manifest, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> "Task":
-        """The task that `save` wrote, its windows mapped from the files."""
-        said = json.loads((folder / FILE).read_text())
+        """Load the task that `save` wrote, its windows mapped from the files."""
+        manifest = json.loads((folder / MANIFEST).read_text())
         return cls(
             tokenizer=KronosTokenizer.from_pretrained(folder / "tokenizer").eval(),
             model=Kronos.from_pretrained(folder / "model").eval(),
             windows=map_windows(folder / "windows")["score"],
             future_stamp=np.load(folder / STAMPS, mmap_mode="r"),
-            sampling=Sampling(**said["sampling"]),
-            max_context=said["max_context"],
-            dtype=DTYPES[said["dtype"]],
-            device=torch.device(said["device"]),
-            part=said["part"],
-            paths=said["paths"],
+            sampling=Sampling(**manifest["sampling"]),
+            max_context=manifest["max_context"],
+            batch_size=manifest["batch_size"],
+            dtype=DTYPES[manifest["dtype"]],
+            device=torch.device(manifest["device"]),
+            keep_paths=manifest["keep_paths"],
         )
 
     @property
@@ -138,15 +138,15 @@ class Task:
         """The name of the precision of the matrix products."""
         return str(self.dtype).removeprefix("torch.")
 
-    def told(self, chunks: Sequence[np.ndarray]) -> str:
-        """How much work some chunks of windows are, in words."""
+    def describe(self, chunks: Sequence[np.ndarray]) -> str:
+        """Say how many windows, samples and bars some chunks have."""
         return f"{sum(map(len, chunks)):,} windows × {self.sampling.sample_count} samples × {self.horizon} bars"
 
-    def on(self, device: torch.device) -> "Task":
-        """The same task on another device."""
+    def to(self, device: torch.device) -> "Task":
+        """Return the same task on another device."""
         return replace(self, device=device)
 
 
 def future_stamps(windows: Windows, horizon: int, stamps_after: Callable[[np.ndarray, int], np.ndarray]) -> np.ndarray:
-    """Stamps after each distinct score date of some windows, as `Task` wants them, from a calendar's `stamps_after`."""
+    """Return a task's `future_stamp`, from a calendar's `stamps_after(dates, horizon)`."""
     return stamps_after(np.unique(windows.dates), horizon).astype(np.int8)

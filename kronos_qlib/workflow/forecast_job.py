@@ -10,8 +10,9 @@ import numpy as np
 from kronos_qlib.data.dataset import KLineDataset
 from kronos_qlib.data.windows import Windows
 from kronos_qlib.forecast.engine.sampling import Sampling
+from kronos_qlib.forecast.forecaster import choose_batch_size
 from kronos_qlib.forecast.ray_cluster import require_ray
-from kronos_qlib.forecast.run import Run, forecast
+from kronos_qlib.forecast.run import Execution, forecast
 from kronos_qlib.forecast.task import Task, future_stamps
 from kronos_qlib.hardware.device import process_count, resolve_device, resolve_dtype
 from kronos_qlib.nn import Kronos, KronosTokenizer
@@ -37,18 +38,21 @@ def forecast_windows(
     """
     task = forecast_task(tokenizer, model, settings, dataset, windows)
     started = time.perf_counter()
-    values, resumed = forecast(task, resolve_execution(settings), columns)
-    figures = {"seconds": time.perf_counter() - started, "windows": len(windows), "resumed": resumed}
+    result = forecast(task, resolve_execution(settings), columns)
+    figures = {"seconds": time.perf_counter() - started, "windows": len(windows), "resumed": result.resumed}
     record_metrics({f"forecast.{name}": value for name, value in figures.items()}, None)
     record_tags({"forecast.digest": task.digest})
-    return values
+    return result.columns
 
 
 def forecast_task(
     tokenizer: KronosTokenizer, model: Kronos, settings: ModelSettings, dataset: KLineDataset, windows: Windows
 ) -> Task:
     """Return all that decides the forecasts of some windows: networks, windows, settings."""
-    options, device = settings.forecast, resolve_device(settings.device)
+    options, device, batch_size = settings.forecast, resolve_device(settings.device), settings.forecast.batch_size
+    if batch_size == "auto":
+        shape = dataset.lookback, dataset.horizon, options.sample_count
+        batch_size = choose_batch_size(model.config, *shape, device)
     return Task(
         tokenizer=tokenizer,
         model=model,
@@ -64,14 +68,14 @@ def forecast_task(
             sampling=options.sampling,
         ),
         max_context=settings.max_context,
+        batch_size=batch_size,
         dtype=resolve_dtype(settings.dtype, device),
         device=device,
-        part=None if options.batch_size == "auto" else options.batch_size,
-        paths=options.keep_paths,
+        keep_paths=options.keep_paths,
     )
 
 
-def resolve_execution(settings: ModelSettings) -> Run:
+def resolve_execution(settings: ModelSettings) -> Execution:
     """Return how forecasts are executed on this machine; nothing in it decides a score.
 
     Raises:
@@ -87,4 +91,4 @@ def resolve_execution(settings: ModelSettings) -> Run:
         existing = next(folder for folder in (cache_dir, *cache_dir.absolute().parents) if folder.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise ValueError(f"KronosModel: forecast.cache_dir: {cache_dir} cannot be made or written: see {existing}")
-    return Run(cache_dir, 1 if on_ray else processes, options.engine)
+    return Execution(cache_dir, 1 if on_ray else processes, options.engine)

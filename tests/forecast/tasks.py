@@ -14,9 +14,9 @@ from kronos_qlib.data.stamps import stamps
 from kronos_qlib.data.windows import Bars, Windows
 from kronos_qlib.forecast import chunk_store as store
 from kronos_qlib.forecast import run as runs
-from kronos_qlib.forecast.engine.generate import Sampling
+from kronos_qlib.forecast.engine.sampling import Sampling
 from kronos_qlib.forecast.forecaster import quantile_columns
-from kronos_qlib.forecast.run import Run, forecast
+from kronos_qlib.forecast.run import Execution, forecast
 from kronos_qlib.forecast.scores import SCORES
 from kronos_qlib.forecast.task import Task, future_stamps
 from kronos_qlib.nn import zoo
@@ -54,8 +54,7 @@ def make_task(windows=None, samples=3, seed=1, **changes):
         future_stamp=future_stamps(windows, HORIZON, stamps_after),
         sampling=Sampling(samples, seed=seed),
         max_context=64,
-        part=8,
-        **changes,
+        **{"batch_size": 8} | changes,
     )
 
 
@@ -71,7 +70,7 @@ def with_bar_changed(windows, instrument, day):
 
 
 def run(task, cache_dir=None, **options):
-    return forecast(task, Run(Path(cache_dir) if cache_dir else None, **options), COLUMNS)
+    return forecast(task, Execution(Path(cache_dir) if cache_dir else None, **options), COLUMNS)
 
 
 def assert_same(one, two):
@@ -90,7 +89,7 @@ def started(cache_dir, slow=False, **options):
 
 
 def _work(cache_dir, slow, options):
-    runs.CHUNK, write = 64, store.Store.write
+    runs.CHUNK_WINDOWS, write = 64, store.ChunkStore.write
     if slow:
-        store.Store.write = lambda *given: (write(*given), time.sleep(0.2))[0]
+        store.ChunkStore.write = lambda *given: (write(*given), time.sleep(0.2))[0]
     run(make_task(), cache_dir, **options)

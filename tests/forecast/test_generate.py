@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 from kronos_qlib import Kronos, KronosTokenizer
 from kronos_qlib.forecast import sample_paths
 from kronos_qlib.forecast.engine import attention as blocks
-from kronos_qlib.forecast.engine.generate import Sampling, _paths, generate
-from kronos_qlib.forecast.engine.sampling import draw, uniforms
-from kronos_qlib.forecast.engine.weights import prepare
+from kronos_qlib.forecast.engine.generate import _draw_paths, generate
+from kronos_qlib.forecast.engine.sampling import Sampling, draw, uniforms
+from kronos_qlib.forecast.engine.weights import prepare_weights
 from kronos_qlib.nn import zoo
 
 SAMPLING = {"sample_count": 5, "temperature": 0.6, "top_p": 0.9, "seed": 3}
@@ -32,11 +32,11 @@ def paths(golden, rows=slice(None), **options):
 def naive_paths(
     tokenizer, model, x, x_stamp, y_stamp, keys, *, max_context, s2_rotation, sample_count, seed, **filters
 ):
-    """Generation as the architecture page tells it, without any cache: one row and one sample at a time."""
+    """Generation as the architecture page has it, without any cache: one row and one sample at a time."""
     horizon, result = y_stamp.shape[1], []
     uniform = torch.from_numpy(uniforms(seed, np.asarray(keys), sample_count, horizon))
     filters = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | filters
-    ranks = prepare(tokenizer, model, max_context, torch.float32, x.shape[1]).ranks
+    ranks = prepare_weights(tokenizer, model, max_context, torch.float32, x.shape[1]).ranks
     for row in range(len(x)):
         stamp = torch.cat([x_stamp[row], y_stamp[row]])[None]
         for sample in range(sample_count):
@@ -151,8 +151,8 @@ def same_tokens(first, second):
 def test_paths_do_not_depend_on_the_batch_size(many, size):
     tokenizer, model, tensors, keys, whole = many
     some = slice(64 if size == 1 else None)  # one at a time takes its time
-    net = prepare(tokenizer, model, 512, torch.float32, tensors[0].shape[1])
-    together = generate(net, *(tensor[some] for tensor in tensors), Sampling(**SAMPLING), keys[some], part=size)
+    net = prepare_weights(tokenizer, model, 512, torch.float32, tensors[0].shape[1])
+    together = generate(net, *(tensor[some] for tensor in tensors), Sampling(**SAMPLING), keys[some], batch_size=size)
     assert same_tokens(together, whole[some]) >= 0.999
 
 
@@ -198,7 +198,7 @@ def test_no_step_waits_for_the_device(small, max_context, samples, options, monk
     x, x_stamp, y_stamp = (tensor.to("meta") for tensor in inputs(small))
     horizon = y_stamp.shape[1]
     uniform = torch.empty(horizon, 2, len(x), samples, device="meta")
-    net = prepare.__wrapped__(tokenizer, model, max_context, torch.bfloat16, x.shape[1])
+    net = prepare_weights.__wrapped__(tokenizer, model, max_context, torch.bfloat16, x.shape[1])
     sampling = Sampling(**{"sample_count": samples, "s2_rotation": "aligned"} | options)
     masks, attend = [], F.scaled_dot_product_attention
 
@@ -209,7 +209,7 @@ def test_no_step_waits_for_the_device(small, max_context, samples, options, monk
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
     ranks = net.ranks
     with OnOneDevice() as mode:
-        drawn = _paths(net, x, x_stamp, y_stamp, uniform, sampling, ranks, lambda: None)
+        drawn = _draw_paths(net, x, x_stamp, y_stamp, uniform, sampling, ranks, lambda: None)
     assert mode.operations > 100
     assert drawn.shape == (len(x), samples, horizon, x.shape[2]) and drawn.device.type == "meta"
     with pytest.raises((NotImplementedError, RuntimeError)):

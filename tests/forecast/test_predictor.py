@@ -7,6 +7,8 @@ import torch
 
 from kronos_qlib import KronosPredictor
 from kronos_qlib.data.windows import COLUMNS
+from kronos_qlib.forecast import predictor as predictors
+from kronos_qlib.forecast.engine.weights import prepare_weights
 
 GREEDY = {"T": 1.0, "top_k": 1, "top_p": 1.0, "sample_count": 1}
 
@@ -126,3 +128,24 @@ def test_an_empty_frame_and_a_column_that_stands_twice_are_named(predictor, smal
     for frame, message in ((frames[0].iloc[:0], "has no bars"), (twice, "has a column twice")):
         with pytest.raises(ValueError, match=message):
             predictor.predict(frame, x_times[: len(frame)], y_times, len(y_times), verbose=False)
+
+
+def test_weights_are_prepared_once_and_again_when_they_change(predictor, small, monkeypatch):
+    frames, x_times, y_times = series(small)
+    prepared = []
+
+    def prepare(*arguments):
+        prepared.append(arguments)
+        return prepare_weights(*arguments)
+
+    def predict(predictor):
+        return predictor.predict_paths(frames[0], x_times, y_times, len(y_times), sample_count=2)
+
+    monkeypatch.setattr(predictors, "prepare_weights", prepare)
+    first = predict(predictor)
+    np.testing.assert_array_equal(predict(predictor), first)
+    assert len(prepared) == 1
+    small.model.head.proj_s1.bias.data.mul_(-3)  # through .data, which leaves no version number behind
+    changed = predict(predictor)
+    assert len(prepared) == 2 and not np.array_equal(changed, first)
+    np.testing.assert_array_equal(changed, predict(KronosPredictor(small.model, small.tokenizer, device="cpu")))

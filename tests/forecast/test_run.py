@@ -7,8 +7,6 @@ import time
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tasks
@@ -19,7 +17,7 @@ from tasks import COLUMNS, LOOKBACK, NAMES, assert_same, chunks, make_task, make
 from kronos_qlib.forecast import chunk_store as stores
 from kronos_qlib.forecast import forecaster as scoring
 from kronos_qlib.forecast import run as runs
-from kronos_qlib.forecast.engine.generate import Sampling
+from kronos_qlib.forecast.engine.sampling import Sampling
 from kronos_qlib.forecast.forecaster import QUANTILES
 from kronos_qlib.forecast.scores import scores
 from kronos_qlib.forecast.task import GENERATION, Task
@@ -29,7 +27,7 @@ LAST_RETURNS = [0.02716, -0.04658, -0.04316, -0.04004, 0.01816]
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(runs, "CHUNK", 64)
+    monkeypatch.setattr(runs, "CHUNK_WINDOWS", 64)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +42,7 @@ def test_what_is_kept_is_what_was_computed_and_is_not_computed_again(plain, tmp_
     first, resumed = run(make_task(), tmp_path)
     assert resumed == 0
     assert_same(first, plain)
-    monkeypatch.setattr(runs, "Scorer", None)  # nothing is left that would need it
+    monkeypatch.setattr(runs, "Forecaster", None)  # nothing is left that would need it
     again, resumed = run(make_task(), tmp_path)
     assert resumed == len(make_task())
     assert_same(again, plain)
@@ -61,7 +59,7 @@ def test_it_says_how_much_was_there(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("damage", ["cut short", "a byte turned", "empty", "another chunk's"])
-def test_a_damaged_chunk_is_told_and_computed_anew(plain, tmp_path, caplog, damage):
+def test_a_damaged_chunk_is_reported_and_computed_again(plain, tmp_path, caplog, damage):
     run(make_task(), tmp_path)
     path, other = chunks(tmp_path)[:2]
     content = bytearray(path.read_bytes())
@@ -130,7 +128,7 @@ def test_a_changed_bar_costs_exactly_the_windows_it_is_in(tmp_path, plain):
         {"sampling": Sampling(3, seed=1, sampling="stratified")},
         {"max_context": 32},
         {"dtype": torch.bfloat16},
-        {"paths": True},
+        {"keep_paths": True},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -143,7 +141,7 @@ def test_other_settings_find_nothing(tmp_path, change):
 def test_other_weights_find_nothing_and_how_it_is_worked_on_does_not_matter(tmp_path):
     task = make_task(make_windows(last=40))
     run(task, tmp_path)
-    assert run(replace(task, part=5), tmp_path)[1] == len(task)
+    assert run(replace(task, batch_size=5), tmp_path)[1] == len(task)
     with torch.no_grad():
         task.model.head.proj_s1.bias[0] += 1
     assert run(replace(task), tmp_path)[1] == 0
@@ -161,7 +159,7 @@ def test_other_instruments_beside_it_do_not_change_a_window_nor_cost_it_again(tm
 
 
 def test_the_columns_are_the_scores_and_quantiles_of_the_paths_kept(tmp_path):
-    task = make_task(make_windows(last=24), paths=True)
+    task = make_task(make_windows(last=24), keep_paths=True)
     run(task, tmp_path)
     frame = pq.read_table(chunks(tmp_path)[0]).to_pandas()
     assert list(frame.instrument[:5]) == list(NAMES)
@@ -190,24 +188,24 @@ def test_a_task_comes_back_from_its_folder(tmp_path):
 def test_a_device_out_of_memory_is_given_half(monkeypatch, caplog, plain):
     real = scoring.generate
 
-    def short_of_memory(*inputs, part, **options):
-        if part > 3:
+    def short_of_memory(*inputs, batch_size, **options):
+        if batch_size > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(*inputs, part=part, **options)
+        return real(*inputs, batch_size=batch_size, **options)
 
     monkeypatch.setattr(scoring, "generate", short_of_memory)
     values, _ = run(make_task())
     assert "going on with 4 windows at a time" in caplog.text and "going on with 2 windows" in caplog.text
     close = np.isclose(values["mean_return"], plain["mean_return"], rtol=1e-3, atol=1e-5)
-    assert close.mean() >= 0.99  # parts of another size are rounded otherwise
+    assert close.mean() >= 0.99  # window batches of another size are rounded differently
 
 
-def test_the_memory_for_a_part_is_looked_at(monkeypatch):
-    task = make_task()
-    monkeypatch.setattr(scoring.psutil, "virtual_memory", lambda: type("Memory", (), {"total": 2**20}))
-    little = scoring.part_size(task)
-    monkeypatch.setattr(scoring.psutil, "virtual_memory", lambda: type("Memory", (), {"total": 2**40}))
-    assert 1 <= little < scoring.part_size(task) == scoring.PART
+def test_a_window_batch_fits_the_memory(monkeypatch):
+    def choose(memory):
+        monkeypatch.setattr(scoring.psutil, "virtual_memory", lambda: type("Memory", (), {"total": memory}))
+        return scoring.choose_batch_size(make_task().model.config, LOOKBACK, tasks.HORIZON, 3, torch.device("cpu"))
+
+    assert 1 <= choose(2**20) < choose(2**40) == scoring.CPU_BATCH
 
 
 def kill(pid):
@@ -270,8 +268,8 @@ def test_what_a_killed_run_has_left_is_removed_and_what_another_uses_is_not(plai
     assert_same(again, plain)
 
 
-def test_chunks_with_paths_serve_those_who_want_none(plain, tmp_path):
-    run(make_task(paths=True), tmp_path)
+def test_chunks_with_paths_serve_a_task_without(plain, tmp_path):
+    run(make_task(keep_paths=True), tmp_path)
     again, resumed = run(make_task(), tmp_path)
     assert resumed == len(make_task())
     assert_same(again, plain)
@@ -296,32 +294,8 @@ def test_the_generation_is_raised_when_forecasts_change():
     np.testing.assert_allclose(values["last_return"], LAST_RETURNS, atol=2e-4)
 
 
-def test_what_a_process_cannot_do_is_said_in_its_words(tmp_path, monkeypatch):
+def test_an_error_of_a_process_is_raised_in_its_words(tmp_path, monkeypatch):
     task = make_task()
     broken = replace(task, sampling=task.sampling, max_context=2)  # below the horizon: refused by generation
     with pytest.raises(RuntimeError, match="pred_len .3. must be below max_context .2."):
         run(broken, tmp_path, processes=2)
-
-
-def test_stored_forecasts_are_read_by_date_each_window_once_and_as_it_was_stored_last(tmp_path):
-    task = make_task(make_windows(last=40), paths=True)
-    before, _ = run(task, tmp_path)
-    changed = make_task(with_bar_changed(make_windows(last=40), instrument=2, day=39), paths=True)
-    values, _ = run(changed, tmp_path)
-    assert (values["last_close"] != before["last_close"]).any()
-    dates = np.unique(task.windows.dates)[[20, 3]]
-    table = stores.read_forecasts(tmp_path / task.digest, dates.astype("datetime64[D]"))
-    assert table.column_names == ["datetime", "instrument", *COLUMNS]
-    assert table["datetime"].to_pylist() == [*map(pd.Timestamp, np.repeat(np.sort(dates), len(NAMES)))]
-    assert table["instrument"].to_pylist() == [*NAMES, *NAMES]
-    wanted = np.isin(task.windows.dates, dates)  # the task's own order is by date and instrument
-    assert_same({name: table[name].to_numpy() for name in COLUMNS}, {name: values[name][wanted] for name in COLUMNS})
-    assert len(stores.read_forecasts(tmp_path / task.digest, np.array(["1999-12-31"]))) == 0
-
-
-def test_a_folder_without_forecasts_is_named_and_a_damaged_one_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path} holds no stored forecasts"):
-        stores.read_forecasts(tmp_path, np.array([], "datetime64[ns]"))
-    (tmp_path / "chunk-1.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises((OSError, pa.ArrowException)):
-        stores.read_forecasts(tmp_path, np.array([], "datetime64[ns]"))

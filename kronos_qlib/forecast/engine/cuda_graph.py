@@ -1,8 +1,8 @@
-"""A CUDA graph of a part's forecast: its kernels are recorded once and sent off together for every further part.
+"""Replay the forecast of a window batch on a GPU as one CUDA graph.
 
-A step of generation is some hundred small kernels, and to send one off takes a host longer than a GPU needs to compute
-it. Nothing in a forecast hangs on values that the host would have to look at, and all parts of a run have one shape, so
-the whole part, from codes to paths, is one graph.
+A step of generation is some hundred small kernels, and a host takes longer to launch one than a GPU to compute it.
+Nothing in a forecast depends on values that the host would have to read, and all window batches of a run have one
+shape, so a whole window batch, from tokens to paths, is captured once as a graph and replayed for the others.
 """
 
 import logging
@@ -16,13 +16,13 @@ logger = logging.getLogger("qlib.KronosForecast")
 _Shape = tuple[torch.Size, torch.dtype, torch.device]
 Replay = Callable[[], Tensor]
 Capture = Callable[[Callable[[], Tensor], torch.device], Replay]
-"""From a function of no arguments to one that does the same to the same memory, and gives back the same tensor."""
+"""From a function without arguments to one that computes the same in the same memory and returns the same tensor."""
 
 
 def capture(function: Callable[[], Tensor], device: torch.device) -> Replay:
-    """Record a function's work on a CUDA device.
+    """Capture a function's work on a CUDA device.
 
-    Where that fails, torch 2.13 keeps the memory the record had so far, for as long as the process lives.
+    Where that fails, torch 2.13 keeps the memory of the capture for as long as the process lives.
 
     Raises:
         RuntimeError: the function does what no graph can hold, such as waiting for the device.
@@ -30,12 +30,12 @@ def capture(function: Callable[[], Tensor], device: torch.device) -> Replay:
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device):
-        before = torch.cuda.current_stream()
+        stream = torch.cuda.current_stream()
         try:  # other threads may go on with their work
             with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
                 result = function()
         finally:
-            torch.cuda.set_stream(before)  # torch leaves its own current where a record fails
+            torch.cuda.set_stream(stream)  # torch leaves the capture's stream current where a capture fails
 
     def replay() -> Tensor:
         with torch.cuda.device(device):
@@ -45,55 +45,55 @@ def capture(function: Callable[[], Tensor], device: torch.device) -> Replay:
     return replay
 
 
-class Recorded:
-    """Runs a function of tensors, from its third call on as a recording of it.
+class GraphedFunction:
+    """Call a function of tensors, from its third call on by replaying a graph of it.
 
-    The second call with inputs of one shape (the first may be the only one) runs the function as it is, records it,
-    replays the record on the same inputs and compares: only a record that gives bitwise the same result is used. Where
-    there is none, every call runs the function, and a warning says why. Inputs of another shape make a new record.
+    The second call with inputs of one shape (the first may be the only one) runs the function, captures it, replays the
+    graph on the same inputs and compares: only a graph that gives bitwise the same result is used. Without one every
+    call runs the function, and a warning says why. Inputs of another shape are captured anew.
 
     Args:
-        function: of tensors on one device, without side effects, that gives a tensor.
-        capture: makes records.
+        function: of tensors on one device, without side effects, that returns a tensor.
+        capture: makes graphs.
     """
 
     def __init__(self, function: Callable[..., Tensor], capture: Capture = capture) -> None:
         self._function, self._capture = function, capture
         self._shapes: list[_Shape] | None = None  # of the last call
         self._inputs: tuple[Tensor, ...] = ()
-        self._replay: Replay | None = None
-        self._possible = True
+        self._graph: Replay | None = None
+        self._can_capture = True
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         shapes = [(tensor.shape, tensor.dtype, tensor.device) for tensor in inputs]
-        again, self._shapes = shapes == self._shapes, shapes
-        if again and self._replay is not None:
-            return self._replayed(inputs)
-        self._forget()  # before the function runs: a record keeps as much memory as it takes
+        same_shapes, self._shapes = shapes == self._shapes, shapes
+        if same_shapes and self._graph is not None:
+            return self._replay(self._graph, inputs)
+        self._discard()  # before the function runs: a graph keeps as much memory as it takes
         result = self._function(*inputs)
-        if again and self._possible:
-            self._record(inputs, result)
+        if same_shapes and self._can_capture:
+            self._try_capture(inputs, result)
         return result
 
-    def _record(self, inputs: tuple[Tensor, ...], expected: Tensor) -> None:
+    def _try_capture(self, inputs: tuple[Tensor, ...], expected: Tensor) -> None:
         self._inputs = tuple(tensor.clone() for tensor in inputs)
         try:
-            self._replay = self._capture(lambda: self._function(*self._inputs), expected.device)
-            if not torch.equal(self._replayed(inputs), expected):
-                raise RuntimeError("the record gave another result")
+            self._graph = self._capture(lambda: self._function(*self._inputs), expected.device)
+            if not torch.equal(self._replay(self._graph, inputs), expected):
+                raise RuntimeError("the graph gave another result")
         except torch.OutOfMemoryError:
-            self._forget()
+            self._discard()
             raise
         except RuntimeError as error:
-            self._forget()
-            self._possible = False
+            self._discard()
+            self._can_capture = False
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             logger.warning(f"no CUDA graph of the forecast, which takes longer without it ({reason})")
 
-    def _forget(self) -> None:
-        self._replay, self._inputs = None, ()
+    def _discard(self) -> None:
+        self._graph, self._inputs = None, ()
 
-    def _replayed(self, inputs: tuple[Tensor, ...]) -> Tensor:
+    def _replay(self, graph: Replay, inputs: tuple[Tensor, ...]) -> Tensor:
         for own, given in zip(self._inputs, inputs, strict=True):
             own.copy_(given)
-        return self._replay().clone()  # the next replay writes into the same memory
+        return graph().clone()  # the next replay writes into the same memory

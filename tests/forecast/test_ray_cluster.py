@@ -18,7 +18,7 @@ def cluster(monkeypatch):
     import ray
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setattr(runs, "CHUNK", 32)
+    monkeypatch.setattr(runs, "CHUNK_WINDOWS", 32)
     monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
