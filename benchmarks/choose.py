@@ -58,9 +58,8 @@ def all_scores(trained: Trained, windows: Windows, sampling: dict, run: Path) ->
     columns, _ = forecast(task, Execution(run / "choose"), ["paths", "last_close"])
     steps = trained.dataset.horizon
     close = columns["paths"].reshape(len(windows), -1, steps, len(COLUMNS))[..., CLOSE].astype(np.float64)
-    scale = np.concatenate(
-        [windows.gather(rows).scale[:, 0, CLOSE] for rows in np.array_split(np.arange(len(windows)), 64) if len(rows)]
-    )
+    blocks = [rows for rows in np.array_split(np.arange(len(windows)), 64) if len(rows)]
+    scale = np.concatenate([windows.normalised(rows).scale[:, 0, CLOSE] for rows in blocks])
     for horizon in HORIZONS:
         for name, values in scores(close[..., :horizon], columns["last_close"], scale).items():
             yield horizon, name, values

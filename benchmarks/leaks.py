@@ -98,13 +98,13 @@ class LeakingWindows(Windows):
 
     horizon: int = field(kw_only=True)
 
-    def gather(self, rows: np.ndarray) -> Batch:
+    def normalised(self, rows: np.ndarray) -> Batch:
         ends = self.ends[rows]
         last = self.bars.offsets[self.bars.codes[ends] + 1] - 1  # an instrument's horizon may be cut short
         seen = np.minimum(ends[:, None] + np.arange(1 - self.lookback, self.horizon + 1), last[:, None])
         _, mean, scale = normalise(self.bars.values[seen], seen.shape[1])
         x = np.clip((self.values(rows) - mean) / scale, -self.clip, self.clip).astype(np.float32)
-        return Batch(x, self.stamps(rows), mean, scale, super().gather(rows).last_close)
+        return Batch(x, self.stamps(rows), mean, scale, super().normalised(rows).last_close)
 
 
 class LeakingDataset(KLineDataset):

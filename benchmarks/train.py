@@ -45,10 +45,10 @@ from work import attention, linears, triangle
 from kronos_qlib import Kronos, KronosTokenizer
 from kronos_qlib.data.stamps import STAMP_FIELDS, stamps
 from kronos_qlib.data.windows import COLUMNS, EPS, Bars, Windows
-from kronos_qlib.hardware.cpu import memory_kept
+from kronos_qlib.hardware.cpu import retain_heap
 from kronos_qlib.hardware.device import DTYPES, resolve_device, resolve_dtype
 from kronos_qlib.nn import zoo
-from kronos_qlib.nn.dropout import drawn_from
+from kronos_qlib.nn.dropout import use_generator
 from kronos_qlib.train import PredictorStage, TokenizerStage, train_stage
 from kronos_qlib.train.batches import gather
 from kronos_qlib.train.settings import PredictorSettings, StageSettings, TokenizerSettings
@@ -292,12 +292,12 @@ def where_time_goes(stage: Stage, windows: Windows, part: int, repeats: int = 3)
     stage.network.train()
 
     def one_pass() -> None:
-        with drawn_from(torch.Generator().manual_seed(0)):
+        with use_generator(torch.Generator().manual_seed(0)):
             torch.autograd.grad(stage.loss(examples), parameters)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with memory_kept():
+    with retain_heap():
         one_pass()
         with silent(), profile(activities=[ProfilerActivity.CPU]) as profiled:
             for _ in range(repeats):

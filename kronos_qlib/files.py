@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that are written whole or not at all, and folders that a killed process does not leave behind."""
 
 import contextlib
 import os
@@ -16,25 +16,25 @@ from filelock import FileLock, Timeout
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a draft path beside `path` to write to; it becomes `path` when the block ends well and is removed otherwise.
+    """Give a draft beside `path` to write to; it replaces `path` if the block ends without an error, or is removed.
 
-    Missing folders are made. The draft ends in .tmp, so that nobody who looks for files by their suffix finds it.
+    Missing folders are made. The draft ends in .tmp, so that a search for files by their suffix does not find it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
         draft.touch()
-        mode = draft.stat().st_mode  # the user's own; some writers make files that only they can read
+        mode = draft.stat().st_mode  # as of the user's other files; some writers make files that only they can read
         yield draft
         draft.chmod(mode)
-        _to_disk(draft)
+        _flush_to_disk(draft)
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """Write an array as a whole .npy file. A full disk is an OSError with its number, which numpy's own save loses."""
+    """Write an array as a whole .npy file. A full disk is an OSError with its errno, which numpy's own save loses."""
     array = np.ascontiguousarray(array)
     with whole_file(path) as draft, draft.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
@@ -43,9 +43,9 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 @contextmanager
 def scratch_folder(parent: Path | None, prefix: str) -> Iterator[Path]:
-    """A new folder in `parent` (None: the system's own place) for the length of a block.
+    """Make a new folder in `parent` (None: the system's place for such folders) and remove it when the block ends.
 
-    Those of the same parent and prefix whose process was killed are removed: nobody holds their lock.
+    Folders of the same parent and prefix whose process was killed are removed too: no process holds their lock.
     """
     if parent is not None:
         parent.mkdir(parents=True, exist_ok=True)
@@ -56,8 +56,8 @@ def scratch_folder(parent: Path | None, prefix: str) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _to_disk(path: Path) -> None:
-    """Wait until a file's content has left the system's memory: a rename may reach the disk before it."""
+def _flush_to_disk(path: Path) -> None:
+    """Wait until a file's content is on the disk: without this the rename after it may be there earlier."""
     if sys.platform == "win32":  # no flush for a file opened to read
         return
     number = os.open(path, os.O_RDONLY)

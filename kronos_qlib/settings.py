@@ -1,4 +1,4 @@
-"""Configuration checked once, at the edge: one line that names the key, then trusted."""
+"""Checks configuration once, at the edge; inside, values are trusted. An error is one line that names the key."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar, get_args
@@ -16,15 +16,16 @@ AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 def read_settings(kind: type[AnySettings], owner: str, values: Mapping[str, Any]) -> AnySettings:
-    """`values` as a `kind`; a ValueError of one line names `owner`, the key, and what it should be."""
+    """Check `values` and return them as a `kind`; a ValueError, one line, names `owner`, key and what it should be."""
     try:
         return kind(**values)
     except ValidationError as error:
-        lines = [_line(problem, kind) for problem in error.errors()]
+        lines = [_describe(problem, kind) for problem in error.errors()]
         raise ValueError(f"{owner}: " + "; ".join(dict.fromkeys(lines))) from None
 
 
-def _line(problem: Mapping[str, Any], kind: type[Settings]) -> str:
+def _describe(problem: Mapping[str, Any], kind: type[Settings]) -> str:
+    """Describe one of pydantic's problems with settings of a `kind`."""
     key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("function-", "list[", "dict[")))
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key!r}; known keys: {', '.join(_settings_at(kind, problem['loc'][:-1]).model_fields)}"
@@ -35,9 +36,9 @@ def _line(problem: Mapping[str, Any], kind: type[Settings]) -> str:
 
 
 def _settings_at(kind: type[Settings], keys: tuple[Any, ...]) -> type[Settings]:
-    """The settings that `keys` lead to within a `kind`."""
+    """Return the kind of settings that `keys` lead to within a `kind`."""
     for key in keys:
         annotation = kind.model_fields[key].annotation
-        parts = (annotation, *get_args(annotation))  # itself, or one of a union
-        kind = next(part for part in parts if isinstance(part, type) and issubclass(part, Settings))
+        types = (annotation, *get_args(annotation))  # itself, or one of a union
+        kind = next(each for each in types if isinstance(each, type) and issubclass(each, Settings))
     return kind

@@ -1,4 +1,4 @@
-"""The sessions of a market: those of the Qlib store, and beyond its end those that can be foreseen."""
+"""The sessions of a market: those of the Qlib store, and after its end those that are known in advance."""
 
 import warnings
 
@@ -14,12 +14,11 @@ DAY = np.timedelta64(1, "D")
 
 
 class SessionCalendar:
-    """The sessions that follow a date, known beforehand: they may stamp a forecast without any look-ahead.
+    """Gives the sessions that follow a date; they are known in advance, so that they may stamp a forecast.
 
-    `sessions` are those of the store. Beyond their end come the sessions of `exchange` (a name of `exchange_calendars`;
-    by default that of `region`: XSHG for cn, XNYS for us, XTAI for tw) if that package is installed, else plain
-    weekdays, with one warning. For an intraday `freq` the times of day of the store's last session are repeated.
-    `source` names the calendar in messages.
+    After the store's `sessions` come those of `exchange` (a name of `exchange_calendars`; by default that of `region`:
+    XSHG for cn, XNYS for us, XTAI for tw) if that package is installed, else all weekdays, with one warning. For an
+    intraday `freq` each of them has the times of day of the store's last day. `source` names the calendar in messages.
 
     Raises ValueError for duplicate or unsorted sessions, and for an unknown exchange if one is named.
     """
@@ -41,22 +40,22 @@ class SessionCalendar:
         self._times = np.asarray(sessions, "datetime64[ns]")
         self._stamps = stamps(self._times)
         last_day = self._times[-1].astype("datetime64[D]")
-        on_last_day = self._times[self._times >= last_day]
-        self._times_of_day = on_last_day - last_day if is_intraday(freq) else np.zeros(1, "timedelta64[ns]")
+        last_times = self._times[self._times >= last_day]
+        self._times_of_day = last_times - last_day if is_intraday(freq) else np.zeros(1, "timedelta64[ns]")
         self._guessing = False
 
-    def after(self, dates: np.ndarray | pd.DatetimeIndex, horizon: int) -> np.ndarray:
-        """The `horizon` sessions that follow each date (strictly): datetime64[ns] `[B, horizon]`."""
+    def sessions_after(self, dates: np.ndarray | pd.DatetimeIndex, horizon: int) -> np.ndarray:
+        """Return the P = `horizon` sessions that follow each date (strictly): datetime64[ns] `[B, P]`."""
         positions = self._positions_after(dates, horizon)
         return self._times[positions]
 
     def stamps_after(self, dates: np.ndarray | pd.DatetimeIndex, horizon: int) -> np.ndarray:
-        """The stamps (see `STAMP_FIELDS`) of the `horizon` sessions that follow each date: int64 `[B, horizon, 5]`."""
+        """Return the stamps (see `STAMP_FIELDS`) of the P = `horizon` sessions after each date: int64 `[B, P, 5]`."""
         positions = self._positions_after(dates, horizon)
         return self._stamps[positions]
 
     def _positions_after(self, dates: np.ndarray | pd.DatetimeIndex, horizon: int) -> np.ndarray:
-        """Positions `[B, horizon]` in `_times`, which is first extended as far as they need."""
+        """Return the sessions' positions `[B, P]` in `_times`, which is first extended as far as needed."""
         dates = np.asarray(dates, "datetime64[ns]")
         if len(dates):
             while np.searchsorted(self._times, dates.max(), side="right") + horizon > len(self._times):
@@ -64,13 +63,14 @@ class SessionCalendar:
         return np.searchsorted(self._times, dates, side="right")[:, None] + np.arange(horizon)
 
     def _extend(self) -> None:
-        """Append the sessions of the year after the last one known."""
+        """Append the sessions of the year after the last one."""
         days = self._days_after(self._times[-1].astype("datetime64[D]"))
         times = (days.astype("datetime64[ns]")[:, None] + self._times_of_day).reshape(-1)
         self._times = np.concatenate([self._times, times])
         self._stamps = np.concatenate([self._stamps, stamps(times)])
 
     def _days_after(self, last: np.datetime64) -> np.ndarray:
+        """Return the days with a session in the year after `last`."""
         if not self._guessing:
             days, problem = _exchange_days(self.exchange, last + DAY, last + 366 * DAY)
             if len(days):
@@ -86,19 +86,19 @@ class SessionCalendar:
 
 
 def is_intraday(freq: str) -> bool:
-    """Whether bars of this Qlib frequency (day, 5min, …) are shorter than a day."""
+    """Return whether bars of this Qlib frequency (day, 5min, …) are shorter than a day."""
     return freq != "day"
 
 
-def end_of(date: pd.Timestamp | None, freq: str) -> pd.Timestamp | None:
-    """The last moment of a range that ends on `date`: for intraday bars a bare date means all of that day."""
+def range_end(date: pd.Timestamp | None, freq: str) -> pd.Timestamp | None:
+    """Return the last moment of a range up to `date`; for intraday bars a date without a time is a whole day."""
     if date is not None and is_intraday(freq) and date == date.normalize():
         return date + pd.Timedelta(days=1) - pd.Timedelta(1, "ns")
     return date
 
 
 def check_sessions(sessions: pd.DatetimeIndex | np.ndarray, source: str) -> None:
-    """Raise a ValueError that names the first session which does not come after the one before it."""
+    """Check that sessions are sorted without duplicates; a ValueError names the first place where they are not."""
     times = np.asarray(sessions, "datetime64[ns]")
     if not len(times):
         raise ValueError(f"{source} is empty")
@@ -113,7 +113,7 @@ def check_sessions(sessions: pd.DatetimeIndex | np.ndarray, source: str) -> None
 
 
 def check_exchange(exchange: str) -> None:
-    """Raise a ValueError if `exchange_calendars` is installed and does not know `exchange`."""
+    """Check that `exchange_calendars`, if installed, knows `exchange`. Raises ValueError."""
     try:
         import exchange_calendars
     except ImportError:
@@ -123,7 +123,7 @@ def check_exchange(exchange: str) -> None:
 
 
 def store_calendar(freq: str, exchange: str | None = None) -> SessionCalendar:
-    """The calendar of the Qlib store in use, with its future sessions if the store has a file of them."""
+    """Return the calendar of the Qlib store in use, with its future sessions if the store has a file of them."""
     path = C.dpm.get_data_uri(freq) / "calendars" / f"{freq}_future.txt"
     future = path.exists()  # asking Qlib for a file that is not there costs the user two warnings
     source = f"calendar {path if future else path.with_name(f'{freq}.txt')}"
@@ -132,7 +132,7 @@ def store_calendar(freq: str, exchange: str | None = None) -> SessionCalendar:
 
 
 def _exchange_days(exchange: str | None, start: np.datetime64, end: np.datetime64) -> tuple[np.ndarray, str]:
-    """The exchange's sessions in start … end as far as known, and the problem if there are none."""
+    """Return the exchange's days in start … end as far as known, and what the problem is if there are none."""
     if exchange is None:
         return np.array([], "datetime64[D]"), "its region has no exchange here"
     try:
@@ -144,6 +144,6 @@ def _exchange_days(exchange: str | None, start: np.datetime64, end: np.datetime6
         end = min(end, np.datetime64(bound.date(), "D"))
     if start > end:
         return np.array([], "datetime64[D]"), f"exchange_calendars knows {exchange} to {end} only"
-    # asked from a month earlier, for the package refuses a range without a session
+    # from a month earlier, because the package refuses a range without a session
     sessions = get_calendar(exchange, start=str(start - 31 * DAY), end=str(end)).sessions.to_numpy("datetime64[D]")
     return sessions[sessions >= start], f"exchange_calendars has no session of {exchange} in {start} to {end}"

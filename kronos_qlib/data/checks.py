@@ -1,4 +1,4 @@
-"""Checks of the bars themselves: what no market prints is an error, what looks unadjusted is a warning."""
+"""Checks of the bars: a value that no market prints is an error, a price that looks unadjusted is a warning."""
 
 import warnings
 
@@ -8,13 +8,13 @@ from kronos_qlib.data.windows import COLUMNS, Bars
 
 ROUNDING = 1e-5  # adjusted float32 prices may disagree by some units in the last place
 CHANGE_TOLERANCE = 0.20
-NAMED = 5  # how many suspicious bars a warning names
+NAMED = 5  # bars that a warning names
 
 
 def check_bars(bars: Bars) -> None:
-    """Raise a ValueError for infinite values, prices of zero or less, negative volume or amount, high below low.
+    """Check bars for infinite values, prices of zero or less, negative volume or amount, and a high below the low.
 
-    The message names the first such instrument and date, its values, and how many such bars there are.
+    Raises ValueError, which names the first such instrument and date, its values, and how many such bars there are.
     """
     prices = bars.values[:, :4]
     high, low = prices[:, 1], prices[:, 2]
@@ -37,10 +37,12 @@ def check_bars(bars: Bars) -> None:
 
 
 def warn_of_jumps(bars: Bars, returns: np.ndarray, change: np.ndarray) -> None:
-    """Warn, once, of bars whose close-to-close return disagrees with `$change` by over 0.20.
+    """Warn of bars whose close-to-close return disagrees with `$change` by over 0.20; the worst are named.
 
-    `returns` and `change` are ratios `[N]` (−0.059 is −5.9 %), aligned with `bars`, NaN where unknown. Such a jump is
-    mostly a split or a change of code that the prices were not adjusted for. The worst are named.
+    Such a jump is mostly a split or a change of code that the prices were not adjusted for.
+
+    Args:
+        returns, change: ratios `[N]` (−0.059 is −5.9 %) of the `bars`, NaN where unknown.
     """
     distance = np.abs(returns - change)
     rows = np.flatnonzero(distance > CHANGE_TOLERANCE)
@@ -56,5 +58,6 @@ def warn_of_jumps(bars: Bars, returns: np.ndarray, change: np.ndarray) -> None:
 
 
 def _name(bars: Bars, row: int) -> str:
+    """Name a bar by instrument and date."""
     date = np.datetime_as_string(bars.dates[row], unit="m").removesuffix("T00:00")
     return f"{bars.instruments[bars.codes[row]]} {date}"

@@ -1,4 +1,4 @@
-"""KLineDataset: windows of bars by score date, segment by segment, as a Qlib dataset."""
+"""KLineDataset: Qlib's dataset of windows of bars, selected by their score dates."""
 
 import warnings
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from qlib.data.dataset import DatasetH
 from qlib.data.dataset.handler import DataHandler
 from qlib.utils import init_instance_by_config
 
-from kronos_qlib.data.calendar import SessionCalendar, check_exchange, end_of, store_calendar
+from kronos_qlib.data.calendar import SessionCalendar, check_exchange, range_end, store_calendar
 from kronos_qlib.data.dates import Date
 from kronos_qlib.data.handler import KLineHandler
 from kronos_qlib.data.windows import Windows
@@ -21,7 +21,8 @@ Segment = tuple[pd.Timestamp | None, pd.Timestamp | None]
 _DATE = TypeAdapter(Date, config={"arbitrary_types_allowed": True})
 
 
-def _segment(value: Any) -> Segment:
+def _check_segment(value: Any) -> Segment:
+    """Check a segment, a pair of dates or a slice of them. Raises ValueError."""
     if isinstance(value, slice) and value.step is None:
         value = (value.start, value.stop)
     if not isinstance(value, (list, tuple)) or len(value) != 2:
@@ -35,7 +36,8 @@ def _segment(value: Any) -> Segment:
     return start, end
 
 
-def _exchange(value: Any) -> Any:
+def _check_exchange(value: Any) -> Any:
+    """Check the setting `exchange`. Raises ValueError."""
     if isinstance(value, str):
         check_exchange(value)
     return value
@@ -45,10 +47,10 @@ class DatasetSettings(Settings):
     """The keyword arguments of `KLineDataset`."""
 
     handler: Any
-    segments: dict[str, Annotated[Any, BeforeValidator(_segment)]] = Field(min_length=1)
+    segments: dict[str, Annotated[Any, BeforeValidator(_check_segment)]] = Field(min_length=1)
     lookback: int = Field(default=90, ge=2)
     horizon: int = Field(default=10, ge=1)
-    exchange: Annotated[str | None, BeforeValidator(_exchange)] = None
+    exchange: Annotated[str | None, BeforeValidator(_check_exchange)] = None
     fetch_kwargs: dict[str, Any] = {}
 
 
@@ -60,7 +62,8 @@ class KLineDataset(DatasetH):
     lookback, horizon: bars seen and bars forecast.
     exchange: whose sessions follow the end of the store's calendar (see `SessionCalendar`).
 
-    `prepare` is DatasetH's, so Qlib's records find features and labels. A pickle keeps settings only.
+    `prepare` is DatasetH's, so that Qlib's records find features and labels. A pickle keeps the settings only.
+
     Raises ValueError, one line, for wrong settings and for a segment that lies outside the data.
     """
 
@@ -86,29 +89,54 @@ class KLineDataset(DatasetH):
             self._require_dates(name)
 
     def score_windows(self, segment: Any = "test") -> Windows:
-        """One window per (score date, instrument) of a segment (a name or a pair of dates), sorted so; future = 0.
+        """Select one window for each score date and instrument of a segment, sorted by these.
 
-        A score needs `lookback` valid bars that end on that very date, and membership on it. The last date of the
-        store has scores too. Raises ValueError for an unknown or empty segment.
+        A score needs `lookback` valid bars that end on its date, and membership on that date; `future` is 0, so that
+        the last date of the store has scores too. Instruments of the segment without any window, for want of a
+        lookback, are in `left_out`; see `warn_of_left_out`.
+
+        Args:
+            segment: a name, or a pair of dates.
+
+        Raises:
+            ValueError: the segment is unknown or has no window.
         """
-        return self._windows(segment, future=0)
+        return self._select(segment, future=0)
 
     def training_windows(self, segment: Any) -> Windows:
-        """As `score_windows`, with the horizon + 1 bars that follow, all of them within the segment.
+        """Select windows as `score_windows` does, with the horizon + 1 bars that follow, all of them in the segment.
 
         The lookback may reach before the segment's start.
         """
-        return self._windows(segment, future=self.horizon + 1)
+        return self._select(segment, future=self.horizon + 1)
+
+    def warn_of_left_out(self, windows: Windows) -> None:
+        """Warn of the instruments that a selection of windows has left out, once for the same windows of a dataset.
+
+        `score_windows` and `training_windows` do not warn, because counts and checks call them too; `KronosModel` and
+        `training_set` call this where they train or score.
+        """
+        names = windows.left_out
+        if not names:
+            return
+        message = (
+            f"KLineDataset: {len(names)} instruments are left out of {windows.segment}, they never have "
+            f"{windows.lookback} valid bars behind them there: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
+        )
+        warned = self.__dict__.setdefault("_warned", set())  # of this process: Qlib pickles no such name
+        if message not in warned:
+            warned.add(message)
+            warnings.warn(message, stacklevel=2)
 
     @property
     def calendar(self) -> SessionCalendar:
-        """The sessions of the store and those expected after them."""
+        """Return the sessions of the store and those that are expected after them."""
         if not hasattr(self, "_calendar"):
             self._calendar = store_calendar(self.handler.freq, self.exchange)
         return self._calendar
 
     def config(self, handler_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Change segments, lookback, horizon or exchange, by `handler_kwargs` the handler, or what pickling keeps."""
+        """Change segments, lookback, horizon or exchange, by `handler_kwargs` the handler, or what a pickle keeps."""
         known = ("segments", "lookback", "horizon", "exchange")
         ours = {key: kwargs.pop(key) for key in known if key in kwargs}
         unknown = set(kwargs) - {"dump_all", "exclude", "include", "recursive"}
@@ -122,27 +150,29 @@ class KLineDataset(DatasetH):
         super().config(handler_kwargs=handler_kwargs, **kwargs)
 
     def _set(self, settings: DatasetSettings) -> None:
+        """Take over settings, and drop the calendar that was made by the former ones."""
         freq = self.handler.freq
-        self.segments = {name: (start, end_of(end, freq)) for name, (start, end) in settings.segments.items()}
+        self.segments = {name: (start, range_end(end, freq)) for name, (start, end) in settings.segments.items()}
         self.lookback = settings.lookback
         self.horizon = settings.horizon
         self.exchange = settings.exchange
         self.__dict__.pop("_calendar", None)
 
     def _bounds(self, segment: Any) -> tuple[str, np.datetime64, np.datetime64]:
-        """What to call a segment, its first and its last moment."""
+        """Return what to call a segment, its first and its last moment."""
         if isinstance(segment, str):
             if segment not in self.segments:
                 raise ValueError(f"KLineDataset: unknown segment {segment!r}; known: {', '.join(self.segments)}")
             name, (start, end) = f"segment {segment!r}", self.segments[segment]
         else:
-            start, end = _segment(segment)
-            name, end = "segment", end_of(end, self.handler.freq)
+            start, end = _check_segment(segment)
+            name, end = "segment", range_end(end, self.handler.freq)
         first, last = (pd.Timestamp.min if start is None else start), (pd.Timestamp.max if end is None else end)
         shown = [str(date.date()) if date is not None else "…" for date in (start, end)]
         return f"{name} [{', '.join(shown)}]", first.to_numpy(), last.to_numpy()
 
     def _require_dates(self, segment: Any) -> None:
+        """Raise a ValueError if no session of the data is in a segment."""
         name, start, end = self._bounds(segment)
         dates = self.handler.dates
         if not ((dates >= start) & (dates <= end)).any():
@@ -150,7 +180,8 @@ class KLineDataset(DatasetH):
                 f"KLineDataset: {name} is empty: the handler's data run from {dates[0].date()} to {dates[-1].date()}"
             )
 
-    def _windows(self, segment: Any, future: int) -> Windows:
+    def _select(self, segment: Any, future: int) -> Windows:
+        """Select the windows of a segment whose lookback and `future` bars are there, by score date and instrument."""
         name, start, end = self._bounds(segment)
         self._require_dates(segment)
         bars, members = self.handler.bars(), self.handler.members()
@@ -171,18 +202,10 @@ class KLineDataset(DatasetH):
                 f"{(wanted & enough).sum()} have a lookback of {self.lookback} valid bars"
                 + (f", and none has the {future} bars after it within the segment" if future else "")
             )
-        self._warn_of_short_histories(name, np.setdiff1d(bars.codes[wanted], bars.codes[wanted & enough]))
+        without_lookback = np.setdiff1d(bars.codes[wanted], bars.codes[wanted & enough])
+        left_out = tuple(bars.instruments[code] for code in without_lookback)
         order = np.lexsort((bars.codes[ends], bars.dates[ends]))
-        return Windows(bars, ends[order], self.lookback, future)
-
-    def _warn_of_short_histories(self, segment: str, codes: np.ndarray) -> None:
-        if len(codes):
-            names = [self.handler.bars().instruments[code] for code in codes[:5]]
-            warnings.warn(
-                f"KLineDataset: {len(codes)} instruments are left out of {segment}, they never have {self.lookback} "
-                f"valid bars behind them there: {', '.join(names)}{', …' if len(codes) > 5 else ''}",
-                stacklevel=4,
-            )
+        return Windows(bars, ends[order], self.lookback, future, segment=name, left_out=left_out)
 
 
 def window_index(windows: Windows) -> pd.MultiIndex:

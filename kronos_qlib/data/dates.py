@@ -8,7 +8,8 @@ import pandas as pd
 from pydantic import BeforeValidator
 
 
-def _timestamp(value: Any) -> pd.Timestamp | None:
+def _parse_date(value: Any) -> pd.Timestamp | None:
+    """Parse a date; pydantic makes the ValueError an error of the setting."""
     if value is None or isinstance(value, pd.Timestamp):
         return value
     if isinstance(value, (str, datetime.date, np.datetime64)):  # a datetime is a date too; YAML gives dates
@@ -19,5 +20,5 @@ def _timestamp(value: Any) -> pd.Timestamp | None:
     raise ValueError("should be a date such as 2015-01-01")
 
 
-Date = Annotated[pd.Timestamp | None, BeforeValidator(_timestamp)]
+Date = Annotated[pd.Timestamp | None, BeforeValidator(_parse_date)]
 """A date as workflow files write it: a string, a YAML date, a Timestamp, or null for no bound."""

@@ -1,24 +1,24 @@
-"""The demo market: a synthetic Qlib store whose predictability is known, to try a pipeline on and to test it.
+"""The demo market: writes a synthetic Qlib store of known predictability, on which a pipeline can be tried and tested.
 
-Returns are simple and drawn as
+Simple returns are drawn as
 
     own[i, t+1] = sigma[i, t+1] * (signal * f[i, t] + sqrt(1 - signal**2) * z[i, t+1])
     r[i, t+1] = clip(beta[i] * m[t+1] + own[i, t+1], -10 %, +10 %)
 
 with a driftless market m, volatilities that cluster (GARCH(1, 1) for the market and for each instrument) and
 heavy-tailed symmetric noise z (Student t, 5 degrees of freedom). f is the planted predictor: the cross-sectional
-rank, centred and scaled to unit variance, of the reversal of the last ten bars, `PLANTED_PREDICTOR`. Ten bars, so
-that it lives on for days (the usual label starts a day after the score) and shows both in a column of Alpha158
-(ROC10) and in the shape of a K-line window. What the label dilutes (a day's delay, the market's part, price limits)
-the unequal volatilities give back, so that `signal` is the information coefficient to be had: on 300 × 2000 bars the
-best rule, the reversal of nine bars, has rank IC 0.052 for signal 0.05 and 0.104 for 0.1, `PLANTED_PREDICTOR` 0.049
-and 0.094; for 0, over 40 seeds of 60 × 900 bars, the reversal, momentum, volatility, gap and volume of past bars all
-have mean ICs within 0.002 of 0 (standard error 0.001).
+rank, centred and scaled to unit variance, of the reversal of the last ten bars, `PLANTED_PREDICTOR`. It is ten bars
+because such a predictor holds for days (the usual label starts a day after the score) and can be seen both in a column
+of Alpha158 (ROC10) and in the shape of a K-line window. The label weakens it (by a day's delay, the market's share and
+price limits), the unequal volatilities strengthen it by as much, so that `signal` is the information coefficient that
+can be reached: on 300 × 2000 bars the best rule, the reversal of nine bars, has rank IC 0.052 for signal 0.05 and 0.104
+for 0.1, `PLANTED_PREDICTOR` 0.049 and 0.094; for 0, over 40 seeds of 60 × 900 bars, the reversal, momentum, volatility,
+gap and volume of past bars all have mean ICs within 0.002 of 0 (standard error 0.001).
 
 With signal 0, given everything up to t, the whole cross-section of t+1 is as likely as its mirror image, so no
 function of past bars has an expected information coefficient, plain or rank, other than zero. Listing, membership,
-suspensions and splits are drawn without looking at prices, and a suspended instrument resumes with one ordinary day's
-return: nothing that was missed is caught up with, which would be predictable.
+suspensions and splits are drawn without regard to prices, and a suspended instrument resumes with one ordinary day's
+return: the returns that it missed are not made up for, which would be predictable.
 """
 
 import json
@@ -40,7 +40,7 @@ _MARK = "SYNTHETIC.txt"
 _FIRST_DAY = "2018-01-02"
 _REVERSAL_BARS = 10
 _PRICE_LIMIT = 0.10
-_BURN_IN = 100  # days simulated and thrown away, by which volatilities have spread
+_BURN_IN = 100  # days simulated and thrown away, after which volatilities have spread
 _GARCH_SHOCK, _GARCH_MEMORY = 0.08, 0.90
 _NOISE_DEGREES = 5
 
@@ -60,7 +60,7 @@ def write_demo_market(
     signal: the information coefficient, approximately, of `PLANTED_PREDICTOR` against Ref($close, -2)/Ref($close, -1)
     - 1; 0 is no predictability at all.
 
-    The folder appears whole or not at all. A former demo market there is replaced.
+    The folder is written whole or not at all. A demo market that is already there is replaced.
 
     Raises ValueError for an argument out of range, naming it, and FileExistsError if `folder` holds anything but a
     demo market.
@@ -86,7 +86,7 @@ def write_demo_market(
 
 
 def is_synthetic(provider_uri: str | Path | Mapping[str, str | Path]) -> bool:
-    """Whether a Qlib store (a folder, or a mapping from frequency to folder) is a demo market, by its mark."""
+    """Return whether a Qlib store (a folder, or a mapping from frequency to folder) has the mark of a demo market."""
     folders = provider_uri.values() if isinstance(provider_uri, Mapping) else [provider_uri]
     return any((Path(folder).expanduser() / _MARK).is_file() for folder in folders)
 
@@ -114,7 +114,7 @@ def _simulate(instruments: int, days: int, signal: float, rng: np.random.Generat
 
 
 def _membership(instruments: int, days: int, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Listing rows [instruments] and membership [days, instruments]: an eighth each leaves, rejoins, is listed late."""
+    """Draw first rows [instruments] and membership [days, instruments]: an eighth each leaves, rejoins, lists late."""
     first_bar = np.zeros(instruments, dtype=np.int64)
     member = np.ones((days, instruments), dtype=bool)
     eighth = max(1, round(instruments / 8))
@@ -131,7 +131,7 @@ def _membership(instruments: int, days: int, rng: np.random.Generator) -> tuple[
 
 
 def _suspensions(first_bar: NDArray[np.int64], days: int, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """Suspended days [days, instruments]: a spell in 450 days or so, of five on average."""
+    """Draw suspended days [days, instruments]: a spell in 450 days on average, five days long on average."""
     suspended = np.zeros((days, len(first_bar)), dtype=bool)
     spells = rng.poisson(days / 450, len(first_bar))
     spells[0] = max(1, spells[0])  # the smallest market has one too
@@ -142,7 +142,7 @@ def _suspensions(first_bar: NDArray[np.int64], days: int, rng: np.random.Generat
 
 
 def _factors(instruments: int, days: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Adjustment factors [days, instruments]: a dividend of 1 to 3 % a year and a split every 600 days or so."""
+    """Draw adjustment factors [days, instruments]: a dividend of 1 to 3 % a year, a split in 600 days on average."""
     steps = np.ones((days, instruments))
     splits = rng.poisson(days / 600, instruments)
     splits[0] = max(1, splits[0])
@@ -160,11 +160,11 @@ def _closes(
     signal: float,
     rng: np.random.Generator,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Adjusted closes [1 + days, instruments], from the eve on, and each day's volatility [days, instruments]."""
+    """Draw adjusted closes [1 + days, instruments], from the eve on, and volatilities [days, instruments]."""
     days, instruments = suspended.shape
     total = _BURN_IN + days
     trading = np.vstack([np.ones((_BURN_IN, instruments), bool), ~suspended])
-    # The store hides the bars before the first: what cannot be seen must not predict.
+    # The store has no bars before the first: what cannot be seen must not predict.
     first_ranked = _BURN_IN + first_bar + _REVERSAL_BARS + 1
 
     beta = rng.normal(1.0, 0.25, instruments)
@@ -191,7 +191,7 @@ def _closes(
 
 
 def _market_returns(total: int, rng: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The common factor's volatility and return, [total] each, without drift: with one, beta would predict returns."""
+    """Draw the market's volatility and return, [total] each, without drift, by which beta would predict returns."""
     noise = rng.standard_t(_NOISE_DEGREES, total) * np.sqrt((_NOISE_DEGREES - 2) / _NOISE_DEGREES)
     sigma = np.empty(total)
     typical = np.array(0.009)
@@ -205,7 +205,7 @@ def _market_returns(total: int, rng: np.random.Generator) -> tuple[NDArray[np.fl
 def _next_variance(
     variance: NDArray[np.float64], shock: NDArray[np.float64], typical: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """One step of GARCH(1, 1), at most (3 × typical)²: with heavy tails a single shock could otherwise run away."""
+    """Step GARCH(1, 1), up to (3 × typical)²: with heavy tails a single shock could otherwise make it diverge."""
     constant = 1 - _GARCH_SHOCK - _GARCH_MEMORY
     following = constant * typical**2 + _GARCH_SHOCK * shock**2 + _GARCH_MEMORY * variance
     return np.minimum(following, (3 * typical) ** 2)
@@ -219,7 +219,7 @@ def _standard_ranks(x: NDArray[np.float64]) -> NDArray[np.float64]:
 def _bars(
     close: NDArray[np.float64], sigma: NDArray[np.float64], suspended: NDArray[np.bool_], rng: np.random.Generator
 ) -> dict[str, NDArray[np.float64]]:
-    """Open, high, low, close, volume, change [days, instruments] around given closes [1 + days, instruments]."""
+    """Draw open, high, low, close, volume, change [days, instruments] for given closes [1 + days, instruments]."""
     before, close = close[:-1], close[1:]
     change = close / before - 1
     overnight = 0.35 * change + 0.3 * sigma * rng.standard_normal(close.shape)
@@ -250,7 +250,7 @@ def _bars(
 
 
 def _hole_spells(suspended: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.bool_]:
-    """For a third of the spells, True from the first day to the next spell's, [days, instruments]."""
+    """Draw a third of the spells: True from their first day to that of the next spell, [days, instruments]."""
     begins = suspended & ~np.vstack([np.zeros_like(suspended[:1]), suspended[:-1]])
     draw = rng.random(suspended.shape) < 1 / 3
     latest_begin = np.maximum.accumulate(np.where(begins, np.arange(len(suspended))[:, None], 0), axis=0)
@@ -258,7 +258,7 @@ def _hole_spells(suspended: NDArray[np.bool_], rng: np.random.Generator) -> NDAr
 
 
 def _autoregression(noise: NDArray[np.float64], memory: float) -> NDArray[np.float64]:
-    """A stationary AR(1) of unit variance along the days."""
+    """Turn noise into a stationary AR(1) of unit variance along the days."""
     series = np.empty_like(noise)
     series[0] = noise[0]
     for t in range(1, len(noise)):
@@ -267,7 +267,7 @@ def _autoregression(noise: NDArray[np.float64], memory: float) -> NDArray[np.flo
 
 
 def _index(bars: dict[str, NDArray[np.float64]], member: NDArray[np.bool_]) -> dict[str, NDArray[np.float64]]:
-    """The benchmark's bars, [days] each: an average of its members' bars relative to their closes of the day before."""
+    """Average the members' bars, relative to their closes of the day before, to the benchmark's bars, [days] each."""
     before = np.vstack([bars["open"][:1], bars["close"][:-1]])
     mean = {field: (bars[field] / before).mean(axis=1, where=member) for field in ("open", "high", "low", "close")}
     level = 1000 * mean["close"].cumprod()
@@ -299,7 +299,7 @@ def _write_store(folder: Path, market: _Market) -> None:
 
 
 def _write_bars(folder: Path, name: str, first: int, bars: dict[str, NDArray[np.float64]]) -> None:
-    """Qlib's binary format: float32, little endian, the row of the first bar in the calendar, then the bars."""
+    """Write Qlib's binary format: float32, little endian, the first bar's row in the calendar, then the bars."""
     home = folder / "features" / name.lower()
     home.mkdir(parents=True)
     for field, values in bars.items():
@@ -307,7 +307,7 @@ def _write_bars(folder: Path, name: str, first: int, bars: dict[str, NDArray[np.
 
 
 def _spans(member: NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """First and last row, both included, of every run of True in [days]."""
+    """Return first and last row, both included, of every run of True in [days]."""
     edges = np.diff(np.concatenate([[False], member, [False]]).astype(np.int8))
     return list(zip(np.flatnonzero(edges == 1).tolist(), (np.flatnonzero(edges == -1) - 1).tolist(), strict=True))
 
@@ -338,7 +338,7 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def _move_into_place(draft: Path, folder: Path) -> None:
-    """Put the finished store where `folder` is, which is absent, empty or a former demo market."""
+    """Move the finished store to `folder`, which is absent, empty or an earlier demo market."""
     former = draft.with_suffix(".former")
     if folder.exists():
         folder.rename(former)

@@ -1,4 +1,4 @@
-"""Extra training data: the train segment of other universes, of the store in use or of another one."""
+"""Adds training windows of other universes, of the Qlib store in use or of other stores."""
 
 import json
 import os
@@ -15,11 +15,11 @@ from pydantic import BeforeValidator, Field
 from qlib.config import C
 from qlib.log import get_module_logger
 
-from kronos_qlib.data.calendar import end_of, is_intraday
+from kronos_qlib.data.calendar import is_intraday, range_end
 from kronos_qlib.data.dataset import KLineDataset
 from kronos_qlib.data.dates import Date
-from kronos_qlib.data.handler import KLineHandler, universe
-from kronos_qlib.data.join_windows import join, trim
+from kronos_qlib.data.handler import KLineHandler, check_universe
+from kronos_qlib.data.join_windows import drop_unused_bars, join_windows
 from kronos_qlib.data.windows import Windows
 from kronos_qlib.data.windows_on_disk import map_windows, save_windows
 from kronos_qlib.settings import Settings
@@ -30,12 +30,14 @@ DAY = pd.Timedelta(days=1)
 class ExtraData(Settings):
     """One entry of `finetune.extra_data`: a universe to train on beside the dataset's own.
 
-    instruments, start_time, amount: as of `KLineHandler`; the score dates are those of the dataset's train segment.
-    provider_uri: the Qlib store; null is the one in use. region: that store's; null is the one in use.
+    The score dates are those of the dataset's train segment.
+
+    instruments, start_time, amount: as of `KLineHandler`.
+    provider_uri: the Qlib store; null is the one in use. region: of that store; null is the one in use.
     freq: null is the dataset's.
     """
 
-    instruments: Annotated[Any, BeforeValidator(universe)]
+    instruments: Annotated[Any, BeforeValidator(check_universe)]
     provider_uri: str | None = Field(default=None, min_length=1)
     region: Literal["cn", "us", "tw"] | None = None
     freq: str | None = Field(default=None, pattern=r"^(day|\d*min)$")
@@ -48,47 +50,49 @@ def training_set(
     dataset: KLineDataset,
     extras: Sequence[ExtraData],
     folder: Path,
-    where: str = "finetune.extra_data",
+    setting: str = "finetune.extra_data",
 ) -> Windows:
-    """The dataset's own training windows and then those of every extra universe, each window once (see `join`).
+    """Join the dataset's own training windows and then those of every extra universe, each window once.
 
     Args:
-        own: `dataset.training_windows("train")`; what is returned if there is no extra data. Its bars come first.
+        own: `dataset.training_windows("train")`, returned as they are if there is no extra data. Their bars come first,
+            see `join_windows`.
         folder: gets a folder for each extra that is in another store. Only one process at a time may use it.
-        where: the key of the extra data, for messages.
+        setting: the key of the extra data, for messages.
 
     Raises:
         ValueError (FileNotFoundError for a missing store): one line that names the key of the extra data.
     """
     logger = get_module_logger("KronosTrainer")
-    keys = [f"{where}[{i}]" for i in range(len(extras))]
-    _check_stores(extras, keys, dataset.handler.freq)  # before any of them takes its time
-    parts = [("", own)]
-    for i, (extra, key, store) in enumerate(zip(extras, keys, _labels(extras, dataset.handler.freq))):
-        parts.append((store, extra_windows(extra, dataset, folder / str(i), key)))
-        logger.info(f"{key}: {len(parts[-1][1]):,} windows of {extra.instruments!r}{f' of {store}' if store else ''}")
-    joined = join(parts)
+    keys = [f"{setting}[{i}]" for i in range(len(extras))]
+    _check_stores(extras, keys, dataset.handler.freq)  # before the first of them is read, which takes time
+    sources = [("", own)]
+    for i, (extra, key, store) in enumerate(zip(extras, keys, _store_names(extras, dataset.handler.freq))):
+        windows = extra_windows(extra, dataset, folder / str(i), key)
+        sources.append((store, windows))
+        logger.info(f"{key}: {len(windows):,} windows of {extra.instruments!r}{f' of {store}' if store else ''}")
+    train = join_windows(sources)
     if extras:
-        logger.info(f"training set: {len(own):,} windows of the dataset and {len(joined) - len(own):,} others")
-    return joined
+        logger.info(f"training set: {len(own):,} windows of the dataset and {len(train) - len(own):,} others")
+    return train
 
 
-def extra_windows(extra: ExtraData, dataset: KLineDataset, folder: Path, where: str) -> Windows:
-    """Windows of another universe over the train segment of `dataset`, with its lookback and horizon.
+def extra_windows(extra: ExtraData, dataset: KLineDataset, folder: Path, key: str) -> Windows:
+    """Select windows of another universe over the train segment of `dataset`, with its lookback and horizon.
 
     No bar after the segment's end is read; a train segment without an end ends with the dataset's data. Qlib has one
-    store per process, so another store is read by a process of its own, which leaves the windows in `folder`; they
-    are mapped from there. Stores are only read.
+    store in a process, so another store is read by a process of its own, which saves the windows in `folder`; they are
+    mapped from there. Nothing is written to a store.
 
     Args:
-        where: the key of the extra data, for messages.
+        key: of the extra data, for messages.
 
     Raises:
         ValueError: what `KLineHandler` or `KLineDataset` refuse. FileNotFoundError: there is no such store.
     """
     freq = extra.freq or dataset.handler.freq
     start, end = _train_segment(dataset, freq)
-    task = {
+    selection = {
         "instruments": extra.instruments,
         "start_time": extra.start_time,
         "freq": freq,
@@ -100,19 +104,20 @@ def extra_windows(extra: ExtraData, dataset: KLineDataset, folder: Path, where: 
     store = _other_store(extra, freq)
     if store is None:
         try:
-            return _windows(**task)
+            return _select_windows(**selection)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-    _check_stores([extra], [where], dataset.handler.freq)
-    options = {"provider_uri": str(store), "region": extra.region or C["region"]}
-    options |= {"kernels": C.get_kernels(freq), "logging_level": C["logging_level"]}
+            raise ValueError(f"{key}: {error}") from error
+    _check_stores([extra], [key], dataset.handler.freq)
+    qlib_init = {"provider_uri": str(store), "region": extra.region or C["region"]}
+    qlib_init |= {"kernels": C.get_kernels(freq), "logging_level": C["logging_level"]}
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    _run_child({"qlib": options, "folder": str(folder), "task": task}, folder, f"{where} (provider_uri {store})")
+    request = {"qlib": qlib_init, "folder": str(folder), "selection": selection}
+    _run_reader(request, folder, f"{key} (provider_uri {store})")
     return map_windows(folder)["train"]
 
 
-def _windows(
+def _select_windows(
     instruments: Any,
     start_time: Any,
     freq: str,
@@ -121,24 +126,27 @@ def _windows(
     lookback: int,
     horizon: int,
 ) -> Windows:
-    """The training windows of a segment from the store in use, on no more bars than they need."""
+    """Select the training windows of a segment from the store in use, on no more bars than they need."""
     # A label that looks ahead would read bars after the end.
     handler = KLineHandler(instruments, start_time, segment[1], freq, label="$close", amount=amount)
-    return trim(KLineDataset(handler, {"train": segment}, lookback, horizon).training_windows("train"))
+    dataset = KLineDataset(handler, {"train": segment}, lookback, horizon)
+    windows = dataset.training_windows("train")
+    dataset.warn_of_left_out(windows)
+    return drop_unused_bars(windows)
 
 
 def _train_segment(dataset: KLineDataset, freq: str) -> tuple[pd.Timestamp | None, pd.Timestamp]:
-    """The train segment for bars of `freq`: they are all complete at its end."""
+    """Return the train segment for bars of `freq`, which are all complete at its end."""
     start, end = dataset.segments["train"]
     if end is None:
         end = dataset.handler.dates[-1]
-    if is_intraday(dataset.handler.freq) and not is_intraday(freq) and end < end_of(end.normalize(), "min"):
+    if is_intraday(dataset.handler.freq) and not is_intraday(freq) and end < range_end(end.normalize(), "min"):
         end = end.normalize() - DAY  # the bar of a day that is not over
-    return start, end_of(end, freq)
+    return start, range_end(end, freq)
 
 
 def _other_store(extra: ExtraData, freq: str) -> Path | None:
-    """The folder of the extra data's store, None if it is the one in use for `freq`."""
+    """Return the folder of the extra data's store, or None if it is the one in use for `freq`."""
     if extra.provider_uri is None:
         return None
     folder = Path(extra.provider_uri).expanduser().resolve()
@@ -148,67 +156,69 @@ def _other_store(extra: ExtraData, freq: str) -> Path | None:
 
 
 def _check_stores(extras: Sequence[ExtraData], keys: Sequence[str], freq: str) -> None:
+    """Check that the other stores exist; a FileNotFoundError names the key of the first that does not."""
     for extra, key in zip(extras, keys):
         store = _other_store(extra, extra.freq or freq)
         if store is not None and not store.is_dir():
             raise FileNotFoundError(f"{key}: there is no Qlib store at {store}; correct its provider_uri")
 
 
-def _labels(extras: Sequence[ExtraData], freq: str) -> list[str]:
-    """What to call the store of each extra universe, "" for the dataset's own bars.
+def _store_names(extras: Sequence[ExtraData], freq: str) -> list[str]:
+    """Return what to call the store of each extra universe, "" for the dataset's own bars.
 
-    It is the folder's name, all of the path if two stores' folders have the same name, and the frequency if it is
+    It is the folder's name, or all of the path if two stores' folders have the same name, and the frequency if it is
     not the dataset's.
     """
     stores = [_other_store(extra, extra.freq or freq) for extra in extras]
-    names = [store.name for store in {*stores} if store is not None]
-    labels = []
+    folders = [store.name for store in {*stores} if store is not None]
+    names = []
     for extra, store in zip(extras, stores):
-        parts = [] if store is None else [store.name if names.count(store.name) == 1 else str(store)]
-        parts += [extra.freq] if extra.freq not in (None, freq) else []
-        labels.append("/".join(parts))
-    return labels
+        name = [] if store is None else [store.name if folders.count(store.name) == 1 else str(store)]
+        name += [extra.freq] if extra.freq not in (None, freq) else []
+        names.append("/".join(name))
+    return names
 
 
-def _run_child(order: Mapping[str, Any], folder: Path, where: str) -> None:
-    """Have a new process do what `_child` does; its warnings and log go to this one's stderr.
+def _run_reader(request: Mapping[str, Any], folder: Path, title: str) -> None:
+    """Run `_serve_request` in a new process; its warnings and log go to this one's stderr.
 
-    Raises ValueError with its error.
+    Raises:
+        ValueError: the process refused the request or broke down; the message begins with `title`.
     """
     # It imports what this process does, whatever lies in the working directory.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-    done = subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-m", "kronos_qlib.data.extra"],
-        input=json.dumps(order, default=str),
+        input=json.dumps(request, default=str),
         stdout=subprocess.PIPE,
         text=True,
         cwd=folder,
         env=environment,
     )
-    if done.returncode:
+    if ended.returncode:
         raise ValueError(
-            f"{where}: the process that reads this store ended with exit status {done.returncode}; "
-            "what it printed before tells why"
+            f"{title}: the process that reads this store ended with exit status {ended.returncode}; "
+            "see what it printed before"
         )
-    error = json.loads(done.stdout)["error"]
+    error = json.loads(ended.stdout)["error"]
     if error is not None:
-        raise ValueError(f"{where}: {error}")
+        raise ValueError(f"{title}: {error}")
 
 
-def _child() -> None:
-    """Read an order from stdin, leave the windows in its folder, and say on stdout what is wrong with it, if anything.
+def _serve_request() -> None:
+    """Read a request from stdin, save its windows in its folder, and write the error, or null, to stdout.
 
     Both are JSON. Whatever else is printed goes to stderr.
     """
-    order, error = json.load(sys.stdin), None
+    request, error = json.load(sys.stdin), None
     with redirect_stdout(sys.stderr):
         try:
-            qlib.init(**order["qlib"])
-            save_windows(Path(order["folder"]), {"train": _windows(**order["task"])})
-        except (ValueError, OSError) as problem:
-            error = str(problem)
+            qlib.init(**request["qlib"])
+            save_windows(Path(request["folder"]), {"train": _select_windows(**request["selection"])})
+        except (ValueError, OSError) as refusal:
+            error = str(refusal)
     print(json.dumps({"error": error}))
 
 
 if __name__ == "__main__":
-    _child()
+    _serve_request()

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from qlib.data.data import ExpressionD
 from qlib.data.dataset.handler import DataHandlerLP
 
-from kronos_qlib.data.calendar import end_of
+from kronos_qlib.data.calendar import range_end
 from kronos_qlib.data.checks import check_bars, warn_of_jumps
 from kronos_qlib.data.dates import Date
 from kronos_qlib.data.loader import KLineLoader, Universe, member_spans
@@ -22,8 +22,8 @@ _LOADED = ("_data", "_infer", "_learn", "_change")
 _DERIVED = ("_bars", "_members")
 
 
-def universe(value: Any) -> Universe:
-    """Check what `instruments` says. Raises ValueError."""
+def check_universe(value: Any) -> Universe:
+    """Check the setting `instruments`, and drop repeated names. Raises ValueError."""
     if isinstance(value, dict) and "market" in value:
         return value
     if isinstance(value, (list, tuple)) and value and all(isinstance(name, str) for name in value):
@@ -33,7 +33,8 @@ def universe(value: Any) -> Universe:
     raise ValueError("should be the name of a universe, a list of instruments, or a mapping with the key 'market'")
 
 
-def _labels(value: Any) -> list[str]:
+def _check_label(value: Any) -> list[str]:
+    """Check the setting `label`, one Qlib expression or several. Raises ValueError."""
     labels = [value] if isinstance(value, str) else value
     if not isinstance(labels, (list, tuple)) or not labels:
         raise ValueError("should be a Qlib expression or a list of them")
@@ -48,37 +49,37 @@ def _labels(value: Any) -> list[str]:
 class HandlerSettings(Settings):
     """The keyword arguments of `KLineHandler`."""
 
-    instruments: Annotated[Any, BeforeValidator(universe)]
+    instruments: Annotated[Any, BeforeValidator(check_universe)]
     start_time: Date = None
     end_time: Date = None
     freq: str = Field(default="day", pattern=r"^(day|\d*min)$")
-    label: Annotated[list[str], BeforeValidator(_labels)] = [LABEL]
+    label: Annotated[list[str], BeforeValidator(_check_label)] = [LABEL]
     amount: Literal["auto", "amount", "vwap", "ohlc"] = "auto"
 
     @model_validator(mode="after")
-    def _ordered(self) -> "HandlerSettings":
+    def _check_order(self) -> "HandlerSettings":
         if self.start_time is not None and self.end_time is not None and self.start_time > self.end_time:
             raise ValueError(f"start_time {self.start_time:%Y-%m-%d} is after end_time {self.end_time:%Y-%m-%d}")
         return self
 
 
 class KLineHandler(DataHandlerLP):
-    """Open, high, low, close, volume, amount and label of every instrument that is ever in a universe.
+    """Qlib's data handler for open, high, low, close, volume, amount and label of all that is ever in a universe.
 
-    Histories are whole; who is a member when is a mask beside them (`members`). The data have column groups `feature`
-    and `label` (LABEL0 …), index (datetime, instrument) sorted, float32; there are no processors, so raw, infer and
-    learn data are one. A pickle keeps the settings only: the data are loaded again when first used.
+    Histories are whole; `members` is a mask beside them. The data have column groups `feature` and `label` (LABEL0 …),
+    index (datetime, instrument) sorted, float32; there are no processors, so raw, infer and learn data are the same. A
+    pickle keeps the settings only: the data are loaded again when first used.
 
     instruments: a universe's name, a list of instruments (always members), or a stockpool config with filters.
     start_time, end_time: the range loaded, inclusive; null is the store's own end.
     freq: day, or minutes such as 5min.
     label: a Qlib expression or several.
     amount: where the amount comes from: `$amount`, `$vwap × $volume` (vwap), `$volume × mean(OHLC)` (ohlc), or the
-        first of them that all bars of the first session have (auto: later bars must not decide it); one rule for the
-        whole run, logged and kept in `amount_rule`. Bars without an amount by the rule are dropped, with a warning.
+        first of these that all bars of the first session have (auto: no later bar must decide it). It is one rule for
+        the whole run, logged and kept in `amount_rule`; bars without an amount by it are dropped, with a warning.
 
     Raises ValueError (FileNotFoundError for a missing store), one line, for wrong settings, an unknown universe, a
-    missing field, an empty result; by `bars`, for impossible bars.
+    missing field, an empty result; `bars` raises it for bars that no market prints.
     """
 
     def __init__(
@@ -98,31 +99,34 @@ class KLineHandler(DataHandlerLP):
         super().__init__(
             settings.instruments,
             settings.start_time,
-            end_of(settings.end_time, self.freq),
+            range_end(settings.end_time, self.freq),
             data_loader=KLineLoader(settings.freq, settings.label, settings.amount),
         )
 
     @property
     def amount_rule(self) -> str | None:
-        """Where the amount comes from: `amount`, `vwap` or `ohlc`; None before anything is loaded under `auto`."""
+        """Return where the amount comes from: `amount`, `vwap` or `ohlc`; None before `auto` has loaded anything."""
         return self.data_loader.amount_rule
 
     @property
     def dates(self) -> pd.DatetimeIndex:
-        """The sessions on which any instrument has data."""
+        """Return the sessions on which any instrument has data."""
         return self._data.index.levels[0]
 
     def bars(self) -> Bars:
-        """The valid bars: all six columns present and volume not zero; the rest is dropped, instrument by instrument.
+        """Return the valid bars: those with all six columns and a volume other than zero.
 
-        Raises ValueError for bars no market prints, warns of returns that disagree with `$change` (see `checks`).
+        They are selected once, with warnings of instruments that have none and of returns that disagree with `$change`.
+
+        Raises:
+            ValueError: a bar that no market prints, see `checks`.
         """
         if self._bars is None:
             rows = self._data["feature"].swaplevel().sort_index()
             values = rows.to_numpy(np.float32)
             valid = ~np.isnan(values).any(axis=1) & (values[:, COLUMNS.index("volume")] != 0)
             bars = _bars_of(rows.index, values, valid)
-            _warn_of_left_out(rows, bars.instruments)
+            _warn_of_instruments_without_bars(rows, bars.instruments)
             check_bars(bars)
             change = self._change.swaplevel().sort_index().to_numpy()
             warn_of_jumps(bars, _returns(rows.index, values[:, CLOSE])[valid], change[valid])
@@ -130,7 +134,7 @@ class KLineHandler(DataHandlerLP):
         return self._bars
 
     def members(self) -> np.ndarray:
-        """Whether the instrument of each of the `bars` is in the universe on that very date: bool `[N]`."""
+        """Return whether the instrument of each of the `bars` is in the universe on the bar's date: bool `[N]`."""
         if self._members is None:
             bars = self.bars()
             spans = member_spans(self.instruments, self.start_time, self.end_time, self.freq)
@@ -138,12 +142,12 @@ class KLineHandler(DataHandlerLP):
             for name, start, stop in zip(bars.instruments, bars.offsets[:-1], bars.offsets[1:]):
                 dates = bars.dates[start:stop]
                 for begin, end in spans[name]:
-                    mask[start:stop] |= (dates >= begin.to_numpy()) & (dates <= end_of(end, self.freq).to_numpy())
+                    mask[start:stop] |= (dates >= begin.to_numpy()) & (dates <= range_end(end, self.freq).to_numpy())
             self._members = mask
         return self._members
 
     def config(self, **kwargs: Any) -> None:
-        """Change instruments, start_time or end_time (the data are then loaded anew), or what pickling keeps."""
+        """Change instruments, start_time or end_time, upon which the data are loaded anew, or what a pickle keeps."""
         ours = {key: kwargs.pop(key) for key in ("instruments", "start_time", "end_time") if key in kwargs}
         unknown = set(kwargs) - {"dump_all", "exclude", "include", "recursive", "processor_kwargs"}
         if unknown:
@@ -154,22 +158,23 @@ class KLineHandler(DataHandlerLP):
             now = {"instruments": self.instruments, "start_time": self.start_time, "end_time": self.end_time}
             settings = read_settings(HandlerSettings, "KLineHandler", now | ours)
             self.instruments, self.start_time = settings.instruments, settings.start_time
-            self.end_time = end_of(settings.end_time, self.freq)
+            self.end_time = range_end(settings.end_time, self.freq)
             self._forget()
         super().config(**kwargs)
 
     def setup_data(self, *args: Any, **kwargs: Any) -> None:
-        """Load the data (anew); Qlib calls this, with its `init_type`, from the constructor and from a dataset."""
+        """Load the data, or load them anew; Qlib calls this with its `init_type` from the constructor and a dataset."""
         self._forget()
         super().setup_data(*args, **kwargs)
         self._change = self._data.pop(("check", "change"))  # for the checks alone, not part of what is fetched
 
     def _forget(self) -> None:
+        """Drop what was loaded and what was made of it."""
         for name in (*_LOADED, *_DERIVED):
             self.__dict__.pop(name, None)
 
     def __getattr__(self, name: str) -> Any:
-        # Reached only for what is not there: nothing is, after unpickling and before the first use.
+        # Python asks here for missing attributes only: after unpickling the data are missing until they are first used.
         if name in _LOADED:
             self.setup_data(init_type=self.IT_LS)
             return self.__dict__[name]
@@ -179,7 +184,7 @@ class KLineHandler(DataHandlerLP):
 
 
 def _bars_of(index: pd.MultiIndex, values: np.ndarray, valid: np.ndarray) -> Bars:
-    """The valid rows of an (instrument, datetime) sorted table; an instrument without any is left out."""
+    """Make bars of the valid rows of an (instrument, datetime) sorted table; an instrument without any is left out."""
     names, counts = np.unique(index.codes[0][valid], return_counts=True)
     dates = index.get_level_values(1).to_numpy("datetime64[ns]")[valid]
     return Bars(
@@ -191,13 +196,13 @@ def _bars_of(index: pd.MultiIndex, values: np.ndarray, valid: np.ndarray) -> Bar
     )
 
 
-def _warn_of_left_out(rows: pd.DataFrame, kept: tuple[str, ...]) -> None:
-    """Warn, once, of instruments in the table without a single valid bar, and of the field that they lack."""
+def _warn_of_instruments_without_bars(rows: pd.DataFrame, kept: tuple[str, ...]) -> None:
+    """Warn of instruments in the table without a single valid bar, and of the fields that they lack."""
     names = rows.index.levels[0]
     left_out = names.difference(kept)
     if len(left_out):
-        lacking = {name: rows.loc[name].isna().all() for name in left_out[:5]}
-        named = [f"{name} (no {', '.join(f[f].index) if f.any() else 'trade'})" for name, f in lacking.items()]
+        empty = {name: rows.loc[name].isna().all() for name in left_out[:5]}  # which fields have no value
+        named = [f"{name} (no {', '.join(f[f].index) if f.any() else 'trade'})" for name, f in empty.items()]
         warnings.warn(
             f"KLineHandler: {len(left_out)} of {len(names)} instruments are left out, they have no valid bar: "
             f"{', '.join(named)}{', …' if len(left_out) > 5 else ''}",
@@ -206,11 +211,11 @@ def _warn_of_left_out(rows: pd.DataFrame, kept: tuple[str, ...]) -> None:
 
 
 def _returns(index: pd.MultiIndex, close: np.ndarray) -> np.ndarray:
-    """Close-to-close returns `[N]` between an instrument's successive rows, which are successive sessions in Qlib.
+    """Return close-to-close returns `[N]` between an instrument's successive rows, which are successive sessions.
 
-    A session without a close gives NaN there and on the next: `$change` across a gap is not ours to judge.
+    A session without a close gives NaN for itself and for the next one: `$change` across a gap cannot be checked.
     """
-    before = np.roll(close, 1)
-    before[np.diff(index.codes[0], prepend=-1) != 0] = np.nan
-    before[~(before > 0)] = np.nan
-    return close / before - 1
+    last_close = np.roll(close, 1)
+    last_close[np.diff(index.codes[0], prepend=-1) != 0] = np.nan
+    last_close[~(last_close > 0)] = np.nan
+    return close / last_close - 1

@@ -1,4 +1,4 @@
-"""From a Qlib store to one table of K-lines: six columns, label, one rule for the amount."""
+"""KLineLoader: reads a Qlib store into one table of K-lines: six columns, label, one rule for the amount."""
 
 import warnings
 from pathlib import Path
@@ -28,7 +28,7 @@ class KLineLoader(DataLoader):
     """Loads open, high, low, close, volume, amount and labels of every instrument that is ever in a universe.
 
     `amount` is a rule for the amount (`amount`, `vwap`, `ohlc`) or `auto`: the first of them whose fields the bars of
-    the first session have. The rule found is kept in `amount_rule`, so that a pickled loader never changes it.
+    the first session have. That rule is kept in `amount_rule`, so that a pickled loader never changes it.
     """
 
     def __init__(self, freq: str, label: list[str], amount: str) -> None:
@@ -40,11 +40,15 @@ class KLineLoader(DataLoader):
     def load(
         self, instruments: Universe, start_time: pd.Timestamp | None = None, end_time: pd.Timestamp | None = None
     ) -> pd.DataFrame:
-        """Full histories in start_time … end_time, float32, index (datetime, instrument) sorted, not cut to membership.
+        """Load full histories from start_time to end_time, not cut to membership; warn of instruments without bars.
 
-        Columns: `("feature", open … amount)`, `("label", "LABEL0" …)`, and `("check", "change")`, the store's own
-        `$change`, NaN where it has none. Raises ValueError (FileNotFoundError for a missing store) for what the store
-        lacks: universe, frequency, fields, bars in the range. Warns of instruments that have no bars.
+        Returns:
+            float32, index (datetime, instrument) sorted; columns `("feature", open … amount)`, `("label", "LABEL0" …)`,
+            and `("check", "change")`, the store's own `$change`, NaN where it has none.
+
+        Raises:
+            ValueError: the store has no such universe, frequency or field, or no bars in the range.
+            FileNotFoundError: there is no store.
         """
         names = sorted(member_spans(instruments, start_time, end_time, self.freq))
         stored = _stored(names, self.freq)
@@ -82,7 +86,7 @@ class KLineLoader(DataLoader):
 
 
 def store_folder(freq: str) -> Path:
-    """The folder of the Qlib store in use for this frequency.
+    """Return the folder of the Qlib store in use for this frequency.
 
     Raises ValueError before `qlib.init` or if the store has no such frequency, FileNotFoundError if it does not exist.
     """
@@ -101,7 +105,7 @@ def store_folder(freq: str) -> Path:
 def member_spans(
     instruments: Universe, start_time: pd.Timestamp | None, end_time: pd.Timestamp | None, freq: str
 ) -> Spans:
-    """The instruments that are ever in the universe between the two times, each with its spans of membership.
+    """Return the instruments that are ever in the universe between two times, each with its spans of membership.
 
     A list of instruments is a universe whose members never change. Raises ValueError for an unknown or empty universe.
     """
@@ -111,7 +115,7 @@ def member_spans(
         always = [(pd.Timestamp.min, pd.Timestamp.max)]
         return dict.fromkeys(instruments, always)
     config = D.instruments(instruments) if isinstance(instruments, str) else {"filter_pipe": [], **instruments}
-    _check_universe(config["market"], folder)
+    _check_market(config["market"], folder)
     spans = D.list_instruments(config, start_time, end_time, freq)
     if not spans:
         raise ValueError(
@@ -121,27 +125,28 @@ def member_spans(
     return spans
 
 
-def _check_universe(market: str, folder: Path) -> None:
-    """Raise for an unknown universe; Qlib would create an empty file for it and then fail on that."""
+def _check_market(market: str, folder: Path) -> None:
+    """Check that the store has this universe; Qlib would create an empty file for it and then fail on that."""
     known = sorted(path.stem for path in (folder / "instruments").glob("*.txt") if path.stat().st_size)
     if market.lower() not in known:
         raise ValueError(f"KLineHandler: unknown universe {market!r}; store {folder} has {', '.join(known) or 'none'}")
 
 
 def _stored(names: list[str], freq: str) -> list[str]:
-    """The optional fields that any of these instruments has; Qlib is slow to find out that a file is missing."""
+    """Return the optional fields that any of these instruments has; Qlib takes long to find that a file is missing."""
     folders = [store_folder(freq) / "features" / code_to_fname(name).lower() for name in names]
     return [field for field in OPTIONAL if any((path / f"{field[1:]}.{freq}.bin").exists() for path in folders)]
 
 
 def _first_amount_rule(raw: pd.DataFrame) -> str:
-    """The first rule that serves every bar of the first session with trade; a later bar must not decide it."""
+    """Return the first rule that serves every bar of the first session with trade; no later bar must decide it."""
     dates, traded = raw.index.get_level_values(1), _with_trade(raw)
     first = raw[traded & (dates == dates[traded].min())]
     return next(rule for rule in AMOUNT_RULES if not _lacks_amount(first, rule).any())
 
 
 def _check_amount(raw: pd.DataFrame, rule: str, where: str) -> None:
+    """Raise if a rule serves no bar of an instrument, warn if it does not serve some bars."""
     lacking = _lacks_amount(raw, rule)
     per_instrument = pd.DataFrame({"lacking": lacking, "bars": _with_trade(raw)}).groupby(level=0).sum()
     never = per_instrument.query("lacking == bars and bars > 0").index
@@ -160,12 +165,12 @@ def _check_amount(raw: pd.DataFrame, rule: str, where: str) -> None:
 
 
 def _with_trade(raw: pd.DataFrame) -> pd.Series:
-    """Which bars have all prices and a volume other than zero."""
+    """Mark the bars that have all prices and a volume other than zero."""
     return raw[list(RAW)].notna().all(axis=1) & (raw["$volume"] != 0)
 
 
 def _lacks_amount(raw: pd.DataFrame, rule: str) -> pd.Series:
-    """Which bars with prices and volume have no amount by this rule."""
+    """Mark the bars that have prices and volume but no amount by this rule."""
     return _with_trade(raw) & _amount(raw, rule).isna()
 
 

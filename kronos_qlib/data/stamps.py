@@ -1,4 +1,4 @@
-"""Time stamps of bars: the five calendar fields that Kronos embeds."""
+"""Time stamps of bars: the five fields of date and time that Kronos embeds."""
 
 import numpy as np
 import pandas as pd
@@ -7,10 +7,13 @@ STAMP_FIELDS = ("minute", "hour", "weekday", "day", "month")
 
 
 def stamps(timestamps: pd.DatetimeIndex | pd.Series | np.ndarray) -> np.ndarray:
-    """Minute, hour, weekday (Monday 0), day and month of each timestamp.
+    """Return minute, hour, weekday (Monday 0), day and month of each timestamp, on the clock of its zone if it has one.
 
-    `timestamps` has any shape `[...]` (a `DatetimeIndex` or Series has one axis); the result is int64 `[..., 5]` in the
-    order of `STAMP_FIELDS`. Times with a zone are read on that zone's clock.
+    Args:
+        timestamps: of any shape `[...]`; a `DatetimeIndex` or a Series has one axis.
+
+    Returns:
+        int64 `[..., 5]`, in the order of `STAMP_FIELDS`.
     """
     if isinstance(timestamps, pd.DatetimeIndex):
         index = timestamps

@@ -1,4 +1,4 @@
-"""Windows on disk, which any number of training processes map into memory: one copy for all of them."""
+"""Saves windows on disk, from where any number of processes map them into memory: one copy for all of them."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,6 @@ import numpy as np
 from kronos_qlib.data.windows import Bars, Windows
 from kronos_qlib.files import save_array, whole_file
 
-# Neither pandas nor Qlib in this file: the processes that map windows stay small.
 MANIFEST = "windows.json"
 _DTYPES = {"values": "<f4", "stamp": "|i1", "dates": "<M8[ns]", "offsets": "<i8"}
 _SETTINGS = ("lookback", "future", "clip")
@@ -20,25 +19,25 @@ _SETTINGS = ("lookback", "future", "clip")
 def save_windows(folder: Path, windows: Mapping[str, Windows]) -> None:
     """Write windows that share one `Bars` object, by name, as .npy files and a manifest, which is written last.
 
-    A folder that holds exactly these already is left as it is, and files are replaced, never changed: a process that
-    has mapped them keeps what it mapped. Only one process at a time may write to a folder.
+    A folder that holds exactly these already is left as it is. Files are replaced, never changed: a process that has
+    mapped a file keeps what it mapped. Only one process at a time may write to a folder.
 
     Raises ValueError if the windows do not share one `Bars` object.
     """
-    if len({id(part.bars) for part in windows.values()}) != 1:
+    if len({id(each.bars) for each in windows.values()}) != 1:
         raise ValueError(f"the windows for {folder} ({', '.join(windows) or 'none'}) do not share one Bars object")
     bars = next(iter(windows.values())).bars
     arrays = {name: np.ascontiguousarray(getattr(bars, name), dtype) for name, dtype in _DTYPES.items()}
-    arrays |= {_ends(name): np.ascontiguousarray(part.ends, "<i8") for name, part in windows.items()}
+    arrays |= {_ends(name): np.ascontiguousarray(each.ends, "<i8") for name, each in windows.items()}
     manifest: dict[str, Any] = {
-        "windows": {name: {key: getattr(part, key) for key in _SETTINGS} for name, part in windows.items()},
+        "windows": {name: {key: getattr(each, key) for key in _SETTINGS} for name, each in windows.items()},
         "arrays": {name: {"dtype": array.dtype.str, "shape": array.shape} for name, array in arrays.items()},
         "instruments": bars.instruments,
     }
     manifest["digest"] = _digest(manifest, arrays)
     if _holds(folder, manifest["digest"]):
         return
-    (folder / MANIFEST).unlink(missing_ok=True)  # from here to the end the folder is not whole
+    (folder / MANIFEST).unlink(missing_ok=True)  # until it is written again the folder is not whole
     for name, array in arrays.items():
         save_array(_file(folder, name), array)
     with whole_file(folder / MANIFEST) as draft:
@@ -46,10 +45,10 @@ def save_windows(folder: Path, windows: Mapping[str, Windows]) -> None:
 
 
 def map_windows(folder: Path) -> dict[str, Windows]:
-    """The windows of a folder by name, on read-only arrays that the operating system loads when they are read.
+    """Map the windows of a folder by name, on read-only arrays that the operating system loads as they are read.
 
-    Raises FileNotFoundError for a missing file and ValueError for a file that is damaged, cut short or of another
-    shape than the manifest says; both are one line and name the file. Values are not checked.
+    Raises FileNotFoundError for a missing file and ValueError for one that is damaged, cut short or of another shape
+    than in the manifest; both are one line and name the file. Values are not checked.
     """
     manifest = _read_manifest(folder)
     arrays = {name: _map(_file(folder, name), **kind) for name, kind in manifest["arrays"].items()}
@@ -58,7 +57,7 @@ def map_windows(folder: Path) -> dict[str, Windows]:
 
 
 def _holds(folder: Path, digest: str) -> bool:
-    """Whether the folder is whole and its content has this digest."""
+    """Return whether the folder is whole and its content has this digest."""
     try:
         return _read_manifest(folder)["digest"] == digest and bool(map_windows(folder))
     except (FileNotFoundError, ValueError):
@@ -86,7 +85,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _map(path: Path, dtype: str, shape: list[int]) -> np.ndarray:
-    """A .npy file as a read-only array, a plain one: np.memmap would follow into every slice."""
+    """Map a .npy file as a plain read-only array; with np.memmap every slice would be a np.memmap too."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:

@@ -160,7 +160,7 @@ def _batches(
     tokenizer.to(device).eval()
     for start in range(0, len(windows), batch_size):
         rows = np.arange(start, min(start + batch_size, len(windows)))
-        batch = windows.gather(rows)
+        batch = windows.normalised(rows)
         yield rows, batch, torch.from_numpy(batch.x).to(device)
 
 

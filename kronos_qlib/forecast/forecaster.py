@@ -130,7 +130,7 @@ class Forecaster:
         # The last window batch is filled up with copies of its last window: how a window is rounded may depend on the
         # size of its batch, and without filling that size would depend on how many later dates there are.
         rows = rows[np.minimum(np.arange(-(-count // self.batch_size) * self.batch_size), count - 1)]
-        batch = task.windows.gather(rows)
+        batch = task.windows.normalised(rows)
         unreported, lock = count, threading.Lock()
 
         def report_batch(windows: int) -> None:

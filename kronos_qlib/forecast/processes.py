@@ -28,7 +28,7 @@ from kronos_qlib.files import save_array
 from kronos_qlib.forecast.chunk_store import ChunkStore
 from kronos_qlib.forecast.forecaster import Forecaster
 from kronos_qlib.forecast.task import Task
-from kronos_qlib.hardware.cpu import memory_kept
+from kronos_qlib.hardware.cpu import retain_heap
 
 logger = logging.getLogger("qlib.KronosForecast")
 WORKER = "-m", "kronos_qlib.forecast.processes"
@@ -219,7 +219,7 @@ def main(folder: Path, cache_dir: Path, device: torch.device) -> None:
         chunks.get()
         report(error=_message(error))
         return
-    with memory_kept():
+    with retain_heap():
         while True:
             chunk = chunks.get()
             try:

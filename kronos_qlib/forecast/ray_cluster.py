@@ -12,7 +12,7 @@ import torch
 
 from kronos_qlib.forecast.forecaster import Forecaster
 from kronos_qlib.forecast.task import Task
-from kronos_qlib.hardware.cpu import memory_kept
+from kronos_qlib.hardware.cpu import retain_heap
 from kronos_qlib.hardware.device import resolve_device
 
 logger = logging.getLogger("qlib.KronosForecast")
@@ -91,7 +91,7 @@ def _table(name: str, task: Task, rows: np.ndarray) -> pa.Table:
         _FORECASTERS.clear()
         torch.set_num_threads(1)
         _FORECASTERS[name] = Forecaster(task.to(resolve_device(task.device.type)))
-    with memory_kept():
+    with retain_heap():
         return _FORECASTERS[name].table(rows)
 
 

@@ -16,7 +16,7 @@ from kronos_qlib.forecast.chunk_store import ChunkStore, divide
 from kronos_qlib.forecast.forecaster import Forecaster
 from kronos_qlib.forecast.processes import compute_in_processes
 from kronos_qlib.forecast.task import Task
-from kronos_qlib.hardware.cpu import memory_kept
+from kronos_qlib.hardware.cpu import retain_heap
 
 logger = logging.getLogger("qlib.KronosForecast")
 SCRATCH = "kronos-"  # prefix of the folders that last as long as a run
@@ -102,7 +102,7 @@ def _compute_here(
         f"forecasting {task.describe(chunks)} on {task.device} ({task.precision}, {task.batch_size} windows at a time, "
         f"{torch.get_num_threads()} threads)"
     )
-    with memory_kept():
+    with retain_heap():
         for rows in chunks:
             table = forecaster.table(rows, report)
             if store is not None:

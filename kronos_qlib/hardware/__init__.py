@@ -1,1 +1,4 @@
-"""The machine: its cores and heap, devices, compute precision."""
+"""The machine that a run is on: its CPU cores and heap, its devices, the precision of matrix products.
+
+Knows neither pandas nor Qlib.
+"""

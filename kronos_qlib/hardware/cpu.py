@@ -1,4 +1,4 @@
-"""A CPU at work: its cores side by side, and the C library's heap meanwhile."""
+"""The CPU: its cores, each at a task of its own, and the heap of the C library."""
 
 import ctypes
 import os
@@ -12,30 +12,34 @@ from typing import Any
 
 import torch
 
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of glibc's mallopt
-_OLD_LIMIT = 32  # MiB: older releases of glibc refuse a larger _MMAP_THRESHOLD
 MIB = 2**20
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # options of glibc's mallopt
+_OLD_LIMIT = 32 * MIB  # older releases of glibc refuse a larger _MMAP_THRESHOLD
+_RETAINING = {_TRIM_THRESHOLD: 1024 * MIB, _TOP_PAD: 64 * MIB}
+# What glibc's own rule, which a call of mallopt switches off, arrives at in a process that frees large blocks.
+_RELEASING = {_MMAP_THRESHOLD: _OLD_LIMIT, _TRIM_THRESHOLD: 64 * MIB, _TOP_PAD: MIB // 8}
 
-Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
-"""As `map`: a function of each of some pieces of work, the results in the order of the pieces."""
+MapFunction = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+"""Applies a function to each task as `map` does, with the results in the order of the tasks."""
 
 
 def cores() -> int:
-    """The processor cores that this process may use."""
+    """Count the processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
-def side_by_side() -> Iterator[Each]:
-    """For the length of a block a `map` that has as many pieces at work as torch had threads, each on one thread.
+def core_pool() -> Iterator[MapFunction]:
+    """Give a `map` that works on as many tasks at once as torch had threads, each task on one thread, within a block.
 
-    torch would divide every operation among its threads and wait for all of them after it; and with another number of
-    threads some sums are rounded otherwise. So a result does not hang on how the cores are divided.
+    torch alone would divide every single operation among its threads and wait for the slowest after each. A task on one
+    thread has no such waits; and since torch adds up in another order for another number of threads, it also has the
+    same sums, bit by bit, whatever the number of cores. The heap is retained meanwhile, see `retain_heap`.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with memory_kept():
+        with retain_heap():
             if threads == 1:
                 yield map
             else:
@@ -45,49 +49,45 @@ def side_by_side() -> Iterator[Each]:
         torch.set_num_threads(threads)
 
 
-class _Kept:
-    """How many blocks want the heap to keep its memory; the first of them tells it so and the last takes it back."""
+class _Heap:
+    """The open blocks of `retain_heap` in this process: the first one sets the heap, the last one resets it."""
 
     lock = threading.Lock()
     blocks = 0
 
 
-@cache
-def _c_library() -> ctypes.CDLL | None:
-    """This process's own C library, where it is glibc."""
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
-
-
 @contextmanager
-def memory_kept() -> Iterator[None]:
-    """Keep freed memory for the next tensor instead of giving it back to the system, for the length of a block.
+def retain_heap() -> Iterator[None]:
+    """Keep freed memory in the process for the next tensor, within a block; it goes back to the system at the end.
 
-    Most operations of a network make tensors of some MiB. glibc fetches each from the system and gives it back when it
-    is freed, and the system clears it page by page: up to a third of the time. Elsewhere nothing happens.
+    Most operations of a network make tensors of some MiB. By default glibc fetches each from the system and returns it
+    when it is freed, and the system clears it page by page: up to a third of the time. With another C library this does
+    nothing.
     """
     library = _c_library()
     if library is None:
         yield
         return
-    with _Kept.lock:
-        if _Kept.blocks == 0:
+    with _Heap.lock:
+        if _Heap.blocks == 0:
             if not library.mallopt(_MMAP_THRESHOLD, 1024 * MIB):
-                library.mallopt(_MMAP_THRESHOLD, _OLD_LIMIT * MIB)
-            for option, value in ((_TRIM_THRESHOLD, 1024 * MIB), (_TOP_PAD, 64 * MIB)):
+                library.mallopt(_MMAP_THRESHOLD, _OLD_LIMIT)
+            for option, value in _RETAINING.items():
                 library.mallopt(option, value)
-        _Kept.blocks += 1
+        _Heap.blocks += 1
     try:
         yield
     finally:
-        with _Kept.lock:
-            _Kept.blocks -= 1
-            if _Kept.blocks == 0:
-                # Where glibc's own rule, which mallopt has ended, comes to rest in a process that frees large blocks.
-                for option, value in (
-                    (_MMAP_THRESHOLD, _OLD_LIMIT * MIB),
-                    (_TRIM_THRESHOLD, 64 * MIB),
-                    (_TOP_PAD, MIB // 8),
-                ):
+        with _Heap.lock:
+            _Heap.blocks -= 1
+            if _Heap.blocks == 0:
+                for option, value in _RELEASING.items():
                     library.mallopt(option, value)
                 library.malloc_trim(0)
+
+
+@cache
+def _c_library() -> ctypes.CDLL | None:
+    """Return this process's own C library if it is glibc."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None

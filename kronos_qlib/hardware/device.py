@@ -1,4 +1,4 @@
-"""Which device and which compute precision a run uses."""
+"""The device of a run, the precision of its matrix products, and the number of its processes."""
 
 import torch
 
@@ -6,7 +6,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, or for None and "auto" the best of this machine: CUDA, then MPS, then CPU.
+    """Return the device asked for; for None and "auto" the best of this machine: CUDA, then MPS, then CPU.
 
     Raises:
         ValueError: an unknown device, or one that this machine or this build of torch lacks.
@@ -31,7 +31,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The precision of the matrix products; "auto" is bfloat16 where the device multiplies it in hardware.
+    """Return the precision of the matrix products; "auto" is bfloat16 if the device multiplies it in hardware.
 
     Raises:
         ValueError: a dtype other than auto, float32 and bfloat16.
@@ -51,17 +51,17 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # older releases of torch cannot tell
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # older releases of torch do not know it
         return False
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile"))
 
 
 def process_count(key: str, processes: int | str, device: torch.device) -> int:
-    """How many processes share some work: `auto` is one per GPU, and one on a CPU or on a GPU named by its number.
+    """Return how many processes share the work: for `auto` one per GPU, and one on a CPU or on a numbered GPU.
 
     Args:
-        key: of the settings that ask for them, to be named in an error.
+        key: the settings that ask for them, named in an error.
 
     Raises:
         ValueError: more than there are GPUs, or several on a device that only one can use.

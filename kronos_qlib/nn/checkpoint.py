@@ -1,15 +1,15 @@
-"""Hub-format checkpoints: config.json with the constructor's arguments, model.safetensors with the state dict."""
+"""Checkpoints in the hub's format: config.json with the constructor's arguments, model.safetensors with the tensors."""
 
 import hashlib
 import inspect
 import json
-import math
 import os
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from pydantic import Field, create_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -25,93 +26,124 @@ from typing_extensions import Self
 
 from kronos_qlib.files import whole_file
 from kronos_qlib.nn import zoo
+from kronos_qlib.settings import Settings, read_settings
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE, MODEL_CARD_FILE = "config.json", "model.safetensors", "README.md"
+
+DropoutRate = Annotated[float, Field(ge=0, lt=1)]
+"""The probability with which an element is dropped."""
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be loaded as it stands; the message names the file and the tensor or key."""
 
 
-class HubModule(nn.Module):
-    """A module that remembers its constructor's arguments and loads and saves itself in hub format.
+class HubModule(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="kronos-qlib",
+    pipeline_tag="time-series-forecasting",
+    paper_url="https://arxiv.org/abs/2508.02739",
+):
+    """A network that loads and saves itself in the hub's format, with the usual methods of huggingface_hub's mixin.
+
+    Loading is strict and reads no pickled weights, and saving writes each file whole or not at all. The mixin promises
+    neither, so the methods that load and save are overridden; `push_to_hub` is the mixin's.
 
     Attributes:
-        config: the constructor's keyword arguments.
+        config: the constructor's arguments by name.
         source: where the weights came from (hub id or folder), or None for a new network.
     """
 
     config: dict[str, Any]
     source: str | None = None
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        signature, construct = inspect.signature(cls.__init__), cls.__init__
+    def __init__(self) -> None:
+        """Validate the arguments of the subclass's constructor, which the mixin has kept, by their annotations.
 
-        def __init__(self: Self, *args: Any, **arguments: Any) -> None:
-            bound = signature.bind(self, *args, **arguments)
-            construct(self, *args, **arguments)
-            self.config = {key: value for key, value in bound.arguments.items() if key != "self"}
-
-        __init__.__signature__, __init__.__doc__ = signature, construct.__doc__
-        cls.__init__ = __init__
+        Raises:
+            ValueError: one line that names the argument.
+        """
+        super().__init__()
+        self.config = dict(self._hub_mixin_config)  # an attribute that networks pickled before the mixin have too
+        read_settings(_arguments(type(self)), type(self).__name__, self.config)
 
     @classmethod
     def from_config(cls, config: dict[str, Any], where: str) -> Self:
-        """A new network from constructor arguments; `where` says in an error where they came from.
+        """Build a new network from exactly its constructor's arguments; `where` says in an error where they came from.
 
         Raises:
             CheckpointError: an unknown or a missing key, or a value the constructor refuses.
         """
-        parameters = inspect.signature(cls.__init__).parameters
-        known = [name for name in parameters if name != "self"]
+        known = list(_arguments(cls).model_fields)
         unknown, missing = sorted(set(config) - set(known)), [key for key in known if key not in config]
         if unknown:
             raise CheckpointError(f"{where}: unknown key {unknown[0]!r} for {cls.__name__}; known keys: {known}")
         if missing:
             raise CheckpointError(f"{where}: {cls.__name__} needs the keys {missing}")
-        for key, value in config.items():
-            if problem := _problem(key, value, parameters[key].annotation):
-                raise CheckpointError(f"{where}: {key} {problem}, not {value!r}")
         try:
             return cls(**config)
         except (TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{where}: {error}") from error
 
     @classmethod
-    def from_pretrained(cls, dir_or_hub_id: str | os.PathLike[str], revision: str | None = None) -> Self:
-        """Load a checkpoint from a folder or from the hub (its pinned revision where the zoo knows one), strictly.
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        map_location: str | torch.device = "cpu",
+    ) -> Self:
+        """Load a checkpoint from a folder or from the hub, strictly.
+
+        Overridden because the mixin's own loads whatever it can: it drops unknown keys, takes a missing config.json for
+        an empty one, checks no tensor unless asked to, and falls back on a pickled pytorch_model.bin.
 
         Args:
-            dir_or_hub_id: a folder with config.json and model.safetensors, or a hub id such as NeoQuasar/Kronos-small.
-            revision: a hub commit or tag instead of the zoo's.
+            pretrained_model_name_or_path: a folder with config.json and model.safetensors, or a hub id such as
+                NeoQuasar/Kronos-small.
+            revision: a commit, tag or branch of the hub; by default the commit that the zoo pins, if it knows one.
+            cache_dir, force_download, local_files_only, token: as everywhere in huggingface_hub; a folder needs none.
+            map_location: the device that the network is moved to.
 
         Returns:
-            The network on the CPU in float32, in evaluation mode.
+            The network in float32, in evaluation mode.
 
         Raises:
             FileNotFoundError: no such folder or file, and the hub has or reaches none.
-            CheckpointError: an unknown key, a truncated file, a missing, unexpected or mis-shaped tensor.
+            CheckpointError: an unknown or missing key, an impossible value, a truncated file, a tensor that is
+                missing, unexpected, mis-shaped or not finite.
         """
-        config_path, weights_path = (
-            _locate(str(dir_or_hub_id), name, revision) for name in (CONFIG_FILE, WEIGHTS_FILE)
-        )
+        source = str(pretrained_model_name_or_path)
+        download = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+            "token": token,
+        }
+        config_path, weights_path = (_locate(source, name, download) for name in (CONFIG_FILE, WEIGHTS_FILE))
         try:
             config = json.loads(config_path.read_text())
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{config_path}: not valid JSON ({error})") from error
         if not isinstance(config, dict):
             raise CheckpointError(f"{config_path}: expected a mapping of constructor arguments")
-        module = cls.from_config(config, str(config_path))
-        module.load_weights(weights_path)
-        module.source = str(dir_or_hub_id)
-        return module.eval()
+        network = cls.from_config(config, str(config_path))
+        network.load_weights(weights_path)
+        network.source = source
+        return network.eval().to(map_location)
 
     def load_weights(self, path: Path) -> None:
         """Replace every tensor by that of a safetensors file.
 
         Raises:
-            CheckpointError: the file is no whole safetensors file, or a tensor is missing, unexpected or mis-shaped.
+            CheckpointError: the file is no whole safetensors file, or a tensor is missing, unexpected, mis-shaped or
+                not finite.
         """
         try:
             tensors = load_file(path)
@@ -122,30 +154,65 @@ class HubModule(nn.Module):
         _check_tensors(self.state_dict(), tensors, str(path))
         self.load_state_dict(tensors)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the checkpoint in hub format into a folder, each file aside first and then renamed."""
-        folder = Path(folder)
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        config: dict[str, Any] | None = None,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_to_hub_kwargs: Any,
+    ) -> str | None:
+        """Write config.json and model.safetensors into a folder, each of them whole or not at all.
+
+        Overridden because the mixin's own deletes config.json before it writes the weights, so that a save that fails
+        spoils the checkpoint it should replace, and puts a model card into every folder.
+
+        Args:
+            save_directory: the folder, made if missing.
+            config: written instead of the constructor's arguments.
+            repo_id, push_to_hub, push_to_hub_kwargs: with push_to_hub the checkpoint is then uploaded, as by
+                `push_to_hub`, to repo_id or to a repository of the folder's name.
+            model_card_kwargs: unless None, a model card (README.md) filled with these is written too, if none is there.
+
+        Returns:
+            The address of the commit on the hub, or None.
+        """
+        folder = Path(save_directory)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         with whole_file(folder / WEIGHTS_FILE) as draft:
             save_file(tensors, draft, metadata={"format": "pt"})
         with whole_file(folder / CONFIG_FILE) as draft:
-            draft.write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n")
+            draft.write_text(json.dumps(config or self.config, indent=2, sort_keys=True) + "\n")
+        if model_card_kwargs is not None and not (folder / MODEL_CARD_FILE).exists():
+            with whole_file(folder / MODEL_CARD_FILE) as draft:
+                self.generate_model_card(**model_card_kwargs).save(draft)
+        if not push_to_hub:
+            return None
+        options = push_to_hub_kwargs | {"config": config, "model_card_kwargs": model_card_kwargs}
+        return self.push_to_hub(repo_id or folder.name, **options)
+
+    def push_to_hub(
+        self, repo_id: str, *, model_card_kwargs: dict[str, Any] | None = None, **push_to_hub_kwargs: Any
+    ) -> str:
+        """Upload the checkpoint and a model card to the hub; all arguments are the mixin's.
+
+        Overridden only to ask `save_pretrained` for the model card.
+        """
+        return super().push_to_hub(repo_id, model_card_kwargs=model_card_kwargs or {}, **push_to_hub_kwargs)
 
     @property
     def n_parameters(self) -> int:
-        """The number of trainable and fixed parameters, buffers not counted."""
+        """How many numbers all parameters hold, trained and fixed; buffers are not counted."""
         return sum(parameter.numel() for parameter in self.parameters())
 
 
-def _problem(key: str, value: Any, kind: type) -> str | None:
-    """What is wrong with a constructor argument, or None: counts are 1 or more, dropouts in [0, 1)."""
-    if kind is bool:
-        return None if isinstance(value, bool) else "must be true or false"
-    if kind is int:
-        return None if isinstance(value, int) and not isinstance(value, bool) and value >= 1 else "must be 1 or more"
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        return "must be a number"
-    return "must be in [0, 1)" if key.endswith("dropout_p") and not 0 <= value < 1 else None
+@cache
+def _arguments(network: type[HubModule]) -> type[Settings]:
+    """The arguments of a network's constructor as settings that pydantic checks; none of them has a default."""
+    _, *parameters = inspect.signature(network.__init__).parameters.values()
+    return create_model(network.__name__, __base__=Settings, **{p.name: (p.annotation, ...) for p in parameters})
 
 
 def _check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], where: str) -> None:
@@ -162,7 +229,8 @@ def _check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], where:
             raise CheckpointError(f"{where}: tensor {name!r} holds NaN or infinite values")
 
 
-def _locate(dir_or_hub_id: str, name: str, revision: str | None) -> Path:
+def _locate(dir_or_hub_id: str, name: str, download: dict[str, Any]) -> Path:
+    """The path of a checkpoint's file in a folder, or in the hub's cache after its download with these options."""
     folder = Path(dir_or_hub_id).expanduser()
     if folder.is_dir():
         if not (folder / name).is_file():
@@ -171,9 +239,10 @@ def _locate(dir_or_hub_id: str, name: str, revision: str | None) -> Path:
             )
         return folder / name
     entry = zoo.published(dir_or_hub_id)
-    revision = revision or (entry.revision if entry else None)
+    if entry and download["revision"] is None:
+        download = download | {"revision": entry.revision}
     try:
-        return Path(hf_hub_download(dir_or_hub_id, name, revision=revision))
+        return Path(hf_hub_download(dir_or_hub_id, name, **download))
     except HFValidationError as error:
         raise FileNotFoundError(f"{dir_or_hub_id}: neither a folder nor a hub id of the form owner/name") from error
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
@@ -181,14 +250,15 @@ def _locate(dir_or_hub_id: str, name: str, revision: str | None) -> Path:
     except Exception as error:  # what a proxy or a broken connection raises depends on the hub library's transport
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise FileNotFoundError(f"{dir_or_hub_id}: the hub's repository has no {name}") from error
+        reason = "local_files_only is set" if download["local_files_only"] else "the hub cannot be reached"
         raise FileNotFoundError(
-            f"{dir_or_hub_id}: not in the local cache and the hub cannot be reached: give a folder or fetch it once "
+            f"{dir_or_hub_id}: not in the local cache and {reason}: give a folder or fetch it once "
             "on a machine that reaches the hub (hf download) and copy its cache"
         ) from error
 
 
 def digest_of_weights(network: HubModule) -> str:
-    """A digest of all tensors of a network and their names."""
+    """Return a digest of all tensors of a network and their names."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())

@@ -1,4 +1,8 @@
-"""Dropout whose masks can be drawn from a generator of one's own, thread by thread."""
+"""Dropout whose masks each thread can draw from a generator of its own.
+
+torch's global generator is shared by all threads: where several run at once, the order in which they happen to draw
+would decide which numbers each of them gets, and a training could not be repeated bit by bit.
+"""
 
 import threading
 from collections.abc import Iterator
@@ -8,29 +12,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_OF_THREAD = threading.local()
+_thread = threading.local()
 
 
 @contextmanager
-def drawn_from(generator: torch.Generator | None) -> Iterator[None]:
-    """Draw the masks of this thread's forward passes from `generator`, on the device of the network.
-
-    torch's own generator is one for all threads: which of them draws first would decide what each of them gets.
-    """
-    before, _OF_THREAD.generator = own_generator(), generator
+def use_generator(generator: torch.Generator | None) -> Iterator[None]:
+    """Draw this thread's dropout masks from `generator`, which is on the network's device, within a block."""
+    previous, _thread.generator = current_generator(), generator
     try:
         yield
     finally:
-        _OF_THREAD.generator = before
+        _thread.generator = previous
 
 
-def own_generator() -> torch.Generator | None:
-    """The generator that `drawn_from` has set in this thread, or None: torch's own."""
-    return getattr(_OF_THREAD, "generator", None)
+def current_generator() -> torch.Generator | None:
+    """Return the generator that `use_generator` has set in this thread; None stands for torch's global one."""
+    return getattr(_thread, "generator", None)
 
 
 class Dropout(nn.Dropout):
-    """torch's dropout, its masks drawn as `drawn_from` says."""
+    """torch's dropout, with masks from the generator of `use_generator`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return dropout(x, self.p if self.training else 0.0)
@@ -39,10 +40,10 @@ class Dropout(nn.Dropout):
 def dropout(x: Tensor, p: float) -> Tensor:
     """Zero each element of x with probability p and scale the others by 1 / (1 − p).
 
-    From a generator of one's own p is taken to the next 1/65536: four elements share the 64 bits of one draw, which is
-    three times as fast as a draw for each.
+    With a generator of `use_generator`, p is rounded to a multiple of 1/65536: four elements share the 64 bits of one
+    draw, which is three times as fast as one draw each.
     """
-    generator = own_generator()
+    generator = current_generator()
     if not p or generator is None:
         return F.dropout(x, p)
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from kronos_qlib.nn.dropout import Dropout, dropout, own_generator
+from kronos_qlib.nn.dropout import Dropout, current_generator, dropout
 
 
 class RMSNorm(nn.Module):
@@ -23,7 +23,7 @@ class RMSNorm(nn.Module):
 
 
 class _UnitScale(torch.autograd.Function):
-    """RMSNorm without its weight: on a CPU, where torch composes it of many passes, in fewer of them."""
+    """RMSNorm without its weight, for a CPU, where torch's own makes more passes over memory."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, eps: float) -> Tensor:
@@ -35,8 +35,8 @@ class _UnitScale(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
         y, factor = ctx.saved_tensors
-        along = (gradient * y).mean(-1, keepdim=True)
-        return torch.addcmul(gradient, y, along, value=-1) * factor, None
+        projection = (gradient * y).mean(-1, keepdim=True)
+        return torch.addcmul(gradient, y, projection, value=-1) * factor, None
 
 
 class Rotary(nn.Module):
@@ -47,36 +47,36 @@ class Rotary(nn.Module):
         self.register_buffer("inv_freq", base ** (-torch.arange(0, head_dim, 2).float() / head_dim))
 
     def table(self, length: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [length, head_dim] of positions 0 … length − 1."""
+        """Return cosines and sines [length, head_dim] of positions 0 … length − 1."""
         positions = torch.arange(length, device=self.inv_freq.device, dtype=torch.float32)
         angles = torch.outer(positions, self.inv_freq.float()).repeat(1, 2)
         return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + head_dim / 2) of x [..., T, head_dim] by the angles of the table."""
-    return _Turn.apply(x, cos.to(x.dtype), sin.to(x.dtype))
+    """Rotate the pairs (i, i + head_dim / 2) of x [..., T, head_dim] by the angles of `Rotary.table`."""
+    return _Rotation.apply(x, cos.to(x.dtype), sin.to(x.dtype))
 
 
-class _Turn(torch.autograd.Function):
-    """The rotation in three passes, and backward, which is the opposite rotation, in as many."""
+class _Rotation(torch.autograd.Function):
+    """The rotation in three passes over memory; its gradient is the opposite rotation."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin)
+        return _rotate_pairs(x, cos, sin)
 
     @staticmethod
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turned(gradient, cos, -sin), None, None
+        return _rotate_pairs(gradient, cos, -sin), None, None
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    turned, sin = x * cos, sin.chunk(2, dim=-1)[0]
-    for part, other, sign in zip(turned.chunk(2, dim=-1), reversed(x.chunk(2, dim=-1)), (-1, 1), strict=True):
-        part.addcmul_(other, sin, value=sign)
-    return turned
+def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    rotated, sin = x * cos, sin.chunk(2, dim=-1)[0]
+    for half, other, sign in zip(rotated.chunk(2, dim=-1), reversed(x.chunk(2, dim=-1)), (-1, 1), strict=True):
+        half.addcmul_(other, sin, value=sign)
+    return rotated
 
 
 class Attention(nn.Module):
@@ -94,25 +94,25 @@ class Attention(nn.Module):
         self.resid_dropout = Dropout(resid_dropout_p)
 
     def heads(self, x: Tensor) -> Tensor:
-        """[B, T, d_model] → [B, n_heads, T, head_dim]."""
+        """Split x [B, T, d] into heads [B, H, T, head_dim]."""
         return x.unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)
 
     def merge(self, x: Tensor) -> Tensor:
-        """[B, n_heads, T, head_dim] → [B, T, d_model], through the output projection."""
+        """Join heads [B, H, T, head_dim] and project them to [B, T, d]."""
         return self.resid_dropout(self.out_proj(x.transpose(1, 2).flatten(-2)))
 
     def forward(self, query: Tensor, context: Tensor) -> Tensor:
-        """Causal attention of query [B, T, d] over context [B, T, d]; query i sees the context up to i."""
+        """Attend causally from query [B, T, d] to context [B, T, d]: position i to the context up to i."""
         q, k, v = self.heads(self.q_proj(query)), self.heads(self.k_proj(context)), self.heads(self.v_proj(context))
         cos, sin = self.rotary.table(context.shape[1])
         dropout_p = self.attn_dropout_p if self.training else 0.0
         return self.merge(_causal_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, dropout_p))
 
     def last_query(self, query: Tensor, context: Tensor, aligned: bool) -> Tensor:
-        """One query [B, 1, d] over the whole context [B, T, d].
+        """Attend from one query [B, 1, d] to the whole context [B, T, d].
 
-        aligned turns the query by position T − 1 and the keys by 0 … T − 1, as in training; otherwise nothing is
-        turned, as the published generation does (its table has the query's length, 1).
+        aligned rotates the query by position T − 1 and the keys by 0 … T − 1, as in training; otherwise neither is
+        rotated, as in the published generation (its table has the query's length, 1).
         """
         q, k, v = self.heads(self.q_proj(query)), self.heads(self.k_proj(context)), self.heads(self.v_proj(context))
         if aligned:
@@ -122,13 +122,13 @@ class Attention(nn.Module):
 
 
 def _causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
-    """Attention of [B, n_heads, T, head_dim], each position to those up to its own."""
-    if not dropout_p or own_generator() is None:
+    """Attend from each position of q [B, H, T, head_dim] to the positions of k and v up to its own."""
+    if not dropout_p or current_generator() is None:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
     length = q.shape[-2]
-    ahead = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+    future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
     logits = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
-    return dropout(logits.masked_fill(ahead, float("-inf")).softmax(-1), dropout_p) @ v
+    return dropout(logits.masked_fill(future, float("-inf")).softmax(-1), dropout_p) @ v
 
 
 class FeedForward(nn.Module):
@@ -170,18 +170,18 @@ class Block(nn.Module):
 
 
 def initialise(module: nn.Module, d_model: int) -> None:
-    """Weights of a new network: linear Xavier normal with zero bias, embeddings N(0, d_model^-0.5), norms 1."""
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            nn.init.xavier_normal_(part.weight)
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
-        elif isinstance(part, nn.Embedding) and part.weight.requires_grad:
-            nn.init.normal_(part.weight, std=d_model**-0.5)
+    """Draw the weights of a new network: linear Xavier normal with zero bias, embeddings N(0, 1/d_model), norms 1."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_normal_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.Embedding) and layer.weight.requires_grad:
+            nn.init.normal_(layer.weight, std=d_model**-0.5)
 
 
 def check_heads(owner: str, d_model: int, n_heads: int) -> None:
-    """Rotary positions turn pairs: every head needs an even number of coordinates.
+    """Check that each head has an even number of coordinates, which rotary positions rotate in pairs.
 
     Raises:
         ValueError: naming `d_model` and `n_heads`.

@@ -5,9 +5,10 @@ from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from kronos_qlib.nn.checkpoint import HubModule
+from kronos_qlib.nn.checkpoint import DropoutRate, HubModule
 from kronos_qlib.nn.dropout import Dropout
 from kronos_qlib.nn.layers import Attention, Block, RMSNorm, check_heads, initialise
 
@@ -32,7 +33,7 @@ class FixedEmbedding(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """The sum of one embedding per stamp field."""
+    """The sum of one embedding for each field of a stamp."""
 
     def __init__(self, d_model: int, learn_te: bool) -> None:
         super().__init__()
@@ -41,11 +42,11 @@ class TimeEmbedding(nn.Module):
             self.add_module(f"{field}_embed", table)
 
     def tables(self) -> list[Tensor]:
-        """The five tables [size, d_model], in the order of a stamp's fields."""
+        """Return the five tables [size, d], in the order of a stamp's fields."""
         return [self.get_submodule(f"{field}_embed").weight for field in TIME_TABLES]
 
     def forward(self, stamp: Tensor) -> Tensor:
-        """Stamps [..., 5] (int) → [..., d_model]."""
+        """Embed stamps [..., 5] (int): [..., d]."""
         fields = stamp.long().unbind(-1)
         return sum(F.embedding(index, table) for index, table in zip(fields, self.tables(), strict=True))
 
@@ -65,7 +66,7 @@ class CodeEmbedding(nn.Module):
 
 
 class DependencyLayer(nn.Module):
-    """Lets s2 depend on the s1 of the same bar: the s1 embedding asks the context."""
+    """Cross-attention from the s1 embedding of a bar to the context, by which its s2 depends on its s1."""
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
@@ -84,7 +85,7 @@ class DualHead(nn.Module):
     def compute_loss(
         self, s1_logits: Tensor, s2_logits: Tensor, s1_targets: Tensor, s2_targets: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Cross-entropies in nats of logits [B, T, vocabulary] and targets [B, T]: (their mean, that of s1, of s2)."""
+        """Return cross-entropies of logits [B, T, 2^bits] and targets [B, T] in nats: their mean, that of s1, of s2."""
         ce_s1 = F.cross_entropy(s1_logits.flatten(0, -2).float(), s1_targets.flatten().long())
         ce_s2 = F.cross_entropy(s2_logits.flatten(0, -2).float(), s2_targets.flatten().long())
         return (ce_s1 + ce_s2) / 2, ce_s1, ce_s2
@@ -98,16 +99,16 @@ class Kronos(HubModule):
 
     def __init__(
         self,
-        s1_bits: int,
-        s2_bits: int,
-        n_layers: int,
-        d_model: int,
-        n_heads: int,
-        ff_dim: int,
-        ffn_dropout_p: float,
-        attn_dropout_p: float,
-        resid_dropout_p: float,
-        token_dropout_p: float,
+        s1_bits: PositiveInt,
+        s2_bits: PositiveInt,
+        n_layers: PositiveInt,
+        d_model: PositiveInt,
+        n_heads: PositiveInt,
+        ff_dim: PositiveInt,
+        ffn_dropout_p: DropoutRate,
+        attn_dropout_p: DropoutRate,
+        resid_dropout_p: DropoutRate,
+        token_dropout_p: DropoutRate,
         learn_te: bool,
     ) -> None:
         super().__init__()
@@ -133,7 +134,7 @@ class Kronos(HubModule):
         use_teacher_forcing: bool = False,
         s1_targets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Logits of the next s1 [B, T, 2^s1_bits] and of the next s2 [B, T, 2^s2_bits], causal in training and not.
+        """Return logits of the next s1 [B, T, 2^s1_bits] and of the next s2 [B, T, 2^s2_bits], both causal.
 
         The s2 query is the embedding of the next s1: s1_targets [B, T] with teacher forcing, otherwise a draw from
         the s1 logits (torch's global random state), as the published fine-tuning does.
@@ -153,7 +154,7 @@ class Kronos(HubModule):
         return s1_logits, self._s2_logits(context, self.dep_layer.cross_attn(query, context))
 
     def decode_s1(self, s1: Tensor, s2: Tensor, stamp: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the next s1 [B, T, 2^s1_bits] and the context [B, T, d_model] they were read from."""
+        """Return logits of the next s1 [B, T, 2^s1_bits] and the context [B, T, d] that they are read from."""
         h = self.token_drop(self.embedding(s1, s2) + self.time_emb(stamp))
         for block in self.transformer:
             h = block(h)
@@ -161,11 +162,11 @@ class Kronos(HubModule):
         return self.head.proj_s1(context), context
 
     def decode_s2(self, context: Tensor, s1: Tensor, s2_rotation: S2Rotation = "reference") -> Tensor:
-        """Logits of s2 [B, T, 2^s2_bits] given the context [B, T, d_model] and the next s1.
+        """Return logits of s2 [B, T, 2^s2_bits] given the context [B, T, d] and the next s1.
 
-        s1 [B, 1] is one query over the whole context, as in generation; read the last position. s1 [B, T] is one
-        query per position, causal, as in training. s2_rotation says how the one query sees its keys: unrotated as
-        published ("reference") or as in training ("aligned").
+        s1 [B, 1] is one query to the whole context, as in generation: only the last position's logits mean anything.
+        s1 [B, T] is one query a position, causal, as in training. s2_rotation is about the former: query and keys
+        unrotated as published ("reference") or rotated as in training ("aligned").
         """
         if s2_rotation not in get_args(S2Rotation):
             raise ValueError(f"Kronos: s2_rotation is {s2_rotation!r}; it must be one of {get_args(S2Rotation)}")

@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 MeanCode = Callable[[Tensor], Tensor]
-"""From the mean code [bits] of a part of a batch to that of the whole batch, of which it is a share."""
+"""Gives the mean code [bits] of a whole batch for that of one of its micro-batches."""
 
 
 class BinarySphericalQuantizer(nn.Module):
-    """Signs of a unit vector, scaled back to the unit sphere, with a straight-through gradient and the BSQ loss.
+    """Quantizes unit vectors to the signs of their coordinates, with a straight-through gradient and the BSQ loss.
 
-    group_size only has to divide the bits: the group codebook of the paper does not enter the loss, but published
-    checkpoints carry its buffer.
+    group_size only has to divide the bits: the paper's group codebook does not enter the loss, but its buffer is in
+    published checkpoints.
     """
 
     basis: Tensor
@@ -31,8 +31,8 @@ class BinarySphericalQuantizer(nn.Module):
     def forward(self, z: Tensor, mean_code: MeanCode | None = None) -> tuple[Tensor, Tensor]:
         """Quantize z [..., bits], already of unit length: ±1/sqrt(bits) [..., bits] and the BSQ loss (scalar).
 
-        The loss is beta · commitment + zeta · (gamma0 · entropy per position − gamma · entropy of the mean code). Its
-        last term is no mean over windows: `mean_code` gives the whole batch's mean where z is only a part of it.
+        The loss is beta · commitment + zeta · (gamma0 · entropy per position − gamma · entropy of the mean code). The
+        last term is not a mean over windows, so where z is a micro-batch, `mean_code` gives the mean of its batch.
         """
         signs = torch.where(z > 0, 1.0, -1.0).to(z.dtype)
         quantized = (z + (signs - z).detach()) * self.bits**-0.5  # the gradient passes the scale too
@@ -45,38 +45,38 @@ class BinarySphericalQuantizer(nn.Module):
         return quantized, loss
 
     def probabilities(self, z: Tensor) -> Tensor:
-        """How likely each bit of z [..., bits], of unit length, is taken to be 0, for the entropies: float32."""
+        """Return the probability that each bit of z [..., bits], of unit length, is 0, for the entropies: float32."""
         return torch.sigmoid(-4 * z.float() / self.bits**0.5)
 
 
 class SignQuantizer(nn.Module):
-    """Holds the quantizer under the name that published state dicts give it: `tokenizer.bsq`."""
+    """Holds the quantizer under its name in published state dicts, `tokenizer.bsq`."""
 
     def __init__(self, bits: int, beta: float, gamma0: float, gamma: float, zeta: float, group_size: int) -> None:
         super().__init__()
         self.bsq = BinarySphericalQuantizer(bits, beta, gamma0, gamma, zeta, group_size)
 
     def forward(self, z: Tensor, mean_code: MeanCode | None = None) -> tuple[Tensor, Tensor]:
-        """Bring z [..., bits] to unit length and quantize it."""
+        """Normalise z [..., bits] to unit length and quantize it."""
         return self.bsq(F.normalize(z, dim=-1), mean_code)
 
     def mean_code(self, z: Tensor) -> Tensor:
-        """The mean over all positions of z [..., bits], brought to unit length, of the bits' probabilities: [bits]."""
+        """Average the bits' probabilities over all positions of z [..., bits], normalised to unit length: [bits]."""
         return self.bsq.probabilities(F.normalize(z, dim=-1)).flatten(0, -2).mean(0)
 
 
 def signs_to_ids(signs: Tensor) -> Tensor:
-    """Ids [...] (int64) of the signs [..., bits]: bit k, of value 2^k, is 1 where coordinate k is not negative."""
+    """Pack signs [..., bits] into ids [...] (int64): bit k, of value 2^k, is 1 where coordinate k is not negative."""
     values = 2 ** torch.arange(signs.shape[-1], device=signs.device)
     return ((signs >= 0).long() * values).sum(-1)
 
 
 def ids_to_signs(ids: Tensor, bits: int) -> Tensor:
-    """The inverse of `signs_to_ids`: ids [...] → ±1.0 [..., bits] (float32)."""
+    """Unpack ids [...] into signs ±1.0 [..., bits] (float32), the inverse of `signs_to_ids`."""
     shifts = torch.arange(bits, device=ids.device)
     return ((ids.unsqueeze(-1) >> shifts) & 1).float() * 2 - 1
 
 
 def _binary_entropy(p: Tensor, eps: float = 1e-8) -> Tensor:
-    """Entropy of (p, 1 − p) in nats, elementwise."""
+    """Return the entropy of (p, 1 − p) in nats, elementwise."""
     return -(p * torch.log(p + eps) + (1 - p) * torch.log(1 - p + eps))

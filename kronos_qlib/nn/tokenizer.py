@@ -1,11 +1,12 @@
-"""KronosTokenizer: a bar becomes two short bit codes (ids s1 and s2) and back."""
+"""KronosTokenizer: from a bar to two short bit codes (ids s1 and s2) and back."""
 
 from collections.abc import Sequence
 
 import torch
+from pydantic import FiniteFloat, PositiveInt
 from torch import Tensor, nn
 
-from kronos_qlib.nn.checkpoint import HubModule
+from kronos_qlib.nn.checkpoint import DropoutRate, HubModule
 from kronos_qlib.nn.layers import Block, check_heads, initialise
 from kronos_qlib.nn.quantizer import MeanCode, SignQuantizer, ids_to_signs, signs_to_ids
 
@@ -19,22 +20,22 @@ class KronosTokenizer(HubModule):
 
     def __init__(
         self,
-        d_in: int,
-        d_model: int,
-        n_heads: int,
-        ff_dim: int,
-        n_enc_layers: int,
-        n_dec_layers: int,
-        ffn_dropout_p: float,
-        attn_dropout_p: float,
-        resid_dropout_p: float,
-        s1_bits: int,
-        s2_bits: int,
-        beta: float,
-        gamma0: float,
-        gamma: float,
-        zeta: float,
-        group_size: int,
+        d_in: PositiveInt,
+        d_model: PositiveInt,
+        n_heads: PositiveInt,
+        ff_dim: PositiveInt,
+        n_enc_layers: PositiveInt,
+        n_dec_layers: PositiveInt,
+        ffn_dropout_p: DropoutRate,
+        attn_dropout_p: DropoutRate,
+        resid_dropout_p: DropoutRate,
+        s1_bits: PositiveInt,
+        s2_bits: PositiveInt,
+        beta: FiniteFloat,
+        gamma0: FiniteFloat,
+        gamma: FiniteFloat,
+        zeta: FiniteFloat,
+        group_size: PositiveInt,
     ) -> None:
         super().__init__()
         check_heads("KronosTokenizer", d_model, n_heads)
@@ -52,16 +53,16 @@ class KronosTokenizer(HubModule):
         initialise(self, d_model)
 
     def forward(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, Tensor]:
-        """Reconstruct normalised bars x [B, L, d_in].
+        """Reconstruct normalised bars x [B, T, D].
 
         Returns:
-            ((recon_s1, recon), bsq_loss, quantized, ids): reconstructions [B, L, d_in] from the coarse bits alone and
-            from all bits, the BSQ loss (scalar), ±1/sqrt(bits) [B, L, bits], ids over all bits [B, L].
+            ((recon_s1, recon), bsq_loss, quantized, ids): reconstructions [B, T, D] from the coarse bits alone and
+            from all bits, the BSQ loss (scalar), ±1/sqrt(bits) [B, T, bits], ids over all bits [B, T].
         """
         return self.reconstruct(self.latent(x))
 
     def latent(self, x: Tensor) -> Tensor:
-        """What of normalised bars x [B, L, d_in] is quantized, before it is brought to unit length: [B, L, bits]."""
+        """Encode normalised bars x [B, T, D] to what is then quantized: [B, T, bits], not yet of unit length."""
         h = self.embed(x.to(self.embed.weight.dtype))
         for block in self.encoder:
             h = block(h)
@@ -70,25 +71,25 @@ class KronosTokenizer(HubModule):
     def reconstruct(
         self, latent: Tensor, mean_code: MeanCode | None = None
     ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, Tensor]:
-        """The second half of `forward`; where the latent is part of a batch, `mean_code` says what all of it needs."""
+        """Do the second half of `forward`; `mean_code` gives the batch's mean code if the latent is a micro-batch."""
         quantized, bsq_loss = self.tokenizer(latent, mean_code)
         coarse, full = self.post_quant_embed_pre(quantized[..., : self.s1_bits]), self.post_quant_embed(quantized)
         recon_s1, recon = self._decode(torch.cat([coarse, full])).chunk(2)  # one pass with twice the rows is faster
         return (recon_s1, recon), bsq_loss, quantized, signs_to_ids(quantized)
 
     def mean_code(self, latent: Tensor) -> Tensor:
-        """The mean code of a latent [B, L, bits], as the BSQ loss takes it: [bits], float32."""
+        """Return the mean code of a latent [B, T, bits], as the BSQ loss takes it: [bits], float32."""
         return self.tokenizer.mean_code(latent)
 
     def encode(self, x: Tensor, half: bool = False) -> Tensor | list[Tensor]:
-        """Ids of normalised bars x [B, L, d_in]: one over all bits [B, L], or with half the list [s1, s2] of them."""
+        """Encode normalised bars x [B, T, D] to ids over all bits [B, T], or with half to the list [s1, s2] of them."""
         signs = torch.where(self.latent(x) > 0, 1.0, -1.0)
         if half:
             return [signs_to_ids(signs[..., : self.s1_bits]), signs_to_ids(signs[..., self.s1_bits :])]
         return signs_to_ids(signs)
 
     def decode(self, ids: Tensor | Sequence[Tensor], half: bool = False) -> Tensor:
-        """Normalised bars [B, L, d_in] of ids as `encode` gives them. Causal: bar i depends on ids up to i."""
+        """Decode ids, in either form of `encode`, to normalised bars [B, T, D]; bar i depends on ids up to i only."""
         if half:
             s1, s2 = ids
             signs = torch.cat([ids_to_signs(s1, self.s1_bits), ids_to_signs(s2, self.s2_bits)], dim=-1)

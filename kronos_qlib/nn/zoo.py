@@ -1,4 +1,4 @@
-"""The published networks by name, and `nano`, our own small one for a CPU."""
+"""The zoo: the published networks by name, and `nano`, a small one of our own to train on a CPU."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +10,12 @@ TRAINED_UNTIL = "2024-06-30"
 
 @dataclass(frozen=True)
 class ZooEntry:
-    """A named network: constructor arguments and, where it is published, its hub id and what is known of it."""
+    """A named network: its constructor's arguments and, if it is published, its hub id and what is known of it."""
 
     config: dict[str, Any]
     parameters: int
     hub_id: str | None = None
-    revision: str | None = None  # the hub commit known to be good; None: the newest
+    revision: str | None = None  # the hub commit that was tried; None: the newest
     max_context: int | None = None  # bars
     trained_until: str | None = None  # the last date of the pre-training data
     tokenizer: str | None = None  # a model's tokenizer, by name
@@ -85,6 +85,6 @@ MODELS: dict[str, ZooEntry] = {
 
 
 def published(hub_id: str) -> ZooEntry | None:
-    """The zoo's entry of a hub id, or None for one that it does not know."""
+    """Return the zoo's entry of a hub id, or None."""
     entries = [*TOKENIZERS.values(), *MODELS.values()]
     return next((entry for entry in entries if entry.hub_id == hub_id), None)

@@ -171,7 +171,7 @@ def gather(
 ) -> Examples:
     """The windows at `rows` as tensors on the CPU, from the cache of codes if there is one."""
     if codes is None:
-        batch = windows.gather(rows)
+        batch = windows.normalised(rows)
         x, ids, stamp = torch.from_numpy(batch.x), None, batch.stamp
     else:
         x, ids, stamp = None, torch.from_numpy(codes.take(rows)), windows.stamps(rows)

@@ -86,7 +86,7 @@ def _rows(chunk: int, windows: Windows) -> list[np.ndarray]:
 
 @torch.no_grad()
 def _encode(tokenizer: KronosTokenizer, windows: Windows, rows: np.ndarray, compute: Compute) -> np.ndarray:
-    x = torch.from_numpy(windows.gather(rows).x).to(compute.device)
+    x = torch.from_numpy(windows.normalised(rows).x).to(compute.device)
     with compute.autocast:
         s1, s2 = tokenizer.encode(x, half=True)
     return torch.stack([s1, s2], dim=-1).cpu().numpy().astype(np.uint16)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kronos_qlib.hardware.cpu import Each, cores, side_by_side
+from kronos_qlib.hardware.cpu import MapFunction, core_pool, cores
 
 Value = TypeVar("Value")
 PATIENCE = timedelta(minutes=30)  # a first process may read data or write a large checkpoint while the others wait
@@ -112,7 +112,7 @@ class Compute:
     device: torch.device
     dtype: torch.dtype = torch.float32
     group: Group = ALONE
-    each: Each = map
+    each: MapFunction = map
 
     @property
     def autocast(self) -> torch.autocast:
@@ -129,7 +129,7 @@ class Compute:
     def on(cls, device: torch.device, dtype: torch.dtype, group: Group = ALONE) -> Iterator["Compute"]:
         """For the length of a block. In it torch itself uses one thread of a CPU, `each` as many as torch did."""
         if device.type == "cpu":
-            with side_by_side() as each:
+            with core_pool() as each:
                 yield cls(device, dtype, group, each)
         else:
             yield cls(device, dtype, group)

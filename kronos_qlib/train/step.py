@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from kronos_qlib.nn.dropout import drawn_from
+from kronos_qlib.nn.dropout import use_generator
 from kronos_qlib.train.batches import Part
 from kronos_qlib.train.distributed import Compute
 from kronos_qlib.train.optimizer import AdamW
@@ -128,7 +128,7 @@ class Learner:
         else:  # one thread takes the parts one after another, with torch's own
             chance = None
             torch.manual_seed(seed)
-        with self._compute.autocast, drawn_from(chance):
+        with self._compute.autocast, use_generator(chance):
             yield
 
     def _split(self, flat: Tensor) -> list[Tensor]:

@@ -222,6 +222,7 @@ class KronosModel(ModelFT):
         self.conclude(job)
 
     def _forecast(self, dataset: KLineDataset, windows: Windows, columns: Sequence[str]) -> dict[str, np.ndarray]:
+        dataset.warn_of_left_out(windows)
         warn_of_pretraining_overlap(self.tokenizer, self.model, windows)
         record_run(self.settings, dataset)
         try:

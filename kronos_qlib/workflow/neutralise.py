@@ -1,6 +1,5 @@
 """Scores without what simple factors explain of them, each day by itself."""
 
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -68,9 +67,7 @@ def _amount_of_first_scores(dataset: KLineDataset) -> str:
 
     So it is one for all segments, and no bar after any score decides it.
     """
-    with warnings.catch_warnings():  # of short histories: said of the segment that is scored
-        warnings.simplefilter("ignore")
-        windows = dataset.score_windows((None, None))
+    windows = dataset.score_windows((None, None))
     first = windows.dates.min()
     members, handler = sorted(windows.instruments[windows.dates == first]), dataset.handler
     return amount_expression(members, handler.dates[0], pd.Timestamp(first), handler.freq)

@@ -78,8 +78,11 @@ def training_job(
         raise ValueError("KronosModel: finetune is null in the settings: there is nothing to train")
     folder = output_dir or Path(finetune.output_dir)
     own, valid = dataset.training_windows("train"), dataset.training_windows("valid")
+    dataset.warn_of_left_out(own)
+    dataset.warn_of_left_out(valid)
     if "test" in dataset.segments:  # what is wrong with it is an error now, not after the training
         test = dataset.score_windows("test")
+        dataset.warn_of_left_out(test)
         _warn_of_seen_dates(test, train=own, valid=valid)
         warn_of_pretraining_overlap(tokenizer, model, test)
     train = training_set(own, dataset, finetune.extra_data, (extra_dir or folder) / EXTRA_DATA)

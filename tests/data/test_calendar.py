@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from stores import random_bars, sessions, use_store, write_store
 
-from kronos_qlib.data.calendar import SessionCalendar, end_of, store_calendar
+from kronos_qlib.data.calendar import SessionCalendar, range_end, store_calendar
 from kronos_qlib.data.stamps import stamps
 
 
@@ -27,21 +27,21 @@ def no_exchange_calendars(monkeypatch):
 
 def test_inside_the_store_the_next_sessions_are_the_stores_own():
     calendar = SessionCalendar(pd.DatetimeIndex(["2024-01-02", "2024-01-05", "2024-01-09", "2024-01-10"]))
-    after = calendar.after(np.array(days("2024-01-02", "2024-01-05")), 2)
+    after = calendar.sessions_after(np.array(days("2024-01-02", "2024-01-05")), 2)
     assert after.tolist() == np.array([days("2024-01-05", "2024-01-09"), days("2024-01-09", "2024-01-10")]).tolist()
     assert after.dtype == np.dtype("M8[ns]")
 
 
 def test_a_date_that_is_no_session_is_followed_by_the_next_one():
     calendar = SessionCalendar(pd.DatetimeIndex(["2024-01-02", "2024-01-05", "2024-01-09"]))
-    assert calendar.after(np.array(days("2024-01-03")), 1)[0, 0] == np.datetime64("2024-01-05")
-    assert calendar.after(np.array(days("2023-01-03")), 1)[0, 0] == np.datetime64("2024-01-02")
+    assert calendar.sessions_after(np.array(days("2024-01-03")), 1)[0, 0] == np.datetime64("2024-01-05")
+    assert calendar.sessions_after(np.array(days("2023-01-03")), 1)[0, 0] == np.datetime64("2024-01-02")
 
 
 def test_beyond_the_store_come_the_exchanges_sessions_without_its_holidays(autumn):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        after = SessionCalendar(autumn, region="cn").after(np.array(days("2025-09-29", "2025-09-30")), 3)
+        after = SessionCalendar(autumn, region="cn").sessions_after(np.array(days("2025-09-29", "2025-09-30")), 3)
     assert after[0].tolist() == np.array(days("2025-09-30", "2025-10-09", "2025-10-10")).tolist()
     assert after[1].tolist() == np.array(days("2025-10-09", "2025-10-10", "2025-10-13")).tolist()
 
@@ -50,25 +50,26 @@ def test_beyond_the_store_come_the_exchanges_sessions_without_its_holidays(autum
     ("choice", "expected"), [({"region": "us"}, "2025-10-01"), ({"region": "cn", "exchange": "XNYS"}, "2025-10-01")]
 )
 def test_the_exchange_follows_the_region_unless_named(autumn, choice, expected):
-    assert SessionCalendar(autumn, **choice).after(np.array(days("2025-09-30")), 1)[0, 0] == np.datetime64(expected)
+    after = SessionCalendar(autumn, **choice).sessions_after(np.array(days("2025-09-30")), 1)
+    assert after[0, 0] == np.datetime64(expected)
 
 
 def test_without_exchange_calendars_come_weekdays_with_one_warning(autumn, no_exchange_calendars):
     calendar = SessionCalendar(autumn, region="cn", source="calendar somewhere/day.txt")
     with pytest.warns(
         UserWarning, match="somewhere/day.txt is known to 2025-09-30 only and exchange_calendars"
-    ) as told:
-        after = calendar.after(np.array(days("2025-09-30")), 4)
-        calendar.after(np.array(days("2031-01-01")), 300)
-    assert len(told) == 1
+    ) as warned:
+        after = calendar.sessions_after(np.array(days("2025-09-30")), 4)
+        calendar.sessions_after(np.array(days("2031-01-01")), 300)
+    assert len(warned) == 1
     assert after[0].tolist() == np.array(days("2025-10-01", "2025-10-02", "2025-10-03", "2025-10-06")).tolist()
 
 
 def test_beyond_what_the_exchange_has_announced_come_weekdays_with_one_warning(autumn):
     calendar = SessionCalendar(autumn, region="cn")
-    with pytest.warns(UserWarning, match="knows XSHG to") as told:
-        after = calendar.after(np.array(days("2025-09-30", "2039-12-30")), 2)
-    assert len(told) == 1
+    with pytest.warns(UserWarning, match="knows XSHG to") as warned:
+        after = calendar.sessions_after(np.array(days("2025-09-30", "2039-12-30")), 2)
+    assert len(warned) == 1
     assert after[0, 0] == np.datetime64("2025-10-09"), "what is known of the exchange is still used"
     assert after[1].tolist() == np.array(days("2040-01-02", "2040-01-03")).tolist()
 
@@ -78,13 +79,13 @@ def test_stamps_after_are_the_stamps_of_the_sessions_after(autumn):
     calendar = SessionCalendar(autumn)
     found = calendar.stamps_after(dates, 6)
     assert found.shape == (3, 6, 5) and found.dtype == np.int64
-    np.testing.assert_array_equal(found, stamps(calendar.after(dates, 6)))
+    np.testing.assert_array_equal(found, stamps(calendar.sessions_after(dates, 6)))
 
 
 def test_intraday_sessions_repeat_the_last_days_times(autumn):
     times = pd.to_timedelta(["10:30:00", "11:30:00", "14:00:00", "15:00:00"])
     hours = pd.DatetimeIndex([day + time for day in autumn for time in times])
-    after = SessionCalendar(hours, freq="60min").after(np.array(days("2025-09-30T14:00")), 6)[0]
+    after = SessionCalendar(hours, freq="60min").sessions_after(np.array(days("2025-09-30T14:00")), 6)[0]
     expected = ["2025-09-30 15:00", *(f"2025-10-09 {hour}" for hour in ("10:30", "11:30", "14:00", "15:00"))]
     assert after.tolist() == np.array(days(*expected, "2025-10-10 10:30")).tolist()
 
@@ -118,14 +119,15 @@ def test_an_unknown_exchange_is_an_error(autumn):
 def test_the_stores_future_calendar_is_used_if_there_is_one(tmp_path):
     calendar, future = sessions(5), sessions(9).delete(6)
     use_store(write_store(tmp_path / "with", calendar, {"AAA": random_bars(5)}, future=future))
-    assert store_calendar("day").after(calendar[-1:], 2)[0].tolist() == future[5:7].to_numpy("M8[ns]").tolist()
+    assert store_calendar("day").sessions_after(calendar[-1:], 2)[0].tolist() == future[5:7].to_numpy("M8[ns]").tolist()
     assert "day_future.txt" in store_calendar("day").source
     use_store(write_store(tmp_path / "without", calendar, {"AAA": random_bars(5)}))
-    assert store_calendar("day").after(calendar[-1:], 2)[0].tolist() == sessions(7)[5:].to_numpy("M8[ns]").tolist()
+    found = store_calendar("day").sessions_after(calendar[-1:], 2)
+    assert found[0].tolist() == sessions(7)[5:].to_numpy("M8[ns]").tolist()
 
 
 def test_a_range_that_ends_on_a_day_ends_with_that_days_last_bar():
-    assert end_of(pd.Timestamp("2024-01-02"), "day") == pd.Timestamp("2024-01-02")
-    assert end_of(pd.Timestamp("2024-01-02"), "5min") > pd.Timestamp("2024-01-02 23:59")
-    assert end_of(pd.Timestamp("2024-01-02 10:00"), "5min") == pd.Timestamp("2024-01-02 10:00")
-    assert end_of(None, "5min") is None
+    assert range_end(pd.Timestamp("2024-01-02"), "day") == pd.Timestamp("2024-01-02")
+    assert range_end(pd.Timestamp("2024-01-02"), "5min") > pd.Timestamp("2024-01-02 23:59")
+    assert range_end(pd.Timestamp("2024-01-02 10:00"), "5min") == pd.Timestamp("2024-01-02 10:00")
+    assert range_end(None, "5min") is None

@@ -54,10 +54,10 @@ def test_returns_that_disagree_with_change_are_one_counted_warning_worst_first(b
     returns, change = np.full(10, 0.01), np.full(10, 0.01)
     returns[[2, 6]] = 4.63, -0.3
     change[2] = -0.059
-    with pytest.warns(UserWarning, match=r"0\.2 on 2 bars of 2 instruments.*SH600000 2024-01-03 \(\+463") as told:
+    with pytest.warns(UserWarning, match=r"0\.2 on 2 bars of 2 instruments.*SH600000 2024-01-03 \(\+463") as warned:
         warn_of_jumps(bars, returns, change)
-    assert len(told) == 1
-    text = str(told[0].message)
+    assert len(warned) == 1
+    text = str(warned[0].message)
     assert "-5.9%" in text and text.index("SH600000 2024-01-03") < text.index("SZ000001 2024-01-02 (-30.0%")
 
 
@@ -71,6 +71,6 @@ def test_small_disagreements_and_unknown_changes_pass(bars):
 
 
 def test_only_the_worst_bars_are_named(bars):
-    with pytest.warns(UserWarning, match="on 10 bars of 2 instruments.*; …$") as told:
+    with pytest.warns(UserWarning, match="on 10 bars of 2 instruments.*; …$") as warned:
         warn_of_jumps(bars, np.linspace(1, 2, 10), np.zeros(10))
-    assert str(told[0].message).count("against") == 5
+    assert str(warned[0].message).count("against") == 5

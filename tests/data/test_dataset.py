@@ -46,7 +46,7 @@ def expected_windows(first: int, last: int, future: int, lookback: int = 6) -> l
 
 def contents(dataset: KLineDataset, segment: str) -> tuple[np.ndarray, ...]:
     windows = dataset.score_windows(segment)
-    batch = windows.gather(np.arange(len(windows)))
+    batch = windows.normalised(np.arange(len(windows)))
     return windows.keys, batch.x, batch.stamp, batch.mean, batch.scale, batch.last_close
 
 
@@ -77,7 +77,7 @@ def test_training_windows_never_reach_past_the_end_of_their_segment(market):
 def test_a_window_holds_the_valid_bars_up_to_its_date_across_a_suspension(market):
     windows = make_dataset().score_windows("train")
     row = listed(windows).index((DAY[30], "BBB"))  # suspended from session 20 to 27
-    batch = windows.gather(np.array([row]))
+    batch = windows.normalised(np.array([row]))
     expected = market_bars()["BBB"].loc[[17, 18, 19, 28, 29, 30], "close"].to_numpy(np.float32)
     np.testing.assert_allclose((batch.x * batch.scale + batch.mean)[0, :, 3], expected, rtol=1e-5)
     assert batch.stamp[0, :, 3].tolist() == [CALENDAR[i].day for i in (17, 18, 19, 28, 29, 30)]
@@ -157,7 +157,7 @@ def test_a_workflow_file_configures_it(market):
 
 
 def test_the_calendar_is_the_stores_and_goes_on_beyond_it(market):
-    after = make_dataset().calendar.after(CALENDAR[-2:].to_numpy(), 3)
+    after = make_dataset().calendar.sessions_after(CALENDAR[-2:].to_numpy(), 3)
     assert after[0, 0] == CALENDAR[-1] and after[1, 0] == np.datetime64("2024-03-26")
 
 
@@ -208,25 +208,39 @@ def test_intraday_segments_end_with_the_last_bar_of_their_last_day(tmp_path):
     dataset = make_dataset(handler=KLineHandler("all", freq="60min"), segments={"test": ["2024-01-05", "2024-01-08"]})
     assert dataset.score_windows("test").dates.tolist() == times[12:20].to_numpy("M8[ns]").tolist()
     assert len(dataset.prepare("test", col_set="label")) == 8
-    assert dataset.calendar.after(times[-1:], 2)[0].tolist() == [
+    assert dataset.calendar.sessions_after(times[-1:], 2)[0].tolist() == [
         np.datetime64(f"2024-01-16T{hour}:00", "ns").item() for hour in (10, 11)
     ]
 
 
-def test_instruments_with_too_little_history_are_one_counted_warning(market):
+def test_instruments_with_too_little_history_are_returned_with_the_windows(market):
     dataset = make_dataset(lookback=25)
-    with pytest.warns(
-        UserWarning, match=r"1 instruments are left out of segment 'test' .* 25 valid bars .*: DDD"
-    ) as told:
-        assert "DDD" not in dataset.score_windows("test").instruments
-    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a query warns of nothing
+        windows = dataset.score_windows("test")
+        assert dataset.training_windows((DAY[0], DAY[59])).left_out == ("DDD",)
+    assert windows.left_out == ("DDD",) and "DDD" not in windows.instruments
+    assert windows.take(slice(3)).left_out == ("DDD",), "they are the segment's, whatever is taken of its windows"
+    assert make_dataset().score_windows("test").left_out == ()
+
+
+def test_they_are_one_counted_warning_for_each_selection_of_a_dataset(market):
+    dataset = make_dataset(lookback=25)
+    message = r"1 instruments are left out of segment 'test' \[2024-02-27, .* 25 valid bars behind them there: DDD$"
+    with pytest.warns(UserWarning, match=message) as warned:
+        for _ in range(2):
+            dataset.warn_of_left_out(dataset.score_windows("test"))
+    assert len(warned) == 1
+    dataset.config(lookback=24)
+    with pytest.warns(UserWarning, match="24 valid bars"):
+        dataset.warn_of_left_out(dataset.score_windows("test"))
 
 
 def test_enough_history_for_all_is_no_warning(market):
     dataset = make_dataset()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        dataset.score_windows("test")
+        dataset.warn_of_left_out(dataset.score_windows("test"))
 
 
 @pytest.mark.parametrize(

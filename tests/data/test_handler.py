@@ -263,9 +263,9 @@ def test_a_field_that_no_instrument_has_is_an_error_that_names_it(one, field):
 
 
 def test_instruments_without_bars_are_one_counted_warning(market):
-    with pytest.warns(UserWarning, match="2 of 3 instruments .* have no bars: XXX, YYY") as told:
+    with pytest.warns(UserWarning, match="2 of 3 instruments .* have no bars: XXX, YYY") as warned:
         assert KLineHandler(["AAA", "YYY", "XXX"]).bars().instruments == ("AAA",)
-    assert len(told) == 1
+    assert len(warned) == 1
 
 
 @pytest.mark.parametrize(("lines", "message"), [((3, 3), "twice"), ((4, 3), "after")])
@@ -300,9 +300,9 @@ def test_an_unadjusted_jump_is_a_warning_that_names_it(market, tmp_path):
     bars = market_bars()
     bars["AAA"].loc[30:, ["open", "high", "low", "close"]] *= 5.6
     use_store(write_market(tmp_path / "jump", bars))
-    with pytest.warns(UserWarning, match=f"on 1 bars of 1 instruments.*AAA {CALENDAR[30].date()}") as told:
+    with pytest.warns(UserWarning, match=f"on 1 bars of 1 instruments.*AAA {CALENDAR[30].date()}") as warned:
         KLineHandler("some").bars()
-    assert len(told) == 1
+    assert len(warned) == 1
 
 
 def test_a_jump_over_a_gap_without_closes_is_not_judged(market, tmp_path):

@@ -80,8 +80,8 @@ def test_a_constant_column_gives_zeros_and_not_rounding_noise(value, dtype):
     assert (scale == EPS).all()
 
 
-def test_gather_normalises_the_slice_of_each_window(windows):
-    batch = windows.gather(np.arange(len(windows)))
+def test_each_window_is_its_slice_of_the_bars_normalised(windows):
+    batch = windows.normalised(np.arange(len(windows)))
     for i, end in enumerate(windows.ends):
         rows = slice(end - 9, end + 12)
         x, mean, scale = normalise(windows.bars.values[None, rows], 10, clip=5.0)
@@ -98,15 +98,15 @@ def test_gather_normalises_the_slice_of_each_window(windows):
 def test_a_window_is_bitwise_the_same_in_any_batch(windows):
     bars = make_bars([1500])
     many = Windows(bars, np.arange(20, 1400), lookback=20, future=3)
-    together = many.gather(np.arange(len(many)))
+    together = many.normalised(np.arange(len(many)))
     order = np.random.default_rng(0).permutation(len(many))
-    np.testing.assert_array_equal(many.gather(order).x, together.x[order])
+    np.testing.assert_array_equal(many.normalised(order).x, together.x[order])
     for size in (1, 2, 3, 7):
-        np.testing.assert_array_equal(many.gather(np.arange(700, 700 + size)).x, together.x[700 : 700 + size])
+        np.testing.assert_array_equal(many.normalised(np.arange(700, 700 + size)).x, together.x[700 : 700 + size])
 
 
-def test_gather_of_no_window_is_empty(windows):
-    assert windows.gather(np.array([], int)).x.shape == (0, 21, 6)
+def test_no_window_at_all_is_an_empty_batch(windows):
+    assert windows.normalised(np.array([], int)).x.shape == (0, 21, 6)
 
 
 def test_windows_name_their_date_and_instrument(windows):
@@ -118,10 +118,10 @@ def test_windows_name_their_date_and_instrument(windows):
 def test_take_keeps_the_order_given(windows):
     part = windows.take(np.array([5, 1]))
     np.testing.assert_array_equal(part.ends, [100, 30])
-    np.testing.assert_array_equal(part.gather(np.array([0])).x, windows.gather(np.array([5])).x)
+    np.testing.assert_array_equal(part.normalised(np.array([0])).x, windows.normalised(np.array([5])).x)
 
 
-def test_keys_hang_on_instrument_and_date_alone(windows):
+def test_keys_depend_on_instrument_and_date_alone(windows):
     # fixed for ever: a forecast's random numbers are drawn from them, in this process and in any other
     assert windows.keys[0] == 6613594153234481903  # SH000000 2020-01-14
     assert windows.keys.dtype == np.int64 and (windows.keys >= 0).all()
@@ -131,14 +131,14 @@ def test_keys_hang_on_instrument_and_date_alone(windows):
     assert alone.keys[0] == windows.keys[0]
 
 
-def test_gathering_ten_thousand_windows_takes_a_fifth_of_a_second_of_one_core():
+def test_normalising_ten_thousand_windows_takes_a_fifth_of_a_second_of_one_core():
     bars = make_bars([2500] * 40)
     ends = np.random.default_rng(0).permutation(np.flatnonzero(np.arange(len(bars)) % 2500 >= 89))
     many = Windows(bars, ends[ends < len(bars) - 11], lookback=90, future=11)
     times = []
     for start in range(0, 30_000, 10_000):
         began = time.process_time()
-        assert many.gather(np.arange(start, start + 10_000)).x.shape == (10_000, 101, 6)
+        assert many.normalised(np.arange(start, start + 10_000)).x.shape == (10_000, 101, 6)
         times.append(time.process_time() - began)
     assert min(times) < 0.2
 

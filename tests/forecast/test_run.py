@@ -170,7 +170,7 @@ def test_the_columns_are_the_scores_and_quantiles_of_the_paths_kept(tmp_path):
         for step in range(tasks.HORIZON):
             expected = np.quantile(close[:, :, step], quantile / 100, axis=1)
             np.testing.assert_allclose(frame[f"q{quantile:02d}_{step + 1}"], expected, rtol=1e-6)
-    context = task.windows.gather(np.arange(len(frame)))
+    context = task.windows.normalised(np.arange(len(frame)))
     expected = scores(close, context.last_close, context.scale[:, 0, 3])
     for name in ("mean_return", "last_return", "max_return", "min_return", "prob_up", "z_mean"):
         np.testing.assert_allclose(frame[name], expected[name], rtol=1e-4, atol=1e-6)

@@ -1,11 +1,13 @@
 """Checkpoints load strictly: what is wrong with one is said, with the file and the tensor or key."""
 
 import json
+import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file, save_file
 
 from kronos_qlib import Kronos, KronosTokenizer
@@ -30,6 +32,10 @@ def edit_config(folder, change):
     config = json.loads((folder / "config.json").read_text())
     change(config)
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("kind", [Kronos, KronosTokenizer])
@@ -106,6 +112,79 @@ def test_an_unreachable_hub_says_what_to_do(monkeypatch, tmp_path):
         Kronos.from_pretrained("NeoQuasar/Kronos-small")
 
 
+@pytest.fixture
+def hub_cache(small, tmp_path):
+    """A cache of the hub as huggingface_hub lays it out: a repository's pinned commit, and another as its `main`."""
+    pinned, newest = zoo.MODELS["small"].revision, "f" * 40
+    repository = tmp_path / "cache" / "models--NeoQuasar--Kronos-small"
+    for commit in (pinned, newest):
+        shutil.copytree(small.folder / "model", repository / "snapshots" / commit)
+    edit_config(repository / "snapshots" / newest, lambda config: config.update({"token_dropout_p": 0.5}))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(newest)
+    return tmp_path / "cache"
+
+
+def test_the_usual_arguments_of_from_pretrained(small, hub_cache):
+    name, where = "NeoQuasar/Kronos-small", {"cache_dir": hub_cache, "local_files_only": True}
+    pinned = Kronos.from_pretrained(name, **where)
+    assert (pinned.source, pinned.config, pinned.training) == (name, small.model.config, False)
+    assert Kronos.from_pretrained(name, revision="main", **where).config["token_dropout_p"] == 0.5
+    assert Kronos.from_pretrained(name, map_location="meta", **where).norm.weight.device.type == "meta"
+    with pytest.raises(FileNotFoundError, match="not in the local cache and local_files_only is set: give a folder"):
+        Kronos.from_pretrained(name, revision="other", **where)
+    with pytest.raises(TypeError, match="cash_dir"):
+        Kronos.from_pretrained(name, cash_dir=hub_cache)
+
+
+def test_a_folder_needs_none_of_them(folder, tmp_path):
+    Kronos.from_pretrained(
+        folder, cache_dir=tmp_path / "cache", force_download=True, local_files_only=True, token=False, revision="x"
+    )
+    assert not (tmp_path / "cache").exists()
+
+
+def test_pickled_weights_are_not_loaded(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="no model.safetensors there"):
+        Kronos.from_pretrained(folder)
+
+
+def test_push_to_hub_uploads_a_whole_checkpoint_with_a_model_card(small, tmp_path, monkeypatch):
+    uploaded = {}
+
+    def upload(api, *, repo_id, folder_path, **options):
+        uploaded.update({repo_id: contents(Path(folder_path))})
+        return "the commit"
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda api, repo_id, **options: type("Url", (), {"repo_id": repo_id}))
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    assert small.model.push_to_hub("me/mine", private=True) == "the commit"
+    card = uploaded["me/mine"].pop("README.md").decode()
+    assert "library_name: kronos-qlib" in card and "arxiv.org/abs/2508.02739" in card
+    small.model.save_pretrained(tmp_path)
+    assert uploaded["me/mine"] == contents(tmp_path), "and no card in a folder"
+
+
+def test_a_folder_is_pushed_when_it_is_saved_under_its_name_or_another(small, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(Kronos, "push_to_hub", lambda self, repo_id, **options: pushed.append(repo_id))
+    for options in ({}, {"push_to_hub": True}, {"push_to_hub": True, "repo_id": "me/mine"}):
+        small.model.save_pretrained(tmp_path / "mine", **options)
+    assert pushed == ["mine", "me/mine"]
+
+
+def test_a_network_pickled_before_it_had_the_hubs_methods_is_read(small):
+    """The parameters of a recorder hold networks whose only own attributes are `config` and `source`."""
+    state = {key: value for key, value in vars(small.model).items() if key != "_hub_mixin_config"}
+    old = Kronos.__new__(Kronos)
+    old.__setstate__(pickle.loads(pickle.dumps(state)))
+    assert (old.config, old.source) == (small.model.config, str(small.folder / "model"))
+    s1, s2, stamp = torch.zeros(1, 3, dtype=int), torch.zeros(1, 3, dtype=int), torch.ones(1, 3, 5, dtype=int)
+    assert torch.equal(old.decode_s1(s1, s2, stamp)[0], small.model.decode_s1(s1, s2, stamp)[0])
+
+
 def test_a_path_that_is_no_folder_and_no_hub_id_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither a folder nor a hub id"):
         Kronos.from_pretrained(tmp_path / "nowhere")
@@ -115,22 +194,22 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(small, folder, monkeypatc
     def fail(*arguments, **options):
         raise OSError("no space left on device")
 
-    before = (folder / "model.safetensors").read_bytes()
+    before = contents(folder)
     monkeypatch.setattr("kronos_qlib.nn.checkpoint.save_file", fail)
     with pytest.raises(OSError, match="no space"):
         small.model.save_pretrained(folder)
-    assert (folder / "model.safetensors").read_bytes() == before
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert contents(folder) == before and sorted(before) == ["config.json", "model.safetensors"]
 
 
-@pytest.mark.parametrize(
-    ("kind", "entry"),
-    [(Kronos, entry) for entry in zoo.MODELS.values()]
-    + [(KronosTokenizer, entry) for entry in zoo.TOKENIZERS.values()],
-)
-def test_parameter_counts_are_those_of_the_zoo(kind, entry):
+def test_parameter_counts_are_those_of_the_zoo(monkeypatch):
+    # On the meta device these two would import torch's compiler, which takes longer than all of this file.
+    monkeypatch.setattr("torch.nn.init._no_grad_normal_", lambda tensor, *_, **__: tensor)
+    monkeypatch.setattr("kronos_qlib.nn.layers.Rotary", lambda head_dim: torch.nn.Identity())
     with torch.device("meta"):
-        assert kind(**entry.config).n_parameters == entry.parameters
+        for name, entry in zoo.MODELS.items():
+            assert Kronos(**entry.config).n_parameters == entry.parameters, name
+    for name, entry in zoo.TOKENIZERS.items():
+        assert KronosTokenizer(**entry.config).n_parameters == entry.parameters, name
 
 
 def test_published_entries_name_hub_context_and_cut_off():
@@ -156,18 +235,29 @@ def test_whatever_keeps_the_hub_away_is_told_as_such(monkeypatch, problem):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("n_layers", 0, "n_layers must be 1 or more, not 0"),
-        ("n_heads", 2.0, "n_heads must be 1 or more, not 2.0"),
-        ("ffn_dropout_p", 1.0, r"ffn_dropout_p must be in \[0, 1\), not 1.0"),
-        ("resid_dropout_p", True, "resid_dropout_p must be a number, not True"),
-        ("learn_te", "no", "learn_te must be true or false, not 'no'"),
+        ("n_layers", 0, "n_layers: .* greater than 0, not 0"),
+        ("n_heads", 2.0, "n_heads: .* valid integer, not 2.0"),
+        ("ff_dim", True, "ff_dim: .* valid integer, not True"),
+        ("ffn_dropout_p", 1.0, "ffn_dropout_p: .* less than 1, not 1.0"),
+        ("attn_dropout_p", -0.1, "attn_dropout_p: .* greater than or equal to 0, not -0.1"),
+        ("token_dropout_p", float("nan"), "token_dropout_p: .*, not nan"),
+        ("resid_dropout_p", "0.1", "resid_dropout_p: .* valid number, not '0.1'"),
+        ("learn_te", "no", "learn_te: .* valid boolean, not 'no'"),
         ("d_model", 50, r"d_model \(50\) must be a positive multiple of 2 × n_heads"),
     ],
 )
-def test_an_impossible_constructor_argument_is_named(folder, key, value, message):
+def test_an_impossible_constructor_argument_is_named(folder, small, key, value, message):
     edit_config(folder, lambda config: config.update({key: value}))
-    with pytest.raises(CheckpointError, match=f"config.json: .*{message}"):
+    with pytest.raises(CheckpointError, match=f"config.json: Kronos: .*{message}|config.json: {message}") as error:
         Kronos.from_pretrained(folder)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=message):
+        Kronos(**small.model.config | {key: value})
+
+
+def test_a_number_of_the_loss_that_is_not_finite_is_named(small):
+    with pytest.raises(ValueError, match="KronosTokenizer: gamma: .* finite number, not inf"):
+        KronosTokenizer(**small.tokenizer.config | {"gamma": float("inf")})
 
 
 def test_a_checkpoint_can_be_read_by_whoever_may_read_its_folder(small, tmp_path):

@@ -121,7 +121,7 @@ def panels(figure):
 
 def test_perplexity_and_use_are_those_of_the_ids_of_every_bar():
     windows = make_windows()
-    x = windows.gather(np.arange(len(windows))).x
+    x = windows.normalised(np.arange(len(windows))).x
     use = codebook_use(tokenizer_of_signs(), windows, CPU)
     for part, column in (("s1", "close"), ("s2", "volume")):
         p = (x[..., COLUMNS.index(column)] > 0).mean()  # two codes occur, with these chances
@@ -166,7 +166,7 @@ def test_errors_are_those_of_decoded_codes_in_price_units():
 
 def test_bars_are_compared_as_they_are_not_as_they_were_clipped():
     windows = make_windows(jump=True).take(slice(0, 1))
-    assert np.abs(windows.gather(np.array([0])).x[0, -1]).min() == 5  # the jump is clipped in every column
+    assert np.abs(windows.normalised(np.array([0])).x[0, -1]).min() == 5  # the jump is clipped in every column
     actual = bars_of(windows)
     mean, scale = actual[:, :LOOKBACK].mean(1), actual[:, :LOOKBACK].std(1) + 1e-5
     mae, rmse = by_hand((mean + 5 * scale)[:, None], actual)

@@ -120,7 +120,7 @@ def test_another_store_joins_the_training_but_not_the_validation(store, tmp_path
     assert {name for name in job.train.instruments if name.startswith("other:")}
     assert job.train.bars.dates[job.train.ends + job.train.future].max() <= np.datetime64(SEGMENTS["train"][1])
     np.testing.assert_array_equal(job.valid.keys, valid.keys)
-    np.testing.assert_array_equal(job.valid.gather(np.arange(9)).x, valid.gather(np.arange(9)).x)
+    np.testing.assert_array_equal(job.valid.normalised(np.arange(9)).x, valid.normalised(np.arange(9)).x)
 
 
 # From the command

@@ -248,3 +248,11 @@ def test_new_networks_have_seen_nothing(run, warnings_logged, store):
     assert pretraining_overlap(shape.tokenizer, shape.model, np.datetime64("2018-06-18", "ns")) is None
     run.model.predict(run.dataset, FEW_DAYS)
     assert "was trained on data up to" not in warnings_logged.text
+
+
+def test_instruments_left_out_are_one_warning_of_a_segment_that_is_scored(store):
+    dataset, model = make_dataset(lookback=100), make_model(neutralise=["volatility"])
+    with pytest.warns(UserWarning, match=r"1 instruments are left out of segment 'test' .*: DEMO0002$") as warned:
+        model.predict(dataset)
+        model.forecast(dataset, "test", ["mean_return"])
+    assert len([each for each in warned if "left out" in str(each.message)]) == 1

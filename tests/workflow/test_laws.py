@@ -97,17 +97,17 @@ def test_a_draw_hangs_on_its_own_row_alone():
 
 @pytest.mark.filterwarnings("ignore:.*disagree")
 def test_the_law_of_no_look_ahead_catches_a_normalisation_that_leaks(store, market, tmp_path, monkeypatch):
-    honest = Windows.gather
+    honest = Windows.normalised
 
     def leaking(self: Windows, rows: np.ndarray):
-        """As `gather`, with mean and scale over one bar more than the lookback where there is one."""
+        """As `normalised`, with mean and scale over one bar more than the lookback where there is one."""
         batch, ends = honest(self, rows), self.ends[rows]
         beyond = np.minimum(ends + 1, len(self.bars) - 1)[:, None]
         bars = np.concatenate([ends[:, None] + np.arange(1 - self.lookback, 1), beyond], axis=1)
         x, mean, scale = normalise(self.bars.values[bars], self.lookback + 1)
         return type(batch)(x[:, :-1], batch.stamp, mean, scale, batch.last_close)
 
-    monkeypatch.setattr(Windows, "gather", leaking)
+    monkeypatch.setattr(Windows, "normalised", leaking)
     before, after = scores_of(market), scores_of(tampered(market, tmp_path / "tampered", "prices"))
     changed = (before != after).groupby("datetime").any()
     assert not changed.loc[:"2018-07-09"].any() and changed.loc[LAST_DAY], "the last day sees one bar too many"

@@ -17,7 +17,7 @@ from kronos_qlib.forecast.engine.attention import CacheLayout, extend, prefill
 from kronos_qlib.forecast.engine.context import Context, SharedContext, SlidingContext
 from kronos_qlib.forecast.engine.sampling import SampleKind, Sampling, draw, uniforms
 from kronos_qlib.forecast.engine.weights import NetworkWeights, TokenizerWeights, prepare_weights
-from kronos_qlib.hardware.cpu import side_by_side
+from kronos_qlib.hardware.cpu import core_pool
 from kronos_qlib.hardware.device import resolve_dtype
 from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.nn.model import TIME_TABLES, S2Rotation
@@ -127,8 +127,8 @@ def generate(
 
         if not on_cpu or single:  # torch's threads divide the products of a single window among them
             return torch.cat([forecast_batch(rows) for rows in batches])
-        with side_by_side() as map_side_by_side:
-            return torch.cat(list(map_side_by_side(forecast_batch, batches)))
+        with core_pool() as map_on_cores:
+            return torch.cat(list(map_on_cores(forecast_batch, batches)))
 
 
 def path_drawer(

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from stores import DAYS, market_bars, sessions, use_store, write_market
 
 from kronos_qlib import KLineDataset, KLineHandler
-from kronos_qlib.data.join_windows import join, trim
+from kronos_qlib.data.join_windows import drop_unused_bars, join_windows
 from kronos_qlib.data.windows import Bars, Windows
 
 DAY = [str(date.date()) for date in sessions(DAYS)]
@@ -25,7 +25,7 @@ def listed(windows: Windows) -> list[tuple[str, str]]:
 
 def assert_same_batches(left: Windows, right: Windows) -> None:
     assert len(left) == len(right)
-    ours, theirs = (windows.gather(np.arange(len(windows))) for windows in (left, right))
+    ours, theirs = (windows.normalised(np.arange(len(windows))) for windows in (left, right))
     for name in vars(ours):
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
 
@@ -41,24 +41,24 @@ def two_stores(market, tmp_path) -> tuple[Windows, Windows]:
 
 def test_windows_of_two_stores_come_one_after_the_other_unchanged(two_stores):
     own, other = two_stores
-    joined = join([("", own), ("us", other)])
-    assert len(joined) == len(own) + len(other)
-    assert_same_batches(joined.take(slice(len(own))), own)
-    assert_same_batches(joined.take(slice(len(own), None)), other)
-    assert (joined.lookback, joined.future, joined.clip) == (own.lookback, own.future, own.clip)
+    train = join_windows([("", own), ("us", other)])
+    assert len(train) == len(own) + len(other)
+    assert_same_batches(train.take(slice(len(own))), own)
+    assert_same_batches(train.take(slice(len(own), None)), other)
+    assert (train.lookback, train.future, train.clip) == (own.lookback, own.future, own.clip)
 
 
 def test_instruments_of_another_store_carry_its_label(two_stores):
     own, other = two_stores
-    joined = join([("", own), ("us", other)])
-    assert listed(joined) == listed(own) + [(date, f"us:{name}") for date, name in listed(other)]
-    assert len(set(joined.keys)) == len(joined)
-    np.testing.assert_array_equal(joined.keys[: len(own)], own.keys)
+    train = join_windows([("", own), ("us", other)])
+    assert listed(train) == listed(own) + [(date, f"us:{name}") for date, name in listed(other)]
+    assert len(set(train.keys)) == len(train)
+    np.testing.assert_array_equal(train.keys[: len(own)], own.keys)
 
 
 def test_joined_bars_are_well_formed(two_stores):
     own, other = two_stores
-    bars = join([("", own), ("us", other)]).bars
+    bars = join_windows([("", own), ("us", other)]).bars
     assert (bars.values.dtype, bars.stamp.dtype, bars.dates.dtype) == (np.float32, np.int8, np.dtype("M8[ns]"))
     assert bars.offsets.dtype == np.int64
     assert len(bars.values) == len(bars.stamp) == len(bars.dates) == bars.offsets[-1]
@@ -70,40 +70,40 @@ def test_joined_bars_are_well_formed(two_stores):
 def test_other_windows_on_the_first_bars_stay_what_they_are(market, two_stores):
     own, other = two_stores
     valid = own.take(np.array([5, 1, 7]))
-    joined = join([("", own), ("us", other)])
-    moved = replace(valid, bars=joined.bars)
+    train = join_windows([("", own), ("us", other)])
+    moved = replace(valid, bars=train.bars)
     assert_same_batches(moved, valid)
     np.testing.assert_array_equal(moved.keys, valid.keys)
 
 
 def test_a_window_in_several_universes_of_a_store_counts_once(market):
     own, all_, longer = training_windows("some"), training_windows("all"), training_windows("all", [DAY[5], DAY[45]])
-    joined = join([("", own), ("", all_), ("", longer), ("", own)])
-    pairs = listed(joined)
+    train = join_windows([("", own), ("", all_), ("", longer), ("", own)])
+    pairs = listed(train)
     assert len(pairs) == len(set(pairs))
     assert set(pairs) == {*listed(own), *listed(all_), *listed(longer)}
     assert pairs[: len(own)] == listed(own), "the dataset's own come first"
     assert set(listed(all_)) - set(listed(own)), "or the test says nothing"
-    reference = dict(zip(listed(longer), longer.gather(np.arange(len(longer))).x))
-    for pair, x in zip(pairs, joined.gather(np.arange(len(joined))).x):
+    reference = dict(zip(listed(longer), longer.normalised(np.arange(len(longer))).x))
+    for pair, x in zip(pairs, train.normalised(np.arange(len(train))).x):
         np.testing.assert_array_equal(x, reference[pair])
 
 
 def test_windows_of_different_stores_are_never_repeats(two_stores):
     own, other = two_stores
-    assert len(join([("", own), ("us", own), ("uk", other), ("us", other)])) == 3 * len(own)
+    assert len(join_windows([("", own), ("us", own), ("uk", other), ("us", other)])) == 3 * len(own)
 
 
 def test_a_universe_that_is_there_already_adds_nothing(market):
     own = training_windows("some")
-    joined = join([("", own), ("", training_windows(["AAA"]))])
-    assert listed(joined) == listed(own)
-    assert joined.bars.instruments == own.bars.instruments
+    train = join_windows([("", own), ("", training_windows(["AAA"]))])
+    assert listed(train) == listed(own)
+    assert train.bars.instruments == own.bars.instruments
 
 
-def test_one_part_alone_is_itself(market):
+def test_one_source_alone_is_itself(market):
     own = training_windows("some")
-    assert join([("", own)]) is own
+    assert join_windows([("", own)]) is own
 
 
 @pytest.mark.parametrize("change", [{"lookback": 7}, {"future": 3}, {"clip": 3.0}])
@@ -112,7 +112,7 @@ def test_windows_of_different_sizes_are_not_joined(market, change):
     with pytest.raises(
         ValueError, match=r"windows of us have \(lookback, future, clip\) .* the first ones \(6, 4, 5.0"
     ):
-        join([("", own), ("us", replace(own, **change))])
+        join_windows([("", own), ("us", replace(own, **change))])
 
 
 sizes = st.lists(st.integers(1, 12), min_size=1, max_size=5)
@@ -120,7 +120,7 @@ sizes = st.lists(st.integers(1, 12), min_size=1, max_size=5)
 
 @settings(max_examples=100, deadline=None)
 @given(sizes, st.data())
-def test_trimmed_windows_are_the_same_on_fewer_bars(sizes, data):
+def test_windows_without_unused_bars_are_the_same_on_fewer_bars(sizes, data):
     count, lookback, future = sum(sizes), data.draw(st.integers(1, 4)), data.draw(st.integers(0, 3))
     offsets = np.concatenate([[0], np.cumsum(sizes)])
     bars = Bars(
@@ -135,11 +135,11 @@ def test_trimmed_windows_are_the_same_on_fewer_bars(sizes, data):
     ]
     ends = data.draw(st.lists(st.sampled_from(possible), unique=True)) if possible else []
     windows = Windows(bars, np.array(ends, np.int64), lookback, future)
-    trimmed = trim(windows)
+    used = drop_unused_bars(windows)
     if ends:
-        assert_same_batches(trimmed, windows)
-    assert listed(trimmed) == listed(windows)
-    np.testing.assert_array_equal(trimmed.keys, windows.keys)
+        assert_same_batches(used, windows)
+    assert listed(used) == listed(windows)
+    np.testing.assert_array_equal(used.keys, windows.keys)
     needed = {row for end in ends for row in range(end - lookback + 1, end + future + 1)}
-    np.testing.assert_array_equal(trimmed.bars.values, bars.values[sorted(needed)])
-    assert set(trimmed.bars.instruments) == set(windows.instruments)
+    np.testing.assert_array_equal(used.bars.values, bars.values[sorted(needed)])
+    assert set(used.bars.instruments) == set(windows.instruments)

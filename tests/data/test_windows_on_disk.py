@@ -27,11 +27,11 @@ def windows(market) -> dict[str, Windows]:
 def with_other_values(windows: dict[str, Windows]) -> dict[str, Windows]:
     bars = next(iter(windows.values())).bars
     other = replace(bars, values=bars.values * 2)
-    return {name: replace(part, bars=other) for name, part in windows.items()}
+    return {name: replace(each, bars=other) for name, each in windows.items()}
 
 
 def everything(windows: Windows) -> list[np.ndarray]:
-    batch = windows.gather(np.arange(len(windows))[::-1])
+    batch = windows.normalised(np.arange(len(windows))[::-1])
     return [windows.keys, batch.x, batch.stamp, batch.mean, batch.scale, batch.last_close]
 
 
@@ -54,21 +54,21 @@ def test_mapped_windows_are_those_that_were_saved(windows, tmp_path):
     mapped = map_windows(tmp_path / "windows")
     assert list(mapped) == ["train", "valid"]
     assert mapped["train"].bars is mapped["valid"].bars, "one copy for both"
-    for name, part in windows.items():
-        assert_same(mapped[name], part)
+    for name, saved in windows.items():
+        assert_same(mapped[name], saved)
 
 
 def test_mapped_arrays_are_read_only_and_still_on_disk(windows, tmp_path):
     save_windows(tmp_path, windows)
-    part = map_windows(tmp_path)["train"]
-    for array in (part.bars.values, part.bars.stamp, part.bars.dates, part.bars.offsets, part.ends):
+    mapped = map_windows(tmp_path)["train"]
+    for array in (mapped.bars.values, mapped.bars.stamp, mapped.bars.dates, mapped.bars.offsets, mapped.ends):
         assert isinstance(array.base, np.memmap) and not array.flags.writeable
     with pytest.raises(ValueError, match="read-only"):
-        part.bars.values[0] = 0
-    assert all(array.flags.writeable for array in everything(part)), "torch.from_numpy wants arrays of its own"
+        mapped.bars.values[0] = 0
+    assert all(array.flags.writeable for array in everything(mapped)), "torch.from_numpy wants arrays of its own"
 
 
-def test_gathering_from_mapped_arrays_copies_the_batch_and_no_more(tmp_path):
+def test_normalising_mapped_windows_copies_the_batch_and_no_more(tmp_path):
     count = 400_000
     bars = Bars(
         values=np.ones((count, 6), np.float32),
@@ -79,20 +79,28 @@ def test_gathering_from_mapped_arrays_copies_the_batch_and_no_more(tmp_path):
     )
     save_windows(tmp_path, {"train": Windows(bars, np.arange(9, count), lookback=10, future=0)})
     mapped = map_windows(tmp_path)["train"]
-    mapped.gather(np.arange(10))
+    mapped.normalised(np.arange(10))
     tracemalloc.start()
-    mapped.gather(np.arange(0, 3000, 300))
+    mapped.normalised(np.arange(0, 3000, 300))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 100_000 < bars.stamp.nbytes
     assert "codes" not in vars(mapped.bars), "8 bytes a bar that no batch needs"
 
 
+def test_what_a_segment_left_out_is_not_saved(windows, tmp_path):
+    save_windows(tmp_path, windows)
+    before = files(tmp_path)
+    save_windows(tmp_path, {name: replace(each, left_out=("DDD",), segment="a") for name, each in windows.items()})
+    assert files(tmp_path) == before, "the digest is the same"
+    assert map_windows(tmp_path)["train"].left_out == ()
+
+
 def test_the_same_windows_are_not_written_again(windows, tmp_path):
     save_windows(tmp_path, windows)
     before = files(tmp_path)
     copies = replace(windows["train"].bars, values=windows["train"].bars.values.copy())
-    save_windows(tmp_path, {name: replace(part, bars=copies) for name, part in windows.items()})
+    save_windows(tmp_path, {name: replace(each, bars=copies) for name, each in windows.items()})
     assert files(tmp_path) == before
     save_windows(tmp_path, map_windows(tmp_path))
     assert files(tmp_path) == before
@@ -112,8 +120,8 @@ def test_other_windows_replace_the_former_ones(windows, tmp_path, change):
     save_windows(tmp_path, windows)
     mapped = map_windows(tmp_path)
     assert list(mapped) == list(windows)
-    for name, part in windows.items():
-        assert_same(mapped[name], part)
+    for name, saved in windows.items():
+        assert_same(mapped[name], saved)
 
 
 def test_a_process_that_has_mapped_windows_keeps_them_when_others_are_written(windows, tmp_path):
@@ -153,9 +161,9 @@ def test_a_damaged_array_is_an_error_that_names_its_file_and_is_written_anew(win
     else:
         np.save(path, content.astype(object), allow_pickle=True)
     error = FileNotFoundError if damage == "absent" else ValueError
-    with pytest.raises(error, match=f"{array}.npy (is|holds) .*; remove {tmp_path}") as told:
+    with pytest.raises(error, match=f"{array}.npy (is|holds) .*; remove {tmp_path}") as refusal:
         map_windows(tmp_path)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(refusal.value)
     save_windows(tmp_path, windows)
     assert_same(map_windows(tmp_path)["valid"], windows["valid"])
 
@@ -193,7 +201,7 @@ from pathlib import Path
 import numpy as np
 import kronos_qlib.data.join_windows, kronos_qlib.data.windows
 from kronos_qlib.data.windows_on_disk import map_windows
-assert len(map_windows(Path(sys.argv[1]))["train"].gather(np.arange(3)).x) == 3
+assert len(map_windows(Path(sys.argv[1]))["train"].normalised(np.arange(3)).x) == 3
 print(sorted({"pandas", "qlib", "torch", "pydantic"} & sys.modules.keys()))
 """
     ran = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)

@@ -1,11 +1,10 @@
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from qlib.data import D
+from stores import use_store
 
 from kronos_qlib.data.demo_market import (
     BENCHMARK,
@@ -76,27 +75,16 @@ def test_store_has_business_days_instruments_and_the_benchmark_outside_the_unive
 
 
 def test_qlib_reads_what_was_written(store: Path, bars: dict[str, pd.DataFrame]) -> None:
-    script = f"""
-import json, qlib
-from qlib.data import D
-qlib.init(provider_uri={str(store)!r}, region="cn", kernels=1, logging_level=50)
-spans = D.list_instruments(D.instruments({UNIVERSE!r}), as_list=False)
-close = D.features(D.instruments("all"), ["$close", "$change", {PLANTED_PREDICTOR!r}], start_time="2021-01-04")
-print(json.dumps({{
-    "spans": sum(map(len, spans.values())),
-    "instruments": close.index.get_level_values("instrument").nunique(),
-    "close": float(close.loc[("DEMO0000", "2021-01-05"), "$close"]),
-    "planted": float(close.loc[("DEMO0000", "2021-01-05"), {PLANTED_PREDICTOR!r}]),
-}}))
-"""
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    seen = json.loads(ran.stdout.splitlines()[-1])
+    use_store(store)
+    spans = D.list_instruments(D.instruments(UNIVERSE), as_list=False)
+    assert sum(map(len, spans.values())) == len((store / "instruments" / f"{UNIVERSE}.txt").read_text().splitlines())
+    seen = D.features(D.instruments("all"), ["$close", "$change", PLANTED_PREDICTOR], start_time="2021-01-04")
+    assert seen.index.get_level_values("instrument").nunique() == 61
     close = bars["close"]["DEMO0000"]
     row = close.index.get_loc("2021-01-05")
-    assert seen["spans"] == len((store / "instruments" / f"{UNIVERSE}.txt").read_text().splitlines())
-    assert seen["instruments"] == 61
-    assert seen["close"] == close.iloc[row]
-    assert seen["planted"] == pytest.approx(close.iloc[row - 10] / close.iloc[row], rel=1e-6)
+    assert seen.loc[("DEMO0000", "2021-01-05"), "$close"] == close.iloc[row]
+    planted = seen.loc[("DEMO0000", "2021-01-05"), PLANTED_PREDICTOR]
+    assert planted == pytest.approx(close.iloc[row - 10] / close.iloc[row], rel=1e-6)
 
 
 def test_bars_are_possible(bars: dict[str, pd.DataFrame]) -> None:

@@ -1,0 +1,75 @@
+"""Rooms import downwards only and in no circle; processes that train and forecast know neither pandas nor Qlib."""
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "kronos_qlib"
+# In order: a room imports from itself and from the rooms before it. A new room has to be given its place here.
+ROOMS = "files settings hardware nn data forecast train evaluation workflow analysis cli __main__".split()
+# Their imports must stay small, and so must those of all modules of `train`.
+SMALL = ("nn", "data.windows", "data.join_windows", "data.windows_on_disk", "forecast.engine.generate", "forecast.task")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+# All but the package itself, which imports its public names when they are first used.
+MODULES = {module_name(path): path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"}
+
+
+class Imports(ast.NodeVisitor):
+    """What a module imports of the package, within functions too, but not what it imports for type checkers alone."""
+
+    def __init__(self, module: str) -> None:
+        self.found: set[str] = set()
+        self.visit(ast.parse(MODULES[module].read_text()))
+
+    def visit_If(self, node: ast.If) -> None:
+        if ast.unparse(node.test) not in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            self.generic_visit(node)
+
+    def visit_Import(self, node: ast.Import) -> None:
+        self.found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "kronos_qlib"}
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        assert not node.level, "imports name the package"
+        if node.module.split(".")[0] == "kronos_qlib":
+            names = (f"{node.module}.{alias.name}" for alias in node.names)
+            self.found |= {name if name in MODULES else node.module for name in names}
+
+
+IMPORTS = {module: Imports(module).found - {module} for module in MODULES}
+
+
+def test_a_room_imports_only_from_itself_and_from_the_rooms_before_it():
+    def place(module: str) -> int:
+        return ROOMS.index(module.split(".")[1])
+
+    public = {module for module, imported in IMPORTS.items() if "kronos_qlib" in imported}
+    assert not public, "these import a public name, which hides the room that it is of"
+    assert [(m, i) for m, imported in IMPORTS.items() for i in imported if place(i) > place(m)] == []
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    TopologicalSorter(IMPORTS).prepare()  # its CycleError names the modules of a circle
+
+
+def test_processes_that_train_and_forecast_know_neither_pandas_nor_qlib():
+    names = [f"kronos_qlib.{name}" for name in SMALL]
+    names += [module for module in MODULES if module.split(".")[1] == "train"]
+    script = f"""
+import sys
+from importlib import import_module
+from kronos_qlib import Kronos, KronosTokenizer
+for name in {names}:
+    import_module(name)
+    heavy = {{"pandas", "qlib", "mlflow", "matplotlib", "tensorflow"}} & sys.modules.keys()
+    assert not heavy, f"{{name}} imports {{heavy}}"
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
