@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from kronos_qlib.files import whole_file
-from kronos_qlib.forecast.forecaster import digest_array, schema
+from kronos_qlib.forecast.forecaster import schema, to_arrow
 from kronos_qlib.forecast.task import DIGEST_BYTES, Task
 
 logger = logging.getLogger("qlib.KronosForecast")
@@ -40,24 +39,26 @@ def read_forecasts(folder: Path, dates: np.ndarray) -> pa.Table:
 
     Args:
         folder: `cache_dir`/<digest>, the digest of the recorder's tag `forecast.digest`.
-        dates: score dates, datetime64.
+        dates: score dates, datetime64 or what numpy converts to it.
 
     Returns:
-        All columns but `digest` and `paths`, each (datetime, instrument) once, sorted by them.
+        All columns but `digest` and `paths`, each (datetime, instrument) once, sorted by them. Of a window that was
+        stored before and after one of its bars was corrected, the forecast that was stored last.
 
     Raises:
         FileNotFoundError: the folder holds no chunk. OSError, pyarrow.ArrowException: a chunk cannot be read.
     """
-    paths = sorted(map(str, folder.glob(CHUNKS)))
-    if not paths:
+    newest_first = sorted(folder.glob(CHUNKS), key=lambda path: (-path.stat().st_mtime_ns, path.name))
+    if not newest_first:
         raise FileNotFoundError(f"{folder} holds no stored forecasts")
-    chunks = pyarrow.dataset.dataset(paths, format="parquet")
-    columns = [name for name in chunks.schema.names if name not in ("digest", "paths")]
-    wanted = pa.array(np.asarray(dates, "datetime64[ns]"))
-    table = chunks.to_table(columns=columns, filter=pc.field("datetime").isin(wanted))
+    wanted = pc.field("datetime").isin(pa.array(np.asarray(dates, "datetime64[ns]")))
+    stored = pq.ParquetDataset(newest_first, filters=wanted, page_checksum_verification=True)
+    table = stored.read([name for name in stored.schema.names if name not in ("digest", "paths")])
     keys = ["datetime", "instrument"]
-    first = table.append_column("row", pa.array(np.arange(len(table)))).group_by(keys).aggregate([("row", "min")])
-    return table.take(first.column("row_min")).sort_by([(key, "ascending") for key in keys])
+    table = table.sort_by([(key, "ascending") for key in keys])  # stable: the newest of equal rows stays first
+    first = np.ones(len(table), bool)
+    first[1:] = np.any([pc.not_equal(table[key][1:], table[key][:-1]).to_numpy() for key in keys], axis=0)
+    return table.filter(pa.array(first))
 
 
 class ChunkStore:
@@ -93,19 +94,21 @@ class ChunkStore:
         self, paths: Sequence[Path], rows: np.ndarray, digests: np.ndarray
     ) -> Iterator[tuple[np.ndarray, pa.Table]]:
         """Search chunks for the windows at `rows`, which have these digests."""
-        wanted, absent = digest_array(digests), np.ones(len(rows), bool)
-        for path in paths:
-            names = self._load(path, columns=["digest"])  # the other columns are read only of chunks that are wanted
-            if names is None:
-                continue
-            places = pc.index_in(names.column("digest").combine_chunks(), value_set=wanted)
-            found = np.flatnonzero(places.is_valid().to_numpy(zero_copy_only=False))
-            at = places.drop_null().to_numpy()
-            found, at = found[absent[at]], at[absent[at]]
+        columns = {path: self._load(path, columns=["digest"]) for path in paths}  # the others are read where wanted
+        stored = {path: table.column("digest").combine_chunks() for path, table in columns.items() if table is not None}
+        kind = pa.binary(DIGEST_BYTES)
+        # One call for all chunks: each call makes a hash table of all that are wanted.
+        place = pc.index_in(pa.chunked_array(stored.values(), kind), value_set=to_arrow(digests, kind))
+        places = pc.fill_null(place, -1).to_numpy()
+        absent, start = np.ones(len(rows), bool), 0
+        for path, column in stored.items():
+            at = places[start : start + len(column)]
+            start += len(column)
+            found = np.flatnonzero((at >= 0) & absent[at])
             table = self._load(path) if len(found) else None
             if table is not None:
-                absent[at] = False
-                yield rows[at], table.take(found)
+                absent[at[found]] = False
+                yield rows[at[found]], table.take(found)
 
     def write(self, table: pa.Table) -> Path:
         """Write a chunk, whole or not at all."""

@@ -45,10 +45,17 @@ def schema(task: Task) -> pa.Schema:
     return pa.schema(fields)
 
 
-def digest_array(digests: np.ndarray) -> pa.Array:
-    """Return digests of windows (void [B]) as a column."""
-    buffer = pa.py_buffer(np.ascontiguousarray(digests).tobytes())
-    return pa.Array.from_buffers(pa.binary(DIGEST_BYTES), len(digests), [None, buffer])
+def to_arrow(values: np.ndarray, kind: pa.DataType) -> pa.Array:
+    """Return values, which have the width of `kind`, as a column: `pa.array` would import pandas into every worker."""
+    if pa.types.is_string(kind):
+        texts = [text.encode() for text in values]
+        offsets = np.cumsum([0, *map(len, texts)], dtype=np.int32)
+        return pa.StringArray.from_buffers(len(texts), pa.py_buffer(offsets), pa.py_buffer(b"".join(texts)))
+    if pa.types.is_fixed_size_list(kind):
+        flat = to_arrow(values.reshape(-1), kind.value_type)
+        return pa.Array.from_buffers(kind, len(values), [None], children=[flat])
+    words = np.ascontiguousarray(values).view(np.uint8)
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(words)])
 
 
 class Forecaster:
@@ -110,16 +117,13 @@ class Forecaster:
 
     def _table(self, rows: np.ndarray, report: Callable[[int], object]) -> pa.Table:
         task, fields, windows = self.task, schema(self.task), self.task.windows.take(rows)
-        columns = self._columns(rows, report)
-        arrays = {
-            "digest": digest_array(task.window_digests(rows)),
-            "datetime": pa.array(windows.dates),
-            "instrument": pa.array(windows.instruments, pa.string()),
+        columns = {
+            "digest": task.window_digests(rows),
+            "datetime": windows.dates,
+            "instrument": windows.instruments,
+            **self._columns(rows, report),
         }
-        for name, values in columns.items():
-            flat = pa.array(np.ascontiguousarray(values).reshape(-1))
-            arrays[name] = flat if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
-        return pa.table([arrays[name] for name in fields.names], schema=fields)
+        return pa.table([to_arrow(columns[field.name], field.type) for field in fields], schema=fields)
 
     def _columns(self, rows: np.ndarray, report: Callable[[int], object]) -> dict[str, np.ndarray]:
         task, count = self.task, len(rows)

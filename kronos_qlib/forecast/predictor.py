@@ -23,8 +23,8 @@ Timestamps: TypeAlias = "pd.Series | pd.DatetimeIndex"
 class KronosPredictor:
     """Forecast K-lines in price units.
 
-    The weights are prepared for generation at the first forecast and kept; a checksum at each forecast notices weights
-    that have changed since, however they were changed.
+    The weights are prepared for generation at the first forecast and kept; a fingerprint at each forecast notices
+    weights that have changed since, however they were changed.
 
     Args:
         model: a Kronos network; it is moved to the device.
@@ -158,7 +158,7 @@ class KronosPredictor:
 
     def _prepare_weights(self, length: int) -> NetworkWeights:
         """Return the weights for series of `length` bars, prepared anew where they changed or are for shorter ones."""
-        key = self.max_context, self.dtype, _checksums(self.tokenizer), _checksums(self.model)
+        key = self.max_context, self.dtype, _fingerprint(self.tokenizer), _fingerprint(self.model)
         if self._weights is None or key != self._weights_key or length > self._weights_length:
             networks = self.tokenizer, self.model
             self._weights = prepare_weights(*networks, self.max_context, self.dtype, length)
@@ -166,13 +166,18 @@ class KronosPredictor:
         return self._weights
 
 
-def _checksums(network: torch.nn.Module) -> tuple[torch.device, tuple[int, ...]]:
-    """Return a network's device and the sum of each tensor's words: it takes one pass over the memory."""
-    sums = []
+def _fingerprint(network: torch.nn.Module) -> tuple[object, ...]:
+    """Return a network's device, and of each tensor the sum of its words and how often torch changed it in place.
+
+    The sum takes one pass over the memory. It notices writes that torch does not count (to `.data`, by numpy); the
+    count notices values that have only changed places.
+    """
+    sums, counts = [], []
     for tensor in network.state_dict().values():
         word = torch.int32 if tensor.element_size() % 4 == 0 else torch.int16
         sums.append(tensor.reshape(-1).view(word).sum(dtype=torch.int64))
-    return sums[0].device, tuple(torch.stack(sums).tolist())
+        counts.append(None if tensor.is_inference() else tensor._version)
+    return sums[0].device, tuple(torch.stack(sums).tolist()), tuple(counts)
 
 
 def _bars(frame: pd.DataFrame, name: str) -> np.ndarray:

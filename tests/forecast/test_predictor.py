@@ -149,3 +149,8 @@ def test_weights_are_prepared_once_and_again_when_they_change(predictor, small, 
     changed = predict(predictor)
     assert len(prepared) == 2 and not np.array_equal(changed, first)
     np.testing.assert_array_equal(changed, predict(KronosPredictor(small.model, small.tokenizer, device="cpu")))
+    with torch.no_grad():
+        small.model.head.proj_s1.bias.copy_(small.model.head.proj_s1.bias.flip(0))  # the same sum
+    flipped = predict(predictor)
+    assert not np.array_equal(flipped, changed)
+    np.testing.assert_array_equal(flipped, predict(KronosPredictor(small.model, small.tokenizer, device="cpu")))

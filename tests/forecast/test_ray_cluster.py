@@ -2,7 +2,6 @@
 
 from importlib.util import find_spec
 
-import numpy as np
 import pytest
 from forks import environment
 from tasks import assert_same, make_task, run
@@ -35,7 +34,7 @@ def test_a_lost_node_costs_its_chunks_only_and_the_scores_are_those_of_one_proce
     cluster.wait_for_nodes()
     ray.init(address=cluster.address, log_to_driver=False)
     written, lost = [], []
-    write = runs.Store.write
+    write = runs.ChunkStore.write
 
     def then_lose_a_node(self, table):
         path = write(self, table)
@@ -45,7 +44,7 @@ def test_a_lost_node_costs_its_chunks_only_and_the_scores_are_those_of_one_proce
             lost.append(second)
         return path
 
-    monkeypatch.setattr(runs.Store, "write", then_lose_a_node)
+    monkeypatch.setattr(runs.ChunkStore, "write", then_lose_a_node)
     values, resumed = run(make_task(), tmp_path, engine="ray")
     assert lost and resumed == 0 and len(written) > 10
     assert_same(values, plain)
@@ -62,12 +61,3 @@ def test_without_a_cluster_one_is_asked_for(monkeypatch):
     with pytest.raises(ConnectionError, match="found no cluster at 'auto'; start one"):
         run(make_task(), engine="ray")
     assert not ray.is_initialized()
-
-
-def test_a_task_reaches_another_process_whole():
-    import pickle
-
-    task = make_task()
-    other = pickle.loads(pickle.dumps(task))
-    rows = np.arange(10)
-    np.testing.assert_array_equal(other.window_digests(rows), task.window_digests(rows))
