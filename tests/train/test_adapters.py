@@ -16,7 +16,7 @@ from kronos_qlib.train.adapters import (
     freeze_blocks,
     has_lora,
     merge_lora,
-    merged,
+    merged_copy,
     require_peft,
 )
 
@@ -146,7 +146,7 @@ def test_adapters_depend_on_the_global_random_state_alone(make):
 def test_a_merged_copy_computes_the_same_and_loads_as_a_published_network(make, tmp_path):
     plain, network = make(), adapted(make(), rank=2, alpha=7)
     train(network)
-    copy = merged(network)
+    copy = merged_copy(network)
     assert type(copy) is type(network)
     assert list(copy.state_dict()) == list(plain.state_dict())
     copy.save_pretrained(tmp_path)
@@ -163,7 +163,7 @@ def test_merging_adds_alpha_over_rank_times_the_product_of_the_adapters(make):
     for name, parameter in network.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter)
-    before, plain = tensors(network), merged(network).state_dict()
+    before, plain = tensors(network), merged_copy(network).state_dict()
     for name in adapted_layers(network):
         product = before[f"{name}.lora_B.default.weight"] @ before[f"{name}.lora_A.default.weight"]
         torch.testing.assert_close(plain[f"{name}.weight"], before[f"{name}.base_layer.weight"] + 3.5 * product)
@@ -172,7 +172,7 @@ def test_merging_adds_alpha_over_rank_times_the_product_of_the_adapters(make):
 @NETWORKS
 def test_training_goes_on_bitwise_after_a_merged_copy(make):
     undisturbed, copied = adapted(make(), dropout=0.2), adapted(make(), dropout=0.2)
-    for network, after_step in ((undisturbed, lambda network: None), (copied, merged)):
+    for network, after_step in ((undisturbed, lambda network: None), (copied, merged_copy)):
         torch.manual_seed(3)
         train(network, after_step)
     assert not changed(tensors(undisturbed), tensors(copied))
@@ -182,7 +182,7 @@ def test_training_goes_on_bitwise_after_a_merged_copy(make):
 def test_without_adapters_there_is_nothing_to_merge(make):
     network = make()
     assert not has_lora(network)
-    assert merged(network) is network
+    assert merged_copy(network) is network
     freeze_blocks(network, 1)
     before = learning(network)
     merge_lora(network)
@@ -193,7 +193,7 @@ def test_without_adapters_there_is_nothing_to_merge(make):
 def test_merging_in_place_leaves_a_plain_network_that_learns_as_a_new_one(make):
     network, new = adapted(make()), make()
     train(network)
-    trained, copy = outputs(network), merged(network)
+    trained, copy = outputs(network), merged_copy(network)
     assert has_lora(network)
     merge_lora(network)
     assert not has_lora(network)
@@ -228,7 +228,7 @@ def test_the_one_query_of_generation_goes_through_the_adapters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter)
     context, s1 = torch.randn(3, 9, 16), torch.zeros(3, 1, dtype=torch.long)
-    found, expected = network.decode_s2(context, s1), merged(network).decode_s2(context, s1)
+    found, expected = network.decode_s2(context, s1), merged_copy(network).decode_s2(context, s1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""What a step adds up from its micro-batches, which windows are drawn how often, and trainings of a part of a network."""
+"""What a step adds up from its micro-batches, how often windows are drawn, and trainings of a part of a network."""
 
 import os
 import shutil

@@ -14,8 +14,8 @@ from kronos_qlib.train import Job
 from kronos_qlib.train.batches import BatchSampler
 from kronos_qlib.train.launch import launch
 
-# Batches of 2 micro-batches in stage 1 and of 4 in stage 2, whose last batch has 2 windows, so 1 micro-batch; 38 windows
-# to validate on are 2 batches of 16 and one of 6. Four processes are more than there is work for.
+# Batches of 2 micro-batches in stage 1 and of 4 in stage 2, whose last batch has 2 windows, so 1 micro-batch; 38
+# windows to validate on are 2 batches of 16 and one of 6. Four processes are more than there is work for.
 UNEVEN = {
     "micro_batch_size": 3,
     "tokenizer": {"epochs": 2, "batch_size": 6, "windows_per_epoch": 58, "valid_windows": 38, "log_every": 3},
