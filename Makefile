@@ -1,4 +1,4 @@
-# make demo | test | lint | clean | help. All of it happens in .venv, built again when the dependencies change.
+# make demo | test | check | lint | clean | help. All of it happens in .venv, built again when the dependencies change.
 
 # The first supported interpreter of these, or your own: make PYTHON=/path/to/python demo
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
@@ -12,11 +12,12 @@ DEMO := runs/demo
 MARKET := $(DEMO)/market
 MARKET_MADE := $(MARKET)/SYNTHETIC.txt
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test check lint clean
 
 help:
 	@echo "make demo    install, make a synthetic market, run Kronos, LightGBM and a simple rule on it, compare them in $(DEMO)/"
 	@echo "make test    install and run the test suite"
+	@echo "make check   install, check style and run the short tests: before each commit"
 	@echo "make lint    install and check style (ruff)"
 	@echo "make clean   remove .venv, the demo's output and caches; your own runs and mlflow.db stay"
 
@@ -40,9 +41,13 @@ demo: $(INSTALLED) $(MARKET_MADE)
 	$(BIN)/kronos-qlib compare kronos_demo lightgbm_demo reversal_demo --out $(DEMO)
 
 # Two workers share the cores: threads that wait should sleep, not spin.
-test: export OMP_WAIT_POLICY := passive
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test check: export OMP_WAIT_POLICY := passive
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+check: lint
+	$(PYTEST) -m "not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
