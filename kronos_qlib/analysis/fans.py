@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.dataset as parquet
 
 from kronos_qlib.analysis.results import RunResult
+from kronos_qlib.forecast.chunk_store import read_forecasts
 from kronos_qlib.forecast.forecaster import QUANTILES
 
 BARS_BEFORE = 40
@@ -81,55 +81,39 @@ def _days(rank_ic: pd.Series) -> dict[str, pd.Timestamp]:
 
 
 def _forecasts(run: RunResult, days: list[pd.Timestamp]) -> pd.DataFrame:
-    """The stored forecasts of some days, index (datetime, instrument): those whose scores are the run's.
-
-    Neutralised scores cannot be told by them: then only one set of forecasts may hold these days.
-    """
+    """Read the stored forecasts of some days of a run, index (datetime, instrument), from its own folder."""
     settings = run.kronos_run.get("model", {})
     cache_dir, score = settings.get("forecast", {}).get("cache_dir"), settings.get("score")
     if cache_dir is None:
         raise FansError("the run kept no forecasts (forecast.cache_dir is null)")
-    folders = [folder for place in _places(run, Path(cache_dir)) for folder in place.glob("*/") if _chunks(folder)]
-    if not folders:
+    if run.forecast_digest is None:
+        raise FansError(
+            "the run was recorded before recorders named the folder of their forecasts (tag forecast.digest); "
+            "score it again to see them"
+        )
+    folders = [place / run.forecast_digest for place in _places(run, Path(cache_dir))]
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    if folder is None:
         raise FansError(f"its forecasts ({cache_dir}) are not at hand")
+    try:
+        table = read_forecasts(folder, pd.DatetimeIndex(days).to_numpy())
+    except FileNotFoundError as error:
+        raise FansError(f"its forecasts ({cache_dir}) are not at hand") from error
+    except (OSError, pa.ArrowException) as error:
+        raise FansError(f"the forecasts in {folder} cannot be read: {str(error).splitlines()[0]}") from error
+    rows = table.to_pandas().set_index(["datetime", "instrument"])
     wanted = run.scores[run.scores.index.get_level_values("datetime").isin(days)].dropna()
-    changed = bool(settings.get("neutralise"))
-    found = []
-    for folder in folders:
-        rows = _read(folder, days)
-        here = rows.get(score, pd.Series(dtype=float)).reindex(wanted.index)
-        fits = here.notna().all() if changed else np.allclose(here, wanted, rtol=1e-6, atol=1e-9)
-        if len(here) and fits:
-            found.append(rows.loc[wanted.index])
-            if not changed:
-                break
-    if not found:
+    rows = rows.reindex(wanted.index)
+    same = settings.get("neutralise") or np.allclose(rows[score], wanted, rtol=1e-6, atol=1e-9)
+    if rows["last_close"].isna().any() or not same:
         raise FansError(f"the forecasts in {cache_dir} are not those of this run's scores")
-    if changed and len(found) > 1:
-        raise FansError(f"{len(found)} sets of forecasts in {cache_dir} could be those of its neutralised scores")
-    return found[0]
+    return rows
 
 
 def _places(run: RunResult, cache_dir: Path) -> list[Path]:
-    """Where a folder relative to qrun's may lie: here, or beside the MLflow database, four above the artifacts."""
+    """List where a folder relative to qrun's may lie: here, or beside the MLflow database, four above the artifacts."""
     bases = [Path.cwd(), *([run.artifacts.resolve().parents[3]] if run.artifacts else [])]
     return list(dict.fromkeys((base / cache_dir.expanduser()).resolve() for base in bases))
-
-
-def _chunks(folder: Path) -> list[str]:
-    return sorted(map(str, folder.glob("chunk-*.parquet")))
-
-
-def _read(folder: Path, days: list[pd.Timestamp]) -> pd.DataFrame:
-    wanted = pa.array(pd.DatetimeIndex(days).as_unit("ns"))
-    try:
-        chunks = parquet.dataset(_chunks(folder), format="parquet")
-        columns = [name for name in chunks.schema.names if name not in ("digest", "paths")]
-        rows = chunks.to_table(columns=columns, filter=parquet.field("datetime").isin(wanted)).to_pandas()
-    except (OSError, pa.ArrowException) as error:
-        raise FansError(f"the forecasts in {folder} cannot be read: {str(error).splitlines()[0]}") from error
-    rows = rows.drop_duplicates(["datetime", "instrument"])  # a window may be in the chunks of two runs
-    return rows.set_index(["datetime", "instrument"]).sort_index()
 
 
 def _quantiles(row: pd.Series, horizon: int) -> pd.DataFrame:

@@ -54,6 +54,7 @@ class RunResult:
     store: the folder of that store (daily bars) as found from here or from beside the database; None if it is not.
     synthetic: the store is a demo market.
     horizon: trading days forecast, of a Kronos run; else None.
+    forecast_digest: the folder in `forecast.cache_dir` that holds the run's forecasts; None if it does not say.
     overlap: KronosModel's warning that the scores fall into the pre-training data, if it gave one.
     config: qrun's, the plain data in it; kronos_run: kronos_run.json. Either is empty if the run has none.
     artifacts: the folder of the run's artifacts if they are files of this machine.
@@ -71,6 +72,7 @@ class RunResult:
     synthetic: bool
     horizon: int | None
     overlap: str | None
+    forecast_digest: str | None
     config: dict[str, Any]
     kronos_run: dict[str, Any]
     artifacts: Path | None
@@ -174,6 +176,7 @@ def _load_run(client: MlflowClient, name: str, run: MlflowRun, folder: Path) -> 
         synthetic=BENCHMARK in set(_strings(config)) or (store is not None and is_synthetic(store)),
         horizon=kronos_run.get("data", {}).get("horizon"),
         overlap=run.data.tags.get("pretraining_overlap"),
+        forecast_digest=run.data.tags.get("forecast.digest"),
         config=config,
         kronos_run=kronos_run,
         artifacts=_local(run.info.artifact_uri),
