@@ -20,7 +20,7 @@ from tiny import MODEL, SEGMENTS, STAGE, TOKENIZER, finetune, make_dataset, make
 from kronos_qlib import Kronos, KronosTokenizer
 from kronos_qlib.cli import main
 from kronos_qlib.data.demo_market import write_demo_market
-from kronos_qlib.train.batches import Plan
+from kronos_qlib.train.batches import BatchSampler
 
 ARTIFACTS = {"training.png", "reconstruction.csv", "codebook.json", "kronos_run.json"}
 
@@ -70,8 +70,9 @@ def test_a_reweighter_decides_which_windows_are_drawn(store, tmp_path):
     reweighter = OneInstrument(name)
     job = make_model(finetune=finetune(tmp_path / "out")).job(dataset, reweighter)
     own = int((windows.instruments == name).sum())
-    drawn = Plan.of(job.settings.predictor, len(windows), job.seed, job.weights).after(0)
-    first = np.concatenate([step.rows for step in drawn if step.epoch == 0])
+    *_, specification = job.specifications()
+    drawn = BatchSampler.from_specification(specification).batches()
+    first = np.concatenate([batch.rows for batch in drawn if batch.epoch == 0])
     assert (windows.instruments[first] == name).sum() == min(own, len(first))
     bar = reweighter.data.iloc[-1]
     assert bar["close"] == windows.bars.values[windows.ends[-1]][3]
@@ -97,8 +98,8 @@ def test_recent_windows_weigh_more(store, tmp_path):
     job = make_model(finetune=finetune(tmp_path / "out", half_life_days=30)).job(dataset)
     dates = job.train.dates
     age = (dates.max() - dates) / np.timedelta64(1, "D")
-    assert job.weights[dates.argmax()] == 1
-    assert job.weights[age == 60] == pytest.approx(0.25)
+    assert job.draw_weights[dates.argmax()] == 1
+    assert job.draw_weights[age == 60] == pytest.approx(0.25)
 
 
 def test_weights_that_change_nothing_are_told(store, tmp_path, warnings_logged):
@@ -187,7 +188,7 @@ def test_a_dry_run_tells_what_would_happen_and_does_nothing(workflow, tmp_path, 
     count = len(dataset.training_windows("train"))
     assert f"train {count:,}   valid {len(dataset.training_windows('valid')):,}" in told
     assert f"{make_model().model.n_parameters:,} parameters, new" in told
-    assert "192 windows in 6 steps of 32: 2 epochs of 3 steps; judged on 64 windows" in told
+    assert "192 windows in 6 steps of 32: 2 epochs of 3 steps; validated on 64 windows" in told
     assert "first batch: x [32, 14, 6] float32, stamp [32, 14, 5] int64" in told
     assert re.search(r"memory about \d+ MiB of this machine's, beside torch and the data", told)
     assert "tokenizer holds no training yet" in told
