@@ -1,5 +1,6 @@
 """Fixtures that every room's tests share: the golden checkpoints and vectors."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,23 +11,12 @@ import torch
 from kronos_qlib import Kronos, KronosTokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
-# Files of a minute and more: begun first, so that no worker is left alone with one of them at the end.
-LONG = (
-    "test_survival.py",
-    "test_notebooks.py",
-    "test_finetuning.py",
-    "test_run.py",
-    "test_generate.py",
-    "test_no_signal.py",
-    "test_qrun.py",
-    "test_processes.py",
-    "test_ray_cluster.py",
-)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long files first, in the order above; the others as they were found."""
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    """Begin with the files that have most slow tests, so that no worker is left alone with one of them at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @dataclass(frozen=True)

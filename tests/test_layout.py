@@ -68,7 +68,7 @@ from importlib import import_module
 from kronos_qlib import Kronos, KronosTokenizer
 for name in {names}:
     import_module(name)
-    heavy = {{"pandas", "qlib", "mlflow", "matplotlib", "tensorflow"}} & sys.modules.keys()
+    heavy = {{"pandas", "qlib", "mlflow", "matplotlib", "tensorflow", "peft", "transformers"}} & sys.modules.keys()
     assert not heavy, f"{{name}} imports {{heavy}}"
 """
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -66,6 +66,7 @@ def test_these_are_all_the_notebooks():
     ]
 
 
+@pytest.mark.slow
 @every_notebook
 def test_a_notebook_runs_and_shows_what_its_committed_outputs_show(path, market, tmp_path, monkeypatch):
     """With trainings of a few steps and a sample: what a notebook shows hangs on no number in it."""

@@ -81,7 +81,7 @@ class TrainingStep:
     def resume(self, steps: int) -> None:
         """Go on after the first `steps` steps, whose weights and moments have been loaded."""
         if steps:
-            self._schedule.load_state_dict({"last_epoch": steps - 1, "_step_count": steps})
+            self._schedule.load_state_dict({"last_epoch": steps - 1, "_step_count": steps + 1})
             self._schedule.step()
 
     def take(self, step: int, micro_batches: list[MicroBatch], stop: bool = False) -> tuple[float, bool]:

@@ -22,6 +22,8 @@ from kronos_qlib.analysis.verdicts import pair_verdict, residual_verdict, run_ve
 from kronos_qlib.cli import main
 from kronos_qlib.data.demo_market import write_demo_market
 
+pytestmark = pytest.mark.slow
+
 # Qlib's own recorders on a small demo market, in a process of their own: qlib.init is for the whole process. The config
 # holds an object that only this script can load, as qrun's holds the trained model.
 _RECORD = """

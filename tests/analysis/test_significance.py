@@ -38,6 +38,7 @@ def test_autocorrelation_lowers_t_and_widens_the_interval() -> None:
     assert low < daily.mean() < high
 
 
+@pytest.mark.slow
 def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     hits = 0
     for seed in range(60):

@@ -161,6 +161,7 @@ def test_the_calendar_is_the_stores_and_goes_on_beyond_it(market):
     assert after[0, 0] == CALENDAR[-1] and after[1, 0] == np.datetime64("2024-03-26")
 
 
+@pytest.mark.slow
 def test_a_pickle_gives_the_same_windows_in_a_fresh_process(market, tmp_path):
     dataset = make_dataset()
     seen = contents(dataset, "test")

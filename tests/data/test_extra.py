@@ -251,6 +251,7 @@ def test_stores_with_folders_of_one_name_are_told_apart(stores, dataset, tmp_pat
     assert _store_names(extras, "day") == ["", "", us, them, us, "kr_data"]
 
 
+@pytest.mark.slow
 def test_relative_paths_are_those_of_the_working_directory_and_warnings_reach_the_user(
     stores, dataset, tmp_path, monkeypatch, capfd
 ):

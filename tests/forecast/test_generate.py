@@ -186,6 +186,7 @@ class OnOneDevice(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 @torch.no_grad()  # in inference mode operations that are made of others would be seen whole
 @pytest.mark.parametrize(
     ("max_context", "samples", "options"),

@@ -9,7 +9,10 @@ from tasks import assert_same, make_task, run
 from kronos_qlib.forecast import run as runs
 
 # Imported by the tests, in one process of the suite: it takes seconds.
-pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="the extra `ray` is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("ray") is None, reason="the extra `ray` is not installed"),
+]
 
 
 @pytest.fixture

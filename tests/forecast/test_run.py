@@ -42,6 +42,7 @@ def test_what_is_kept_is_what_was_computed_and_is_not_computed_again(plain, tmp_
     assert_same(again, plain)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_goes_on_with_the_chunk_it_was_at(plain, tmp_path):
     for moment in (1, 3, 6):
         process = started(tmp_path, slow=True)
@@ -55,6 +56,7 @@ def test_killed_again_and_again_it_goes_on_with_the_chunk_it_was_at(plain, tmp_p
     assert_same(again, plain)
 
 
+@pytest.mark.slow
 def test_processes_without_a_cache_give_the_same_and_need_no_pandas(plain, monkeypatch, tmp_path):
     monkeypatch.setattr(processes, "WORKER", ("-c", WITHOUT_PANDAS))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -64,6 +66,7 @@ def test_processes_without_a_cache_give_the_same_and_need_no_pandas(plain, monke
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_dead_processes_and_what_a_killed_run_has_left(plain, tmp_path, monkeypatch, caplog):
     """A process that dies is replaced and its chunk done by another; the folder of a run that was killed is removed."""
     process = started(tmp_path, slow=True, processes=2)
@@ -93,6 +96,7 @@ def test_dead_processes_and_what_a_killed_run_has_left(plain, tmp_path, monkeypa
     assert sum(pq.read_metadata(path).num_rows for path in chunks(tmp_path)) == len(make_task())
 
 
+@pytest.mark.slow
 def test_a_chunk_that_kills_every_process_is_given_up_and_named(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "WORKER", ("-c", "import os; input(); os.kill(os.getpid(), 9)"))
     with pytest.raises(RuntimeError, match="died 6 times in a row .*SIGKILL"):
@@ -101,6 +105,7 @@ def test_a_chunk_that_kills_every_process_is_given_up_and_named(tmp_path, monkey
         run(make_task(make_windows(last=25)), tmp_path, processes=2)
 
 
+@pytest.mark.slow
 def test_an_error_of_a_process_is_raised_in_its_words():
     broken = replace(make_task(make_windows(last=25)), max_context=2)  # below the horizon: refused by generation
     with pytest.raises(RuntimeError, match="pred_len .3. must be below max_context .2."):

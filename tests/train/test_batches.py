@@ -59,6 +59,7 @@ def test_the_sum_over_micro_batches_is_the_gradient_of_the_whole_batch(make, siz
     assert (gradients - by_autograd).norm() < 1e-5 * by_autograd.norm()
 
 
+@pytest.mark.slow
 @MAKERS
 def test_one_micro_batch_and_many_train_alike(make, tmp_path):
     stages = {size: without_dropout(make)(epochs=1, windows_per_epoch=150) for size in (32, 3)}
@@ -109,6 +110,7 @@ def test_micro_batches_do_not_depend_on_the_number_of_processes():
     assert len(sizes) == 1
 
 
+@pytest.mark.slow
 def test_weights_of_windows_reach_the_training_and_are_part_of_what_it_is(tmp_path):
     short = {"epochs": 1, "windows_per_epoch": 16}
     old = np.where(TRAIN.dates < np.median(TRAIN.dates.astype(np.int64)).astype("M8[ns]"), 1.0, 1e-9)
@@ -119,6 +121,7 @@ def test_weights_of_windows_reach_the_training_and_are_part_of_what_it_is(tmp_pa
         job(tmp_path / "old", short, None, draw_weights=old[::-1].copy()).run()
 
 
+@pytest.mark.slow
 def test_patience_ends_a_training_early_and_then_it_is_only_read(tmp_path):
     settings = {"epochs": 9, "windows_per_epoch": 64, "patience": 2, "learning_rate": 0.5}  # too much to get better
     first, second = tokenizer_stage(**settings), tokenizer_stage(**settings)
@@ -132,6 +135,7 @@ def test_patience_ends_a_training_early_and_then_it_is_only_read(tmp_path):
     assert_same_weights(weights(first), weights(second))
 
 
+@pytest.mark.slow
 @MAKERS
 def test_frozen_blocks_stay_and_the_network_learns_as_a_whole_afterwards(make, tmp_path):
     stage = make(epochs=1, freeze_blocks=1)
@@ -148,6 +152,7 @@ class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
 
+@pytest.mark.slow
 @MAKERS
 def test_adapters_train_are_merged_into_best_and_resume_bitwise(make, tmp_path):
     pytest.importorskip("peft")

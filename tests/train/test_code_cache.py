@@ -13,6 +13,7 @@ class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
 
+@pytest.mark.slow
 def test_the_cache_gives_the_same_training_as_encoding_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(codes, "CHUNK", 150)
     cached, anew = predictor_stage(cache_codes=True, epochs=2), predictor_stage(epochs=2)
@@ -36,6 +37,7 @@ def test_codes_are_those_of_the_tokenizer(tmp_path, monkeypatch):
     assert len(np.unique(taken)) > 4
 
 
+@pytest.mark.slow
 def test_a_killed_encoding_goes_on_after_the_last_whole_file(tmp_path, monkeypatch):
     monkeypatch.setattr(codes, "CHUNK", 150)
     killed, resumed, whole = (predictor_stage(cache_codes=True, epochs=1) for _ in range(3))

@@ -14,6 +14,8 @@ from kronos_qlib.train import Job
 from kronos_qlib.train.batches import BatchSampler
 from kronos_qlib.train.launch import launch
 
+pytestmark = pytest.mark.slow
+
 # Batches of 2 micro-batches in stage 1 and of 4 in stage 2, whose last batch has 2 windows, so 1 micro-batch; 38
 # windows to validate on are 2 batches of 16 and one of 6. Four processes are more than there is work for.
 UNEVEN = {
@@ -34,10 +36,9 @@ def alone(tmp_path_factory):
     return trained
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_any_number_of_processes_trains_bitwise_as_one(alone, tmp_path, processes):
+def test_more_processes_than_there_is_work_for_train_bitwise_as_one(alone, tmp_path):
     trained = job(tmp_path, **UNEVEN)
-    launch(trained, processes)
+    launch(trained, 4)  # tests/train/test_restarts.py has two
     assert_same_results(tmp_path, alone.folder)
     assert trained.results() == alone.results()
     for one, other in ((trained.tokenizer, alone.tokenizer), (trained.model, alone.model)):

@@ -20,6 +20,8 @@ from kronos_qlib.train.distributed import Compute
 from kronos_qlib.train.loop import validate
 from kronos_qlib.train.metrics import HISTORY_COLUMNS
 
+pytestmark = pytest.mark.slow
+
 COMPUTE = Compute(CPU)
 MICRO_BATCHES = 4  # of a batch, on a machine with up to four cores
 STAGES = pytest.mark.parametrize("make", [tokenizer_stage, predictor_stage])

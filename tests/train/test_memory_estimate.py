@@ -12,6 +12,8 @@ from jobs import job
 
 from kronos_qlib.data.windows import Bars, Windows
 
+pytestmark = pytest.mark.slow
+
 INSTRUMENTS, DAYS = 600, 2500
 WORKER = """
 import json, mmap, sys

@@ -271,6 +271,7 @@ def test_a_history_without_rows_is_as_good_as_none(tmp_path):
     assert contents(folder) == contents(tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_who_only_imports_the_report_does_not_load_matplotlib():
     code = "import sys, kronos_qlib.evaluation.training_report; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

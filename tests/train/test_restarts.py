@@ -34,7 +34,10 @@ from kronos_qlib.train.signals import TrainingStopped
 from kronos_qlib.train.step import TrainingStep
 from kronos_qlib.train.worker import _load_job
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc"),
+]
 
 
 @pytest.fixture(autouse=True)

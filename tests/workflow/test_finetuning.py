@@ -22,6 +22,8 @@ from kronos_qlib.cli import main
 from kronos_qlib.data.demo_market import write_demo_market
 from kronos_qlib.train.batches import BatchSampler
 
+pytestmark = pytest.mark.slow
+
 ARTIFACTS = {"training.png", "reconstruction.csv", "codebook.json", "kronos_run.json"}
 
 

@@ -28,6 +28,8 @@ from kronos_qlib.forecast.scores import SCORES
 from kronos_qlib.nn import zoo
 from kronos_qlib.workflow.recording import pretraining_overlap
 
+pytestmark = pytest.mark.slow
+
 FEW_DAYS = slice("2018-06-18", "2018-06-20")
 
 

@@ -62,21 +62,28 @@ def scores_of(market: Path, **changes) -> pd.Series:
     return make_model(**WIDE | changes).predict(make_dataset())
 
 
-@pytest.mark.filterwarnings("ignore:.*disagree")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("batch_size", ["auto", 7])
-@pytest.mark.parametrize("how", ["prices", "no volume", "holes", "membership"])
-def test_no_score_sees_what_comes_after_it(store, market, tmp_path, how, batch_size, dtype):
+@pytest.fixture(scope="module", params=[(b, d) for b in ("auto", 7) for d in ("float32", "bfloat16")], ids=str)
+def scored(request, market, workplace):
+    """Options of a model, and its scores on the market as it is."""
+    batch_size, dtype = request.param
     options = {"dtype": dtype, "forecast": {"batch_size": batch_size}}
-    before = scores_of(market, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workplace)
+        return options, scores_of(market, **options)
+
+
+@pytest.mark.filterwarnings("ignore:.*disagree")
+@pytest.mark.parametrize("how", ["prices", "no volume", "holes", "membership"])
+def test_no_score_sees_what_comes_after_it(store, market, tmp_path, how, scored):
+    options, before = scored
     after = scores_of(tampered(market, tmp_path / "tampered", how), **options)
     pd.testing.assert_series_equal(before.loc[:LAST_DAY], after.loc[:LAST_DAY], check_exact=True)
     assert len(before.loc[:LAST_DAY]) > 50
     assert not before.loc[LAST_DAY:].equals(after.loc[LAST_DAY:]), "scores after the day do change"
 
 
-def test_a_score_does_not_hang_on_how_full_its_batch_is(store):
-    """A row may be rounded otherwise in a batch of one, and how full the last batch is hangs on later bars."""
+def test_a_score_does_not_depend_on_how_full_its_batch_is(store):
+    """A row may be rounded otherwise in a batch of one, and how full the last batch is depends on later bars."""
     dataset, model = make_dataset(), make_model(**WIDE, forecast={"batch_size": 6})
     whole = model.predict(dataset)
     assert len(whole.loc["2018-06-18":"2018-06-18"]) == 7, "the second batch of that day alone holds one window"
@@ -84,7 +91,7 @@ def test_a_score_does_not_hang_on_how_full_its_batch_is(store):
     pd.testing.assert_series_equal(whole.loc["2018-06-18":"2018-06-18"], cut, check_exact=True)
 
 
-def test_a_draw_hangs_on_its_own_row_alone():
+def test_a_draw_depends_on_its_own_row_alone():
     """Bfloat16 makes many logits equal; how they are ordered must not follow from what else is in the batch."""
     random = torch.Generator().manual_seed(0)
     peaked = (3 * torch.randn(200, 1, 1024, generator=random)).bfloat16().float()
@@ -119,12 +126,12 @@ def agreement(one: pd.Series, other: pd.Series) -> float:
     return float(np.isclose(one, other, rtol=1e-4, atol=1e-6).mean())
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_the_batch_size_does_not_matter(store, batch_size):
+def test_the_batch_size_does_not_matter(store):
     dataset = make_dataset()
-    model = make_model(**WIDE)
-    usual = model.predict(dataset)
-    assert agreement(usual, make_model(**WIDE, forecast={"batch_size": batch_size}).predict(dataset)) >= 0.999
+    usual = make_model(**WIDE).predict(dataset)
+    for batch_size in (1, 7, 64):
+        other = make_model(**WIDE, forecast={"batch_size": batch_size}).predict(dataset)
+        assert agreement(usual, other) >= 0.999, batch_size
     assert agreement(usual, make_model(**WIDE, seed=2).predict(dataset)) < 0.1, "agreement is no matter of course"
 
 
@@ -143,6 +150,7 @@ def test_other_instruments_do_not_matter(store):
     assert agreement(every[every.index.get_level_values(1).isin(few)], alone) >= 0.999
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_scores_and_another_seed_others(store, tmp_path):
     def fitted(name: str, seed: int) -> pd.Series:
         stages = {"tokenizer": STAGE | {"epochs": 1}, "predictor": STAGE | {"epochs": 1}}
@@ -156,6 +164,7 @@ def test_the_same_seed_gives_the_same_scores_and_another_seed_others(store, tmp_
     assert (first != other).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_the_seed_decides_the_draws_of_the_same_weights(run, store):
     settings = {"tokenizer": str(run.folder / "tokenizer" / "best"), "model": str(run.folder / "predictor" / "best")}
     same, other = (make_model(**settings, seed=seed).predict(run.dataset) for seed in (1, 2))
@@ -163,6 +172,7 @@ def test_the_seed_decides_the_draws_of_the_same_weights(run, store):
     assert (other != run.scores).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_asking_twice_gives_the_same(run, store):
     pd.testing.assert_series_equal(run.model.predict(run.dataset), run.scores, check_exact=True)
 
@@ -215,6 +225,7 @@ def pickled(market, workplace, tmp_path_factory) -> tuple[str, pd.Series]:
         return recorder_id, scores
 
 
+@pytest.mark.slow
 def test_a_fresh_process_gives_bitwise_the_same_scores(market, workplace, pickled, tmp_path):
     """From the recorder alone, predicting at once and after Qlib's way to set a dataset up for inference."""
     recorder_id, scores = pickled

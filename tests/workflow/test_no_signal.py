@@ -12,6 +12,8 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from leaks import Size, blindness_faults, signal_faults, t_values
 
+pytestmark = pytest.mark.slow
+
 SMALL = Size(instruments=8, days=600, tokenizer_windows=600, predictor_windows=900)
 WIDE = Size(instruments=30, days=700, tokenizer_windows=600, predictor_windows=900)
 
