@@ -7,9 +7,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class Settings(BaseModel):
-    """Base of the checked keyword arguments of a class that a workflow file configures."""
+    """Base of the checked keyword arguments of a class that a workflow file configures.
 
-    model_config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
+    The docstring under a field is its description in docs/settings.md.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, use_attribute_docstrings=True)
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)

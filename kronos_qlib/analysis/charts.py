@@ -1,4 +1,4 @@
-"""Figures of the report: plotly, in light colours, of which `DARK` names the dark ones."""
+"""Figures of the page, by plotly, in light colours; on a dark ground the page replaces them by `DARK_COLOURS`."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,44 +10,41 @@ from plotly.subplots import make_subplots
 from kronos_qlib.analysis.comparison import Comparison
 from kronos_qlib.analysis.fans import Fan
 from kronos_qlib.analysis.results import RunResult
+from kronos_qlib.evaluation.style import DARK, DARK_SERIES, GRID, INK, QUIET, SERIES
 
 ROLLING_DAYS, TURNOVER_DAYS = 60, 20
 MOST_POINTS = 600  # of a line: ten years of seven runs would make the page too large
-# Okabe & Ito (2008), told apart with any colour vision; their yellow and black are left out, each lost on one ground.
-_SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#777777")
 _DASHES = ("solid", "dash", "dot", "dashdot")
-_INK, _QUIET, _GRID = "#222222", "#666666", "#E4E4E4"
 _LOW, _MIDDLE, _HIGH = "#C2570C", "#F7F7F7", "#2166AC"
 _BANDS = {"90 %": ("q05", "q95", "rgba(0, 114, 178, 0.18)"), "50 %": ("q25", "q75", "rgba(0, 114, 178, 0.35)")}
-# The page puts the dark colour where a figure has the light one.
-DARK = {
-    **dict(zip(_SERIES, ("#4FA8E0", "#F58549", "#2BC79B", "#E39CC5", "#8FD0F5", "#F2BC4B", "#AAAAAA"))),
-    **{_INK: "#E8E8E8", _QUIET: "#A6ABB3", _GRID: "#34383F"},
+DARK_COLOURS = {
+    **dict(zip(SERIES, DARK_SERIES)),
+    **{INK: DARK["ink"], QUIET: DARK["quiet"], GRID: DARK["line"]},
     **{_LOW: "#E8834A", _MIDDLE: "#262A30", _HIGH: "#5AA0E6"},
 }
 
 
 def rank_ic_intervals(comparison: Comparison) -> go.Figure:
-    """The mean rank IC of every run with its 95 % interval, and what of it simple factors leave."""
+    """Draw the mean rank IC of every run, and that of its residual score, with 95 % intervals."""
     table, figure = comparison.table, go.Figure()
     for name, label, colour, offset in (
-        ("rank_ic", "rank IC", _SERIES[0], -0.13),
-        ("residual_rank_ic", "after simple factors", _SERIES[1], 0.13),
+        ("rank_ic", "rank IC", SERIES[0], -0.13),
+        ("residual_rank_ic", "after simple factors", SERIES[1], 0.13),
     ):
         figure.add_trace(_intervals(table, name, (f"{name}_low", f"{name}_high"), label, colour, offset))
     return _rows_of_intervals(figure, list(table.index))
 
 
 def pair_intervals(comparison: Comparison) -> go.Figure:
-    """The difference of the daily rank IC of every two runs with its 95 % interval."""
+    """Draw the difference of the daily rank IC of every two runs with its 95 % interval."""
     pairs = comparison.pairs
-    trace = _intervals(pairs, "rank_ic_difference", ("low", "high"), "difference of rank IC", _SERIES[0], 0)
+    trace = _intervals(pairs, "rank_ic_difference", ("low", "high"), "difference of rank IC", SERIES[0], 0)
     labels = [f"{one}<br>− {other}" for one, other in pairs.index]
     return _rows_of_intervals(go.Figure(trace), labels).update_layout(showlegend=False)
 
 
 def excess_return(runs: Sequence[RunResult]) -> go.Figure:
-    """Cumulative excess return after costs (solid) and before (dotted), its drawdown below; summed, not compounded."""
+    """Draw the excess return after costs (solid) and before (dotted), summed, not compounded; below, its drawdown."""
     figure = _two_rows((0.7, 0.3), "excess return", "drawdown")
     for number, run in enumerate(runs):
         before = run.report["return"] - run.report["bench"]
@@ -55,13 +52,13 @@ def excess_return(runs: Sequence[RunResult]) -> go.Figure:
         line = _line(number)
         thin = {"color": line["color"], "width": 1, "dash": "dot"}
         figure.add_trace(_curve(run.name, total, line), row=1, col=1)
-        figure.add_trace(_curve(run.name, before.cumsum(), thin, said="before costs", legend=False), row=1, col=1)
+        figure.add_trace(_curve(run.name, before.cumsum(), thin, "before costs", legend=False), row=1, col=1)
         figure.add_trace(_curve(run.name, total - total.cummax(), line | {"width": 1}, legend=False), row=2, col=1)
     return figure.update_layout(height=520).update_yaxes(tickformat=".0%", hoverformat=".2%")
 
 
 def rolling_ic(comparison: Comparison) -> go.Figure:
-    """The mean of the daily rank IC (above) and IC (below) over the last `ROLLING_DAYS` days."""
+    """Draw the mean of the daily rank IC (above) and IC (below) over the last `ROLLING_DAYS` days."""
     figure = _two_rows((0.5, 0.5), "rank IC", "IC")
     for row, daily in ((1, comparison.rank_ic), (2, comparison.ic)):
         for number, name in enumerate(daily):
@@ -71,7 +68,7 @@ def rolling_ic(comparison: Comparison) -> go.Figure:
 
 
 def monthly_rank_ic(comparison: Comparison) -> go.Figure:
-    """The mean daily rank IC of every month and run."""
+    """Draw the mean daily rank IC of every month and run."""
     months = comparison.rank_ic.groupby(comparison.rank_ic.index.to_period("M")).mean().T[::-1]
     largest = np.nanmax(np.abs(months.to_numpy()), initial=1e-9)
     trace = go.Heatmap(
@@ -91,7 +88,7 @@ def monthly_rank_ic(comparison: Comparison) -> go.Figure:
 
 
 def deciles(comparison: Comparison) -> go.Figure:
-    """The mean label of each tenth of the instruments by score, 1 the lowest."""
+    """Draw the mean label of each decile of the score, 1 the lowest."""
     figure = _figure()
     for number, (name, means) in enumerate(comparison.deciles.items()):
         trace = go.Scatter(x=list(means.index), y=means.to_numpy(), name=name, line=_line(number), mode="lines+markers")
@@ -101,7 +98,7 @@ def deciles(comparison: Comparison) -> go.Figure:
 
 
 def turnover_and_cost(runs: Sequence[RunResult]) -> go.Figure:
-    """Turnover as the mean of the last `TURNOVER_DAYS` days, and costs summed, as ratios of the account."""
+    """Draw the mean turnover of the last `TURNOVER_DAYS` days, and costs summed, as ratios of the account."""
     figure = _two_rows((0.5, 0.5), "turnover a day", "costs, summed")
     for number, run in enumerate(runs):
         turnover = run.report["turnover"].rolling(TURNOVER_DAYS).mean()
@@ -111,7 +108,7 @@ def turnover_and_cost(runs: Sequence[RunResult]) -> go.Figure:
 
 
 def score_correlation(comparison: Comparison) -> go.Figure:
-    """The mean daily rank correlation of the scores of every two runs."""
+    """Draw the mean daily rank correlation of the scores of every two runs."""
     table = comparison.score_correlation[::-1]
     numbers = {name: str(number) for number, name in enumerate(table.columns, 1)}
     trace = go.Heatmap(
@@ -132,60 +129,60 @@ def score_correlation(comparison: Comparison) -> go.Figure:
 
 
 def coverage(steps: pd.DataFrame, perfect: Mapping[str, float]) -> go.Figure:
-    """How often the close came to lie within the 50 % and 90 % bands, per step (index: 1 … horizon).
+    """Draw the share of closes within the 50 % and 90 % bands, per step (index: 1 … horizon).
 
-    Dotted: as it should be; dashed: what bands from so few samples of the right forecast would cover (`perfect`).
+    Dotted: nominal; dashed: what bands from so few samples of the right forecast would cover (`perfect`).
     """
     figure = _figure()
     for band in ("coverage_50", "coverage_90"):
         first = band == "coverage_90"
-        figure.add_hline(int(band[-2:]) / 100, line={"color": _INK, "width": 1, "dash": "dot"})
+        figure.add_hline(int(band[-2:]) / 100, line={"color": INK, "width": 1, "dash": "dot"})
         if band in perfect:
-            figure.add_hline(perfect[band], line={"color": _INK, "width": 1, "dash": "dash"})
+            figure.add_hline(perfect[band], line={"color": INK, "width": 1, "dash": "dash"})
         figure.add_trace(_step_curve(steps, f"{band}_volatility", "historical volatility", 1, first, band[-2:]))
         figure.add_trace(_step_curve(steps, band, "Kronos", 0, first, band[-2:]))
     figure.update_yaxes(range=[0, 1.02], tickformat=".0%", hoverformat=".1%")
-    return _by_step(figure)
+    return _style_steps(figure)
 
 
 def crps(steps: pd.DataFrame) -> go.Figure:
-    """CRPS of the close in ratios to the last close, per step, beside two simple forecasts."""
+    """Draw the CRPS of the close in ratios to the last close, per step, beside two simple forecasts."""
     figure = _figure()
     for number, (name, label) in enumerate(
         {"crps": "Kronos", "crps_volatility": "historical volatility", "crps_last_value": "last value"}.items()
     ):
         figure.add_trace(_step_curve(steps, name, label, number))
-    return _by_step(figure).update_yaxes(rangemode="tozero", tickformat=".1%", hoverformat=".3%")
+    return _style_steps(figure).update_yaxes(rangemode="tozero", tickformat=".1%", hoverformat=".3%")
 
 
 def pit(histogram: pd.DataFrame) -> go.Figure:
-    """Densities of the PIT of all steps; a calibrated forecast has 1 everywhere."""
+    """Draw the density of the PIT of all steps; a calibrated forecast has 1 everywhere."""
     table = histogram[histogram["step"].astype(str) == "all"]
     middle, width = (table["low"] + table["high"]) / 2, table["high"] - table["low"]
-    figure = _figure(go.Bar(x=middle, y=table["density"], width=width, name="Kronos", marker_color=_SERIES[0]))
-    line = {"color": _SERIES[1], "shape": "hvh"}
+    figure = _figure(go.Bar(x=middle, y=table["density"], width=width, name="Kronos", marker_color=SERIES[0]))
+    line = {"color": SERIES[1], "shape": "hvh"}
     figure.add_trace(go.Scatter(x=middle, y=table["density_volatility"], name="historical volatility", line=line))
-    figure.add_hline(1, line={"color": _INK, "width": 1, "dash": "dot"})
+    figure.add_hline(1, line={"color": INK, "width": 1, "dash": "dot"})
     figure.update_xaxes(title_text="probability forecast of a lower close", range=[0, 1])
     return figure.update_layout(height=340, bargap=0).update_yaxes(title_text="density", hoverformat=".2f")
 
 
 def calibrated(calibration: pd.DataFrame) -> go.Figure:
-    """Coverage per step before and after calibration."""
+    """Draw the coverage per step before and after calibration."""
     steps = calibration[calibration["step"].astype(str) != "all"]
     figure = _figure()
     for band in ("coverage_50", "coverage_90"):
         table = steps[steps["measure"] == band].assign(step=lambda rows: rows["step"].astype(int)).set_index("step")
-        figure.add_hline(int(band[-2:]) / 100, line={"color": _INK, "width": 1, "dash": "dot"})
+        figure.add_hline(int(band[-2:]) / 100, line={"color": INK, "width": 1, "dash": "dot"})
         figure.add_trace(_step_curve(table, "before", "before", 6, band == "coverage_90", band[-2:]))
         figure.add_trace(_step_curve(table, "after", "after", 0, band == "coverage_90", band[-2:]))
     figure.update_yaxes(range=[0, 1.02], tickformat=".0%", hoverformat=".1%")
-    return _by_step(figure)
+    return _style_steps(figure)
 
 
 def reliability(prob_up: pd.DataFrame) -> go.Figure:
-    """How often the mean close rose, by the probability forecast; on the dotted line if calibrated."""
-    line = {"color": _INK, "width": 1, "dash": "dot"}
+    """Draw how often the mean close rose, by the probability forecast; on the dotted line if calibrated."""
+    line = {"color": INK, "width": 1, "dash": "dot"}
     figure = _figure(go.Scatter(x=[0, 1], y=[0, 1], mode="lines", line=line, showlegend=False, hoverinfo="skip"))
     for when, number in (("before", 6), ("after", 0)):
         rows = prob_up[prob_up["when"] == when]
@@ -208,7 +205,7 @@ def reliability(prob_up: pd.DataFrame) -> go.Figure:
 
 
 def fan(forecast: Fan) -> go.Figure:
-    """Bands and median of the forecast close over the real candles; x: bars from the score date."""
+    """Draw bands and median of the forecast close over the actual candles; x: bars from the score date."""
     figure = _figure()
     steps = list(range(len(forecast.quantiles) + 1))
     start = pd.DataFrame(forecast.last_close, index=[0], columns=forecast.quantiles.columns)
@@ -217,61 +214,61 @@ def fan(forecast: Fan) -> go.Figure:
         edge = {"mode": "lines", "line": {"width": 0, "color": colour}, "hoverinfo": "skip"}
         figure.add_trace(go.Scatter(x=steps, y=quantiles[low], **edge))
         figure.add_trace(go.Scatter(x=steps, y=quantiles[high], fill="tonexty", fillcolor=colour, name=label, **edge))
-    line = {"color": _SERIES[0], "width": 2}
+    line = {"color": SERIES[0], "width": 2}
     median = go.Scatter(x=steps, y=quantiles["q50"], mode="lines", line=line, name="median")
     figure.add_trace(median.update(hovertemplate="median %{y:.2f}<extra></extra>"))
     bars = forecast.bars
     candles = go.Candlestick(
         x=list(bars.index),
         **{name: bars[name].to_numpy() for name in ("open", "high", "low", "close")},
-        increasing={"line": {"color": _SERIES[2], "width": 1}},
-        decreasing={"line": {"color": _SERIES[1], "width": 1}},
+        increasing={"line": {"color": SERIES[2], "width": 1}},
+        decreasing={"line": {"color": SERIES[1], "width": 1}},
         text=[f"{date:%Y-%m-%d}" for date in bars["date"]],
         name="bars",
     )
     figure.add_trace(candles)
-    figure.add_vline(0, line={"color": _QUIET, "width": 1, "dash": "dot"})
+    figure.add_vline(0, line={"color": QUIET, "width": 1, "dash": "dot"})
     figure.update_xaxes(rangeslider_visible=False, title_text="bars from the score date", zeroline=False)
     return figure.update_layout(height=260, hovermode="closest", showlegend=False)
 
 
 def _figure(trace: go.Scatter | go.Bar | go.Heatmap | None = None) -> go.Figure:
-    return _styled(go.Figure(trace))
+    return _style(go.Figure(trace))
 
 
-def _styled(figure: go.Figure) -> go.Figure:
+def _style(figure: go.Figure) -> go.Figure:
     figure.update_layout(
         template="none",
-        font={"color": _INK, "size": 13, "family": "system-ui, sans-serif"},
+        font={"color": INK, "size": 13, "family": "system-ui, sans-serif"},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         margin={"l": 8, "r": 8, "t": 8, "b": 8},
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"size": 12}},
         hovermode="x unified",
-        hoverlabel={"bgcolor": _MIDDLE, "bordercolor": _GRID, "font": {"color": _INK}, "namelength": -1},
+        hoverlabel={"bgcolor": _MIDDLE, "bordercolor": GRID, "font": {"color": INK}, "namelength": -1},
     )
-    axis = {"automargin": True, "gridcolor": _GRID, "linecolor": _GRID, "zerolinecolor": _QUIET, "zerolinewidth": 1}
-    axis |= {"tickfont": {"color": _QUIET, "size": 12}, "title": {"font": {"color": _QUIET, "size": 12}, "standoff": 8}}
+    axis = {"automargin": True, "gridcolor": GRID, "linecolor": GRID, "zerolinecolor": QUIET, "zerolinewidth": 1}
+    axis |= {"tickfont": {"color": QUIET, "size": 12}, "title": {"font": {"color": QUIET, "size": 12}, "standoff": 8}}
     return figure.update_xaxes(axis, zeroline=False).update_yaxes(axis)
 
 
 def _two_rows(heights: tuple[float, float], upper: str, lower: str) -> go.Figure:
     rows = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=list(heights), vertical_spacing=0.06)
-    figure = _styled(rows).update_xaxes(type="date", hoverformat="%d %b %Y", showgrid=False)
+    figure = _style(rows).update_xaxes(type="date", hoverformat="%d %b %Y", showgrid=False)
     return figure.update_yaxes(title_text=upper, row=1, col=1).update_yaxes(title_text=lower, row=2, col=1)
 
 
 def _line(number: int) -> dict[str, object]:
-    dash = _DASHES[number // len(_SERIES) % len(_DASHES)]
-    return {"color": _SERIES[number % len(_SERIES)], "width": 2, "dash": dash}
+    dash = _DASHES[number // len(SERIES) % len(_DASHES)]
+    return {"color": SERIES[number % len(SERIES)], "width": 2, "dash": dash}
 
 
-def _curve(name: str, daily: pd.Series, line: dict[str, object], said: str = "", legend: bool = True) -> go.Scatter:
-    daily = thinned(daily)
+def _curve(name: str, daily: pd.Series, line: dict[str, object], variant: str = "", legend: bool = True) -> go.Scatter:
+    daily = thin(daily)
     return go.Scatter(
         x=[f"{day:%Y-%m-%d}" for day in pd.DatetimeIndex(daily.index)],
         y=daily.to_numpy(np.float32),
-        name=f"{name}, {said}" if said else name,
+        name=f"{name}, {variant}" if variant else name,
         legendgroup=name,
         showlegend=legend,
         mode="lines",
@@ -279,14 +276,14 @@ def _curve(name: str, daily: pd.Series, line: dict[str, object], said: str = "",
     )
 
 
-def every(days: int) -> int:
-    """How many days apart the points of a line over so many days are."""
+def thinning(days: int) -> int:
+    """Count the days from one point of a line to the next."""
     return -(-days // MOST_POINTS)
 
 
-def thinned(daily: pd.Series) -> pd.Series:
-    """Every n-th day up to the last one, at most `MOST_POINTS`."""
-    return daily[::-1][:: every(len(daily))][::-1] if len(daily) else daily
+def thin(daily: pd.Series) -> pd.Series:
+    """Take every n-th day up to the last one, at most `MOST_POINTS`."""
+    return daily[::-1][:: thinning(len(daily))][::-1] if len(daily) else daily
 
 
 def _intervals(
@@ -307,7 +304,7 @@ def _intervals(
 
 
 def _rows_of_intervals(figure: go.Figure, labels: list[str]) -> go.Figure:
-    _styled(figure).update_layout(height=90 + 48 * len(labels), hovermode="closest")
+    _style(figure).update_layout(height=90 + 48 * len(labels), hovermode="closest")
     figure.update_yaxes(
         tickvals=list(range(len(labels))),
         ticktext=labels,
@@ -323,7 +320,7 @@ def _colours() -> list[tuple[float, str]]:
 
 
 def _colour_bar(layout: str) -> dict[str, object]:
-    """Below the map, where it takes no width from a phone."""
+    """Place the colour bar above the map, where it takes no width from a phone."""
     place = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom", "len": 0.6}
     return place | {"thickness": 8, "outlinewidth": 0, "tickformat": layout, "nticks": 5, "tickfont": {"size": 11}}
 
@@ -342,6 +339,8 @@ def _step_curve(
     )
 
 
-def _by_step(figure: go.Figure) -> go.Figure:
-    apart = max(1, len(figure.data[0].x) // 10)
-    return figure.update_layout(height=340).update_xaxes(title_text="bars ahead", showgrid=False, dtick=apart, tick0=1)
+def _style_steps(figure: go.Figure) -> go.Figure:
+    spacing = max(1, len(figure.data[0].x) // 10)
+    return figure.update_layout(height=340).update_xaxes(
+        title_text="bars ahead", showgrid=False, dtick=spacing, tick0=1
+    )

@@ -48,7 +48,7 @@ class Comparison:
     ic, rank_ic, decile_spread, residual_rank_ic: day × run. deciles: decile 1 (lowest scores) … 10 × run, mean label.
     autocorrelation: lag in days × run, of the scores' ranks. score_correlation: run × run, mean of the daily rank
         correlation. exposures: run × factor, mean daily rank correlation of the score with each simple factor.
-    lag: of Newey–West, days: the longest horizon recorded. notes: what a reader must know to judge the figures.
+    lag: of Newey–West, days: the longest horizon recorded. notes: see `analysis.notes`.
     """
 
     runs: list[RunResult]
@@ -68,7 +68,7 @@ class Comparison:
 
 
 def compare_runs(runs: Sequence[RunResult]) -> Comparison:
-    """Judge every run on the dates and instruments for which all have a finite score and a finite label.
+    """Measure every run on the dates and instruments for which all have a finite score and a finite label.
 
     The columns of `table`: ic, rank_ic: mean of the daily (rank) information coefficient; icir, rank_icir: that mean
     over its standard deviation; rank_ic_t, _p: Newey–West with the longest recorded horizon as lag, _p_holm: corrected
@@ -106,7 +106,7 @@ def compare_runs(runs: Sequence[RunResult]) -> Comparison:
             "signal_half_life": autocorrelation.apply(half_life),
             "rank_icir": rank_ic.mean() / rank_ic.std(),
         }
-    ).join([_judged("rank_ic", rank_ic, lag), _judged("residual_rank_ic", residual, lag)])
+    ).join([_test_means("rank_ic", rank_ic, lag), _test_means("residual_rank_ic", residual, lag)])
     table = signal.join(_backtests(runs, markets)).reindex(columns=TABLE_COLUMNS).rename_axis("run")
     correlation = _score_correlation(tables)
     return Comparison(
@@ -168,7 +168,7 @@ def _span(rows: pd.Series) -> str:
 def _markets(
     runs: Sequence[RunResult], scores: dict[str, pd.Series]
 ) -> tuple[dict[str, pd.DataFrame | None], list[str]]:
-    """Factors and amounts for each run, one reading per store; and why a run has none."""
+    """Read factors and amounts for each run, once per store; and list why a run has none."""
     indices = [rows.index for rows in scores.values()] + [run.trades.index for run in runs if run.trades is not None]
     instruments = sorted(set().union(*(index.unique("instrument") for index in indices)))
     days = pd.DatetimeIndex(sorted(set().union(*(index.unique("datetime") for index in indices))))
@@ -212,15 +212,15 @@ def _exposures(tables: dict[str, pd.DataFrame], markets: dict[str, pd.DataFrame 
     return pd.DataFrame(rows).T.rename_axis("run")
 
 
-def _judged(name: str, daily: pd.DataFrame, lag: int) -> pd.DataFrame:
-    """Mean of each column with t, p, Holm's p and interval, one row per run."""
+def _test_means(name: str, daily: pd.DataFrame, lag: int) -> pd.DataFrame:
+    """Average each column and test the mean: t, p, Holm's p and interval, one row per run."""
     rows = {}
     for run, days in daily.items():
         t, p = newey_west(days, lag)
         low, high = bootstrap_interval(days)
         rows[run] = {name: days.mean(), f"{name}_t": t, f"{name}_p": p, f"{name}_low": low, f"{name}_high": high}
-    judged = pd.DataFrame(rows).T
-    return judged.assign(**{f"{name}_p_holm": holm(judged[f"{name}_p"])})
+    tested = pd.DataFrame(rows).T
+    return tested.assign(**{f"{name}_p_holm": holm(tested[f"{name}_p"])})
 
 
 def _backtests(runs: Sequence[RunResult], markets: dict[str, pd.DataFrame | None]) -> pd.DataFrame:
@@ -238,7 +238,7 @@ def _backtests(runs: Sequence[RunResult], markets: dict[str, pd.DataFrame | None
 
 
 def _score_correlation(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """Mean daily rank correlation of the scores of every two runs."""
+    """Average the daily rank correlation of the scores of every two runs."""
     names = list(tables)
     correlation = pd.DataFrame(np.nan, index=pd.Index(names, name="run"), columns=names)
     for one in names:
@@ -250,14 +250,14 @@ def _score_correlation(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def _pairs(rank_ic: pd.DataFrame, correlation: pd.DataFrame, lag: int) -> pd.DataFrame:
-    """Every two runs: the first one's daily rank IC less the other's, on days where both have one."""
+    """Test the difference of the daily rank IC of every two runs, on days where both have one."""
     rows = []
     for one, other in combinations(rank_ic.columns, 2):
         difference = rank_ic[one] - rank_ic[other]
         t, p = newey_west(difference, lag)
         low, high = bootstrap_interval(difference)
-        together = correlation.loc[one, other]
-        rows.append((one, other, difference.mean(), t, p, np.nan, low, high, together, difference.notna().sum()))
+        score_correlation, days = correlation.loc[one, other], difference.notna().sum()
+        rows.append((one, other, difference.mean(), t, p, np.nan, low, high, score_correlation, days))
     pairs = pd.DataFrame(rows, columns=["run", "other", *PAIR_COLUMNS]).set_index(["run", "other"])
     return pairs.assign(p_holm=holm(pairs["p"]))
 

@@ -1,4 +1,4 @@
-"""What is left of scores after simple factors: each day's ranks, less what the ranks of the factors explain."""
+"""Residual scores: each day's ranks, less what the ranks of simple factors explain; and exposures to the factors."""
 
 import numpy as np
 import pandas as pd
@@ -10,7 +10,7 @@ _NOTHING_LEFT = 0.03  # of the ranks' spread: less, one part in a thousand of th
 
 
 def residual_scores(scores: pd.Series, factors: pd.DataFrame) -> pd.Series:
-    """The residuals of a regression, on each day, of the scores' ranks on a constant and the factors' ranks.
+    """Regress the scores' ranks on a constant and the factors' ranks, on each day, and return the residuals.
 
     Both have the index (datetime, instrument). Rows without every factor are left out. A day with no more rows than
     twice the factors, or on which nothing is left of the ranks (the scores are constant, or a factor themselves), is
@@ -23,7 +23,7 @@ def residual_scores(scores: pd.Series, factors: pd.DataFrame) -> pd.Series:
 
 
 def exposures(scores: pd.DataFrame, factors: dict[str, pd.DataFrame]) -> pd.Series:
-    """The mean over days of the rank correlation of scores with each factor; all are day × instrument."""
+    """Average over days the rank correlation of scores with each factor; all are day × instrument."""
     return pd.Series({name: daily_rank_ic(scores, factor).mean() for name, factor in factors.items()}, dtype=float)
 
 

@@ -1,4 +1,4 @@
-"""Stored forecasts of a run and the bars that came: its best, median and worst day, three instruments each."""
+"""Fans: stored forecasts of a run and the actual bars; best, median and worst day, three instruments each."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ _FIELDS = ("open", "high", "low", "close", "volume")
 
 
 class FansError(Exception):
-    """The forecasts of a run cannot be shown; the message says why."""
+    """The forecasts of a run cannot be shown; the message names the reason."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Fan:
 
 
 def load_fans(run: RunResult, rank_ic: pd.Series) -> list[Fan]:
-    """Nine forecasts of a Kronos run: of its best, median and worst day those with highest, median and lowest score.
+    """Load nine forecasts of a run: of its best, median and worst day those with the highest, median and lowest score.
 
     rank_ic: of the run, by day. Raises FansError if the run keeps no forecasts, they are not at hand or those of other
     weights or settings, or the Qlib store is not at hand.

@@ -13,13 +13,13 @@ from kronos_qlib.data.factors import FACTORS, amount_expression, read_factors
 
 
 class MarketError(Exception):
-    """A Qlib store cannot be read; the message says why."""
+    """A Qlib store cannot be read; the message names the reason."""
 
 
 def read_market(
     store: Path, instruments: Sequence[str], first: pd.Timestamp, last: pd.Timestamp, region: str = "cn"
 ) -> pd.DataFrame:
-    """`FACTORS` and the traded amount of `instruments` from `first` to `last`, both included.
+    """Read `FACTORS` and the traded amount of `instruments` from `first` to `last`, both included.
 
     Index (datetime, instrument), sorted; columns the factors' names and `amount`, in the market's currency. Days
     without a bar are missing, what cannot be computed (the first 20 days of an instrument, say) is NaN.

@@ -1,4 +1,4 @@
-"""What a reader must know to judge a comparison's figures, in words."""
+"""Notes and cautions on a comparison: what its figures depend on."""
 
 from collections.abc import Sequence
 
@@ -20,9 +20,10 @@ def reservations(
     lag: int,
     unread: Sequence[str],
 ) -> list[str]:
-    """A sentence for each.
+    """Write a sentence for each reservation.
 
-    labels, scores, rank_ic, residual, lag: of the comparison, by run; `unread` says whose Qlib store could not be read.
+    labels, scores, rank_ic, residual, lag: of the comparison, by run. unread: why the Qlib store of a
+        run could not be read.
     """
     return [
         *_backtest_notes(runs),
@@ -54,7 +55,7 @@ def _backtest_notes(runs: Sequence[RunResult]) -> list[str]:
 
 
 def _backtest_rules(runs: Sequence[RunResult]) -> dict[str, dict[str, str]]:
-    """Strategy and exchange of each run's backtest, as far as recorded; dates are compared by what was run."""
+    """Collect strategy and exchange settings of each run's backtest, as far as recorded; the report has its dates."""
     rules = {}
     for run in runs:
         records = run.config.get("task", {}).get("record")
@@ -82,7 +83,7 @@ def _lag_note(runs: Sequence[RunResult], lag: int) -> str:
 
 
 def _sample_notes(runs: Sequence[RunResult], first: pd.Timestamp) -> list[str]:
-    """Runs whose train or valid segment reaches the days that are compared."""
+    """Name the runs whose train or valid segment reaches the days that are compared."""
     notes = []
     for run in runs:
         ends = {name: end for name, end in _segment_ends(run).items() if end >= first}
@@ -95,7 +96,7 @@ def _sample_notes(runs: Sequence[RunResult], first: pd.Timestamp) -> list[str]:
 
 
 def _segment_ends(run: RunResult) -> dict[str, pd.Timestamp]:
-    """The last days of the segments train and valid, as far as they are recorded."""
+    """Find the last days of the segments train and valid, as far as they are recorded."""
     dataset = run.config.get("task", {}).get("dataset")
     kwargs = dataset.get("kwargs", {}) if isinstance(dataset, dict) else {}
     segments = run.kronos_run.get("data", {}).get("segments") or kwargs.get("segments")
@@ -144,12 +145,12 @@ def _market_notes(runs: Sequence[RunResult]) -> list[str]:
 
 
 def backtest_period(run: RunResult) -> str:
-    """First and last day and number of days of the backtest, in words."""
+    """Format first and last day and number of days of the backtest."""
     first, last = run.report.index[0], run.report.index[-1]
     return f"{first:%Y-%m-%d} … {last:%Y-%m-%d}, {len(run.report)} days"
 
 
 def synthetic_note(runs: Sequence[RunResult]) -> str:
-    """Who ran on a demo market, in words; empty if nobody did."""
+    """Name the runs on a demo market; empty if there is none."""
     names = [run.name for run in runs if run.synthetic]
     return SYNTHETIC + (f" ({', '.join(names)})" if len(names) < len(runs) else "") if names else ""

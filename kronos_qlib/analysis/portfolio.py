@@ -1,4 +1,4 @@
-"""What a backtest cost and how large it could have been."""
+"""Turnover, costs and capacity of a backtest."""
 
 import pandas as pd
 
@@ -9,21 +9,21 @@ _QUANTILE = 0.05
 
 
 def mean_turnover(report: pd.DataFrame) -> float:
-    """Mean daily turnover, as Qlib reports it: bought plus sold over the account's value, a ratio."""
+    """Average the daily turnover, as Qlib reports it: bought plus sold over the account's value, a ratio."""
     return float(report["turnover"].mean())
 
 
 def cost_a_year(report: pd.DataFrame) -> float:
-    """Costs over the account's value, a ratio a year of 238 days, summed as in Qlib's risk analysis."""
+    """Annualise the costs over the account's value, a ratio a year of 238 days, summed as in Qlib's risk analysis."""
     return float(report["cost"].mean() * DAYS_A_YEAR)
 
 
 def capacity(trades: pd.Series, amounts: pd.Series, report: pd.DataFrame) -> float:
-    """The account, in the market's currency, at which 95 % of the trades stay at or below 1 % of the traded amount.
+    """Compute the account, in the market's currency, at which 95 % of the trades are at most 1 % of the traded amount.
 
     Trades grow with the account: one of `trade` on a day when the account was worth `account` and `amount` of the
     instrument changed hands reaches 1 % with an account of 0.01 × account × amount / trade. The capacity is the 5th
-    percentile of that over all trades. It says nothing of the price moved by such trades.
+    percentile of that over all trades. It leaves out how such trades move the price.
 
     trades: value of each trade, index (datetime, instrument); amounts: value traded in the market, the same index,
     trades without a known amount left out; report: Qlib's, for the account's value. NaN without any trade.

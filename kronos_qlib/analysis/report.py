@@ -19,6 +19,7 @@ from kronos_qlib.analysis.fans import Fan, FansError, load_fans
 from kronos_qlib.analysis.notes import backtest_period, synthetic_note
 from kronos_qlib.analysis.results import RunResult
 from kronos_qlib.analysis.verdicts import pair_verdict, residual_verdict, run_verdict
+from kronos_qlib.evaluation.style import DARK, LIGHT
 from kronos_qlib.files import whole_file
 
 _HERE = Path(__file__).parent
@@ -64,17 +65,17 @@ class _Sentences:
     folded: bool = False
 
 
-def write_report(comparison: Comparison, path: Path) -> Path:
+def write_page(comparison: Comparison, path: Path) -> Path:
     """Write the comparison to `path` as a page of its own: verdict, warnings, tables, figures, settings; return `path`.
 
-    Forecast fans and calibration are shown of the runs that have their files; for others a sentence says what is
-    missing. Figures of more than `charts.MOST_POINTS` days show every n-th, and the page says so.
+    Forecast fans and calibration are shown for the runs that have their files; for the others a sentence names what is
+    missing. Figures of more than `charts.MOST_POINTS` days show every n-th; a caption names n.
     """
     environment = Environment(loader=FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["json"] = _json
     page = environment.get_template("report.html.jinja").render(
         names=[run.name for run in comparison.runs],
-        about=_about(comparison),
+        about=_describe(comparison),
         synthetic=synthetic_note(comparison.runs),
         verdicts=_verdicts(comparison),
         warnings=[note for note in comparison.notes if note.startswith(_WARNINGS)],
@@ -84,7 +85,9 @@ def write_report(comparison: Comparison, path: Path) -> Path:
         settings=[_settings(comparison, run) for run in comparison.runs],
         css=Markup((_HERE / "report.css").read_text()),
         plotly=Markup(get_plotlyjs()),
-        dark=charts.DARK,
+        light=LIGHT,
+        dark=DARK,
+        dark_colours=charts.DARK_COLOURS,
     )
     with whole_file(path) as draft:
         draft.write_text(page, encoding="utf-8")
@@ -92,11 +95,11 @@ def write_report(comparison: Comparison, path: Path) -> Path:
 
 
 def _json(chart: go.Figure) -> Markup:
-    """A figure for a script element, which any `</script` in a name would end."""
+    """Encode a figure for a script element, which any `</script` in a name would end."""
     return Markup(chart.to_json().replace("<", "\\u003c"))
 
 
-def _about(comparison: Comparison) -> str:
+def _describe(comparison: Comparison) -> str:
     days = comparison.rank_ic.index
     rows = int(comparison.dropped["kept_rows"].iloc[0])
     return (
@@ -111,12 +114,12 @@ def _verdicts(comparison: Comparison) -> list[_Sentences]:
     first = [pair for pair in pairs if kronos & set(pair)] or pairs
     others = [pair for pair in pairs if pair not in first]
     names = list(comparison.table.index)
-    judged = [name for name in names if comparison.residual_rank_ic[name].notna().any()]
+    residual = [name for name in names if comparison.residual_rank_ic[name].notna().any()]
     return [
         _sentences("One against the other", [pair_verdict(comparison, *pair) for pair in first], folded=False),
         _sentences("The other pairs", [pair_verdict(comparison, *pair) for pair in others], folded=True),
         _sentences("Each run by itself", [run_verdict(comparison, name) for name in names]),
-        _sentences("After simple factors", [residual_verdict(comparison, name) for name in judged]),
+        _sentences("After simple factors", [residual_verdict(comparison, name) for name in residual]),
     ]
 
 
@@ -163,7 +166,7 @@ def _name(name: str | tuple[str, str]) -> str:
 def _sections(comparison: Comparison) -> Iterator[_Section]:
     runs = comparison.runs
     yield _uncertainty(comparison)
-    yield _one(
+    yield _section(
         "excess-return",
         "Cumulative excess return and drawdown",
         "Over the benchmark, summed. Solid: after costs; dotted: before. Below: drawdown after costs."
@@ -171,18 +174,20 @@ def _sections(comparison: Comparison) -> Iterator[_Section]:
         charts.excess_return(runs),
     )
     yield _rolling(comparison)
-    yield _one("monthly", "Rank IC by month", "Mean of the month's daily rank IC.", charts.monthly_rank_ic(comparison))
-    yield _one(
+    yield _section(
+        "monthly", "Rank IC by month", "Mean of the month's daily rank IC.", charts.monthly_rank_ic(comparison)
+    )
+    yield _section(
         "deciles", "Deciles", "Mean label of the tenths of the instruments by score.", charts.deciles(comparison)
     )
-    yield _one(
+    yield _section(
         "turnover",
         "Turnover and cost",
         f"Above: bought plus sold over the account, mean of {charts.TURNOVER_DAYS} days. Below: costs over the "
         "account, summed." + _thinning(max(len(run.report) for run in runs)),
         charts.turnover_and_cost(runs),
     )
-    yield _one(
+    yield _section(
         "score-correlation",
         "Score correlation",
         "Mean daily rank correlation of the scores. 1: the same order every day.",
@@ -192,13 +197,13 @@ def _sections(comparison: Comparison) -> Iterator[_Section]:
     yield _fans(comparison)
 
 
-def _one(name: str, title: str, text: str, chart: go.Figure) -> _Section:
+def _section(name: str, title: str, text: str, chart: go.Figure) -> _Section:
     return _Section(name, title, text, [_Part([_Figure(chart)])])
 
 
 def _thinning(days: int) -> str:
-    apart = charts.every(days)
-    return f" One day in {apart} is drawn." if apart > 1 else ""
+    days_apart = charts.thinning(days)
+    return f" One day in {days_apart} is drawn." if days_apart > 1 else ""
 
 
 def _uncertainty(comparison: Comparison) -> _Section:
@@ -217,15 +222,15 @@ def _rolling(comparison: Comparison) -> _Section:
     if days < charts.ROLLING_DAYS:
         return _Section("rolling-ic", title, f"Not drawn: the runs have {days} days in common.", [])
     text = f"Mean of the last {charts.ROLLING_DAYS} days: rank IC above, IC below." + _thinning(days)
-    return _one("rolling-ic", title, text, charts.rolling_ic(comparison))
+    return _section("rolling-ic", title, text, charts.rolling_ic(comparison))
 
 
 def _calibration(runs: list[RunResult]) -> _Section:
     title = "Calibration of the forecasts"
     parts = [part for run in runs if (part := _calibration_of(run))]
     if parts:
-        return _Section("calibration", title, "Forecast closes against the closes that came.", parts)
-    text = "No run has the artifacts of a ForecastRecord here, which measures forecasts against the bars that came."
+        return _Section("calibration", title, "Forecast closes against actual closes.", parts)
+    text = "No run has the artifacts of a ForecastRecord here, which measures forecasts against the actual bars."
     return _Section("calibration", title, text, [])
 
 
@@ -254,20 +259,20 @@ def _calibration_of(run: RunResult) -> _Part | None:
 
 
 def _evaluation_tables(folder: Path) -> list[_Table]:
-    """The figures of a ForecastRecord: all, by year, by third of volatility."""
+    """Tabulate what a ForecastRecord measured: overall, by year, by tercile of volatility."""
     files = {"overall.csv": "All", "by_year.csv": "", "by_volatility.csv": "Volatility "}
     rows = []
     for name, prefix in files.items():
         if (folder / name).is_file():
             for _, row in pd.read_csv(folder / name, dtype={"year": str}).iterrows():
                 group = prefix if name == "overall.csv" else f"{prefix}{row.iloc[0]}"
-                rows.append([group, *_evaluated(row)])
+                rows.append([group, *_evaluation_cells(row)])
     columns = ["", "CRPS", "last value", "hist. volatility", "MAE", "RMSE", "50 % band", "90 % band"]
     columns += ["direction", "95 %"]
-    return [_Table("Forecast closes against those that came, over the last close", columns, rows)] if rows else []
+    return [_Table("Forecast closes against actual closes, over the last close", columns, rows)] if rows else []
 
 
-def _evaluated(row: pd.Series) -> list[str]:
+def _evaluation_cells(row: pd.Series) -> list[str]:
     names = ["crps", "crps_last_value", "crps_volatility", "mae", "rmse", "coverage_50", "coverage_90", "direction"]
     cells = [f"{row[name]:.2%}" if name[:2] in ("cr", "ma", "rm") else f"{row[name]:.1%}" for name in names]
     ends = row["direction_low"], row["direction_high"]
@@ -276,12 +281,12 @@ def _evaluated(row: pd.Series) -> list[str]:
 
 def _fans(comparison: Comparison) -> _Section:
     kronos = [run for run in comparison.runs if run.kronos_run]
-    title = "Forecasts over what came"
+    title = "Forecasts and actual bars"
     if not kronos:
         return _Section("fans", title, "No run among these forecasts bars.", [])
     text = (
         "The best, the median and the worst day by rank IC, and of each the instruments with the highest, the median "
-        "and the lowest score. Shades: 90 % and 50 % bands of the close; line: median; candles: the bars that came."
+        "and the lowest score. Shades: 90 % and 50 % bands of the close; line: median; candles: actual bars."
     )
     return _Section("fans", title, text, [part for run in kronos for part in _fans_of(run, comparison)])
 
@@ -326,7 +331,7 @@ def _facts(comparison: Comparison, run: RunResult) -> dict[str, str]:
         "Universe": str(data.get("universe") or handler.get("instruments") or ""),
         "Bars": _range([data.get("first") or handler.get("start_time"), data.get("last") or handler.get("end_time")]),
         **_segments(data.get("segments") or dataset.get("segments")),
-        "Model": _called(task.get("model")),
+        "Model": _class_text(task.get("model")),
         "Score": str(run.kronos_run.get("model", {}).get("score") or ""),
         "Lookback, horizon": f"{data['lookback']}, {data['horizon']} bars" if "horizon" in data else "",
         "Newey–West lag": f"{comparison.lag} days",
@@ -344,29 +349,29 @@ def _range(span: Any) -> str:
 
 
 def _backtest(records: Any) -> dict[str, str]:
-    """Strategy, benchmark and costs of the record that has a backtest."""
+    """List strategy, benchmark and costs of the record that has a backtest."""
     for record in records if isinstance(records, list) else [records]:
         config = record.get("kwargs", {}).get("config") if isinstance(record, dict) else None
         if isinstance(config, dict):
             backtest = config.get("backtest", {})
             return {
-                "Strategy": _called(config.get("strategy")),
+                "Strategy": _class_text(config.get("strategy")),
                 "Benchmark": str(backtest.get("benchmark") or ""),
                 "Account": f"{backtest['account']:,}" if "account" in backtest else "",
-                "Exchange": _listed(backtest.get("exchange_kwargs")),
+                "Exchange": _arguments_text(backtest.get("exchange_kwargs")),
             }
     return {}
 
 
-def _called(settings: Any) -> str:
-    """A class of a workflow with its arguments, those that are plain values."""
+def _class_text(settings: Any) -> str:
+    """Name a class of a workflow with its arguments that are plain values."""
     if not isinstance(settings, dict) or "class" not in settings:
         return ""
-    arguments = _listed(settings.get("kwargs"))
+    arguments = _arguments_text(settings.get("kwargs"))
     return f"{settings['class']}: {arguments}" if arguments else str(settings["class"])
 
 
-def _listed(arguments: Any) -> str:
+def _arguments_text(arguments: Any) -> str:
     plain = arguments if isinstance(arguments, dict) else {}
     return ", ".join(f"{key} {value}" for key, value in plain.items() if isinstance(value, (str, int, float)))
 

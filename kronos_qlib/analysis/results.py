@@ -1,4 +1,4 @@
-"""What Qlib's recorders hold of a finished run: metrics, scores, labels, the backtest, whether the data were real."""
+"""Finished runs read from Qlib's recorders: metrics, scores, labels, backtest, whether the market is synthetic."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from kronos_qlib.analysis import DEFAULT_URI
 from kronos_qlib.data.demo_market import BENCHMARK, is_synthetic
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # read by mlflow; files here are small and local
@@ -21,7 +22,6 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
-DEFAULT_URI = "sqlite:///mlflow.db"
 _REPORT = "portfolio_analysis/report_normal_1day.pkl"
 _TRADES = "portfolio_analysis/indicators_normal_1day_obj.pkl"
 _METRICS = {
@@ -37,7 +37,7 @@ _METRICS = {
 
 
 class ResultsError(Exception):
-    """A run that was asked for cannot be shown; the message says why and what there is instead."""
+    """A run cannot be compared; the message names the reason and the runs that there are."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class RunResult:
         ratios a year.
     report: Qlib's `report_normal_1day.pkl`, one row per backtest day with return, bench, cost, turnover as ratios.
     scores, labels: `pred.pkl` and the first column of `label.pkl`, index (datetime, instrument), sorted.
-    trades: value of each trade of the backtest, index (datetime, instrument); None if the recorder does not say.
-    provider_uri: the Qlib store as the workflow named it; None if the recorder does not say.
+    trades: value of each trade of the backtest, index (datetime, instrument); None if not recorded.
+    provider_uri: the Qlib store as the workflow named it; None if not recorded.
     store: the folder of that store (daily bars) as found from here or from beside the database; None if it is not.
     synthetic: the store is a demo market.
     horizon: trading days forecast, of a Kronos run; else None.
-    forecast_digest: the folder in `forecast.cache_dir` that holds the run's forecasts; None if it does not say.
+    forecast_digest: the folder in `forecast.cache_dir` that holds the run's forecasts; None if not recorded.
     overlap: KronosModel's warning that the scores fall into the pre-training data, if it gave one.
     config: qrun's, the plain data in it; kronos_run: kronos_run.json. Either is empty if the run has none.
     artifacts: the folder of the run's artifacts if they are files of this machine.
@@ -79,7 +79,7 @@ class RunResult:
 
 
 def load_runs(names: Sequence[str], uri: str = DEFAULT_URI) -> list[RunResult]:
-    """The newest finished run of each experiment in `names`, or the run itself where a name is a recorder id.
+    """Load the newest finished run of each experiment in `names`, or the run itself where a name is a recorder id.
 
     Raises ResultsError if `uri` cannot be read, a name is unknown, has no finished run, or a run lacks its scores,
     labels, signal analysis or backtest. Artifacts are pickles: read only stores whose runs you trust.
@@ -99,7 +99,7 @@ def load_runs(names: Sequence[str], uri: str = DEFAULT_URI) -> list[RunResult]:
 
 
 def _database(uri: str) -> Path | None:
-    """The file of an SQLite uri, which must exist: MLflow would make an empty one, and 'no experiments' misleads."""
+    """Find the file of an SQLite uri. It must exist: MLflow would make an empty one, and 'no experiments' misleads."""
     if not uri.startswith("sqlite:///"):
         return None
     database = Path(uri.removeprefix("sqlite:///")).resolve()
@@ -208,7 +208,7 @@ class _Artifacts:
 
 
 def _rows(table: pd.DataFrame | pd.Series | None, name: str, artifact: str) -> pd.Series:
-    """The first column, by (datetime, instrument)."""
+    """Take the first column, by (datetime, instrument)."""
     column = table.iloc[:, 0] if isinstance(table, pd.DataFrame) and table.shape[1] else table
     if not isinstance(column, pd.Series) or set(column.index.names) != {"datetime", "instrument"}:
         raise ResultsError(f"{name}: {artifact} holds no column by datetime and instrument")
@@ -219,7 +219,7 @@ def _rows(table: pd.DataFrame | pd.Series | None, name: str, artifact: str) -> p
 
 
 def _trades(indicator: Any) -> pd.Series:
-    """Value of each trade, from Qlib's Indicator of the backtest."""
+    """Compute the value of each trade, from Qlib's Indicator of the backtest."""
     found = {day: orders.data.get("trade_value") for day, orders in indicator.order_indicator_his.items()}
     # not Qlib's to_series, which fails with pandas 3
     days = {
@@ -238,7 +238,7 @@ def _local(uri: str) -> Path | None:
 
 
 def _stores(provider_uri: str | Mapping[str, str] | None, folder: Path) -> list[Path]:
-    """Where the store of daily bars may lie: as named, seen from beside the database, where qrun ran, and from here."""
+    """List where the store of daily bars may lie: as named, relative to the database, where qrun ran, and to here."""
     named = provider_uri.get("day") if isinstance(provider_uri, Mapping) else provider_uri
     return [base / Path(named).expanduser() for base in (folder, Path.cwd())] if named else []
 

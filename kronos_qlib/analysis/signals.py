@@ -1,4 +1,4 @@
-"""What scores say of returns, day by day: information coefficients, deciles, and how long the order of scores lasts.
+"""Daily measures of scores against labels: information coefficients, deciles, autocorrelation of the ranks.
 
 Scores and labels are day × instrument tables (`wide`), float, NaN where a row does not count, in both or in neither.
 """
@@ -12,12 +12,12 @@ LONGEST_LAG = 60  # trading days looked ahead for the half-life
 
 
 def wide(rows: pd.Series) -> pd.DataFrame:
-    """A series with index (datetime, instrument) as a table, one row per day and one column per instrument."""
+    """Unstack a series of index (datetime, instrument): a row per day, a column per instrument."""
     return rows.unstack("instrument").sort_index()
 
 
 def daily_ic(scores: pd.DataFrame, labels: pd.DataFrame) -> pd.Series:
-    """The correlation of scores and labels of each day, as Qlib's `calc_ic`; NaN on days where either is constant."""
+    """Correlate scores and labels of each day, as Qlib's `calc_ic`; NaN on days where either is constant."""
     both = scores.notna() & labels.notna()
     scores, labels = scores.where(both), labels.where(both)
     varied = _varied(scores) & _varied(labels)  # by rounding, the variance of a constant need not be zero
@@ -25,15 +25,15 @@ def daily_ic(scores: pd.DataFrame, labels: pd.DataFrame) -> pd.Series:
 
 
 def daily_rank_ic(scores: pd.DataFrame, labels: pd.DataFrame) -> pd.Series:
-    """The Spearman correlation of scores and labels of each day; NaN on days where either is constant."""
+    """Correlate the ranks of scores and labels of each day (Spearman); NaN on days where either is constant."""
     both = scores.notna() & labels.notna()
     return daily_ic(scores.where(both).rank(axis=1), labels.where(both).rank(axis=1))
 
 
 def decile_labels(scores: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
-    """The mean label of each tenth of the instruments by score, 1 the lowest to 10 the highest, of each day.
+    """Average the labels of each decile of the score, 1 the lowest to 10 the highest, on each day.
 
-    Of equal scores none comes first: each has their mean label, which is what an order by chance would come to. NaN on
+    Equal scores all count with their mean label, the expectation of a random order. NaN on
     days on which all scores are equal, and in tenths that no instrument falls into (of fewer than ten).
     """
     pairs = zip(scores.where(labels.notna()).to_numpy(), labels.to_numpy(np.float64))
@@ -54,13 +54,13 @@ def _deciles(scores: NDArray[np.float64], labels: NDArray[np.float64]) -> NDArra
 
 
 def monotonicity(deciles: pd.Series) -> float:
-    """The Spearman correlation of the number of a decile and its mean label: 1 if every decile beats the one below."""
+    """Correlate decile numbers and mean labels (Spearman): 1 if every decile has a higher label than the one below."""
     known = deciles.dropna()
     return float(pd.Series(known.index, known.index, dtype=float).corr(known, method="spearman"))
 
 
 def rank_autocorrelation(scores: pd.DataFrame, longest: int = LONGEST_LAG) -> pd.Series:
-    """The mean correlation of the day's ranks with those `lag` days later, for lags 1 … `longest` or half the days.
+    """Average the correlation of a day's ranks with those `lag` days later, for lags 1 … `longest` or half the days.
 
     NaN throughout for scores that do not vary within a day.
     """
@@ -73,7 +73,7 @@ def rank_autocorrelation(scores: pd.DataFrame, longest: int = LONGEST_LAG) -> pd
 
 
 def half_life(autocorrelation: pd.Series) -> float:
-    """Trading days until a rank autocorrelation, 1 at lag 0, falls to a half, between lags by a straight line.
+    """Count the trading days until a rank autocorrelation, 1 at lag 0, falls to a half; linear between lags.
 
     Infinite if it does not within the lags given; NaN if it is unknown.
     """

@@ -1,4 +1,4 @@
-"""How sure a mean of daily figures is: Newey–West t, stationary bootstrap, Holm's correction."""
+"""Significance of a mean of daily values: Newey–West t, stationary bootstrap, Holm's correction."""
 
 from collections.abc import Sequence
 
@@ -15,10 +15,10 @@ _FEWEST_DAYS = 20  # for the choice of a block length and for an interval to mea
 
 
 def newey_west(daily: pd.Series, lag: int) -> tuple[float, float]:
-    """t of the mean of `daily` against zero and its two-sided p, robust to autocorrelation up to `lag` days.
+    """Compute t of the mean of `daily` against zero and its two-sided p, robust to autocorrelation up to `lag` days.
 
-    Days without a value are left out. Both are NaN with fewer than 4 × `lag` or 4 days, where t says too much, or if
-    every day is the same. Newey & West (1987), "A Simple, Positive Semi-definite, Heteroskedasticity and
+    Days without a value are left out. Both are NaN with fewer than 4 × `lag` or 4 days, where t is too large, or if
+    all days are equal. Newey & West (1987), "A Simple, Positive Semi-definite, Heteroskedasticity and
     Autocorrelation Consistent Covariance Matrix"; p by Student's t.
     """
     values = _finite(daily)
@@ -29,12 +29,12 @@ def newey_west(daily: pd.Series, lag: int) -> tuple[float, float]:
 
 
 def newey_west_t(daily: pd.Series, lag: int) -> float:
-    """The t of `newey_west`."""
+    """Compute the t of `newey_west`."""
     return newey_west(daily, lag)[0]
 
 
 def bootstrap_interval(daily: pd.Series, seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval (low, high) of the mean of `daily` by the stationary block bootstrap, 2000 draws, percentiles.
+    """Compute the 95 % interval (low, high) of the mean of `daily` by the stationary bootstrap: of 2000 means.
 
     The mean block length is the one of Politis & White (2004), corrected 2009, at least a day. Days without a value are
     left out. Both ends are NaN with fewer than 20 days, or if every day is the same. The same seed gives the same ends.
@@ -49,7 +49,7 @@ def bootstrap_interval(daily: pd.Series, seed: int = 0) -> tuple[float, float]:
 
 
 def holm(p_values: Sequence[float] | pd.Series) -> NDArray[np.float64]:
-    """p-values, corrected for being several at once, by Holm (1979); NaN stays NaN and is not counted."""
+    """Correct p-values for multiple tests by Holm (1979); NaN stays NaN and is not counted."""
     raw = np.asarray(p_values, dtype=np.float64)
     corrected = np.full(raw.shape, np.nan)
     known = np.isfinite(raw)

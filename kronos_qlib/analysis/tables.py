@@ -17,7 +17,7 @@ Cell = Callable[[pd.Series], str]
 
 
 def terminal_text(comparison: Comparison) -> str:
-    """Verdicts, then tables of the signal, the backtest, the pairs and the dropped rows, then notes, in 100 columns."""
+    """Format tables of the signal, the backtest, the pairs and the dropped rows, then verdicts and notes."""
     blocks = [
         _block("Scores against returns", comparison.table, SIGNAL),
         _block("Shape of the signal", comparison.table, SHAPE),
@@ -128,7 +128,7 @@ def _label(name: str | tuple[str, str]) -> str:
 
 
 def _short(name: str, longest: int) -> str:
-    """The name, its middle left out if it is long: what tells names apart is mostly at their ends."""
+    """Shorten a long name by its middle: names differ mostly at their ends."""
     if len(name) <= longest:
         return name
     tail = longest // 2

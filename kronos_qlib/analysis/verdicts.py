@@ -1,4 +1,4 @@
-"""The comparison in sentences, uncertainty first."""
+"""Verdicts: the comparison in sentences, uncertainty first."""
 
 import numpy as np
 import pandas as pd
@@ -9,7 +9,7 @@ _EVIDENCE = 0.05
 
 
 def verdicts(comparison: Comparison) -> list[str]:
-    """All sentences: pairs, then runs, then runs after simple factors."""
+    """List all verdicts: pairs, then runs, then runs after simple factors."""
     names = list(comparison.table.index)
     return [
         *(pair_verdict(comparison, one, other) for one, other in comparison.pairs.index),
@@ -19,7 +19,7 @@ def verdicts(comparison: Comparison) -> list[str]:
 
 
 def pair_verdict(comparison: Comparison, run: str, other: str) -> str:
-    """Whether two runs' rank ICs differ; `run` and `other` in the order of `comparison.pairs`."""
+    """State whether two runs' rank ICs differ; `run` and `other` in the order of `comparison.pairs`."""
     row = comparison.pairs.loc[(run, other)]
     better, worse = (run, other) if row["rank_ic_difference"] > 0 else (other, run)
     return _sentence(
@@ -33,7 +33,7 @@ def pair_verdict(comparison: Comparison, run: str, other: str) -> str:
 
 
 def run_verdict(comparison: Comparison, run: str) -> str:
-    """Whether a run's scores say anything of returns."""
+    """State whether a run's scores carry a signal."""
     row = comparison.table.loc[run]
     return _sentence(
         f"{run} rank IC",
@@ -46,7 +46,7 @@ def run_verdict(comparison: Comparison, run: str) -> str:
 
 
 def residual_verdict(comparison: Comparison, run: str) -> str:
-    """Whether a run's scores say anything that the simple factors do not."""
+    """State whether a run's scores carry a signal that simple factors do not."""
     row = comparison.table.loc[run]
     name = "residual_rank_ic"
     return _sentence(
@@ -60,7 +60,7 @@ def residual_verdict(comparison: Comparison, run: str) -> str:
 
 
 def _counted(p_values: pd.Series, what: str) -> str:
-    """How many p-values were corrected for one another."""
+    """Count the p-values that were corrected for one another."""
     count = int(p_values.notna().sum())
     return f"{count} {what}{'' if count == 1 else 's'}"
 
@@ -68,7 +68,7 @@ def _counted(p_values: pd.Series, what: str) -> str:
 def _sentence(
     subject: str, figures: tuple[float, float, float, float], found: str, nothing: str, tried: str, days: pd.Series
 ) -> str:
-    """Evidence needs both: an interval without zero, and a p that stands after Holm's correction."""
+    """Write one verdict. Evidence needs both: an interval without zero, and a p that stands after Holm's correction."""
     mean, low, high, p = figures
     if not np.isfinite(mean):
         return f"{subject}: n/a: the scores do not vary within a day, or nothing is left of them"

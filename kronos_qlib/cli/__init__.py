@@ -1,4 +1,4 @@
-"""The command `kronos-qlib`: what stands before and after Qlib's own `qrun workflows/X.yaml`. One file a command."""
+"""The command `kronos-qlib`, before and after Qlib's own `qrun workflows/X.yaml`. One file a command."""
 
 import argparse
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ _EPILOG = """\
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return the exit status.
 
-    0; 2 after an error of the caller's, told in one line; of a training whatever ended it, 128 + a signal's number.
+    0: done. 2: an error of the caller, printed in one line. A training that a signal ended: 128 + the signal's number.
     """
     options = _parser().parse_args(argv)
     return options.run(options)
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kronos-qlib",
-        description="Kronos, the foundation model for K-lines, in Qlib: what stands before and after a `qrun`.",
+        description="Kronos, the foundation model for K-lines, in Qlib: the commands before and after a `qrun`.",
         epilog=dedent(_EPILOG),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

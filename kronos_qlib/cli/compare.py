@@ -4,11 +4,12 @@ import argparse
 from pathlib import Path
 from textwrap import dedent
 
+from kronos_qlib.analysis import DEFAULT_URI
 from kronos_qlib.cli.command import Commands, fail
 
 _DESCRIPTION = """\
     Compare finished runs: the newest of each experiment named, or the very run whose recorder id is given. Only dates
-    and instruments that all runs score count; how many that drops is said.
+    and instruments that all runs score count; how many rows that drops is printed.
 
     Printed: IC and rank IC with Newey-West t, 95 % intervals (stationary bootstrap) and p corrected by Holm; deciles,
     hit rate, half-life; what simple factors leave; the backtest with costs and capacity; every two runs against each
@@ -16,7 +17,7 @@ _DESCRIPTION = """\
     need the Qlib store they ran on.
 
     With --out, DIR gets report.html (one page that needs no network: verdicts, tables, figures, forecasts over the
-    bars that came, settings), comparison.csv and pairs.csv (the same figures with all their digits, returns as
+    actual bars, settings), comparison.csv and pairs.csv (the same figures with all their digits, returns as
     ratios: 0.05 is 5 %) and excess_return.png, rolling_ic.png and deciles.png.
 """
 
@@ -41,8 +42,8 @@ def add_command(commands: Commands) -> None:
     )
     command.add_argument(
         "--uri",
-        default="sqlite:///mlflow.db",
-        help="MLflow store of the runs (default: sqlite:///mlflow.db, in this folder)",
+        default=DEFAULT_URI,
+        help=f"MLflow store of the runs (default: {DEFAULT_URI}, in this folder)",
     )
     command.add_argument(
         "--out", type=Path, metavar="DIR", help="also write report.html, tables as .csv and figures as .png to DIR"
@@ -61,10 +62,10 @@ def run(options: argparse.Namespace) -> int:
         print(terminal_text(comparison))
         if options.out is not None:
             from kronos_qlib.analysis.figures import plot_comparison
-            from kronos_qlib.analysis.report import write_report
+            from kronos_qlib.analysis.report import write_page
 
             written = [*write_tables(comparison, options.out), *plot_comparison(comparison, options.out)]
-            written.append(write_report(comparison, options.out / "report.html"))
+            written.append(write_page(comparison, options.out / "report.html"))
             print(f"\nwritten: {', '.join(map(str, written))}")
     except (ResultsError, OSError) as error:
         return fail("compare", error)

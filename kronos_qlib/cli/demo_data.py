@@ -11,7 +11,7 @@ _DESCRIPTION = """\
     predicted is known.
 
     DIR gets calendars/, instruments/ and features/ in Qlib's binary format, and SYNTHETIC.txt, by which kronos-qlib
-    says wherever results are shown that the data are simulated. Universe: demo, whose members come and go. Benchmark:
+    marks all results as simulated. Universe: demo, whose members come and go. Benchmark:
     DEMOINDEX. There are suspensions, splits, price limits of 10 % and volatility clusters. The same options give the
     same store. A former demo market in DIR is replaced; anything else there is left alone, with an error.
 """

@@ -13,9 +13,9 @@ _DESCRIPTION = """\
     output_dir/predictor/best, in hub format; a workflow with `finetune: null` and these folders as its `tokenizer` and
     `model` uses them. Started again, a training that was stopped or killed goes on from its last checkpoint.
 
-    finetune.processes says how many processes of this machine train together. For several machines, start the same
-    command on each with torchrun; output_dir must lie on a file system that they share. Metrics and figures go to the
-    recorder, experiment NAME_finetune.
+    finetune.processes is the number of processes that train together on this machine. For several machines, start the
+    same command on each with torchrun; output_dir must lie on a file system that they share. Metrics and figures go to
+    the recorder, experiment NAME_finetune.
 """
 
 _EXAMPLES = """\
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
 
             try:
                 status, message = run_under_torchrun(prepare, lambda: prepared[0].conclude())
-            except BaseException:  # another machine is gone, say: torchrun starts all again
+            except BaseException:  # for example another machine is gone: torchrun starts all again
                 if prepared:
                     prepared[0].record_failure()
                 raise

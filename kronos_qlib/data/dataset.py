@@ -47,11 +47,17 @@ class DatasetSettings(Settings):
     """The keyword arguments of `KLineDataset`."""
 
     handler: Any
+    """A `KLineHandler` or its configuration."""
     segments: dict[str, Annotated[Any, BeforeValidator(_check_segment)]] = Field(min_length=1)
+    """Name → [first, last] score date, either may be null; the lookback may begin before the first."""
     lookback: int = Field(default=90, ge=2)
+    """Bars that a window shows the model."""
     horizon: int = Field(default=10, ge=1)
+    """Bars forecast."""
     exchange: Annotated[str | None, BeforeValidator(_check_exchange)] = None
+    """The exchange whose sessions follow the end of the store, such as `XSHG`; null: the region's."""
     fetch_kwargs: dict[str, Any] = {}
+    """Arguments of the handler's `fetch`, as of Qlib's `DatasetH`."""
 
 
 class KLineDataset(DatasetH):

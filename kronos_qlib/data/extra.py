@@ -28,21 +28,20 @@ DAY = pd.Timedelta(days=1)
 
 
 class ExtraData(Settings):
-    """One entry of `finetune.extra_data`: a universe to train on beside the dataset's own.
-
-    The score dates are those of the dataset's train segment.
-
-    instruments, start_time, amount: as of `KLineHandler`.
-    provider_uri: the Qlib store; null is the one in use. region: of that store; null is the one in use.
-    freq: null is the dataset's.
-    """
+    """An entry of `finetune.extra_data`: a universe to train on, on the dates of the dataset's train segment."""
 
     instruments: Annotated[Any, BeforeValidator(check_universe)]
+    """As of `KLineHandler`."""
     provider_uri: str | None = Field(default=None, min_length=1)
+    """Its Qlib store; null: the one in use."""
     region: Literal["cn", "us", "tw"] | None = None
+    """Of that store; null: the one in use."""
     freq: str | None = Field(default=None, pattern=r"^(day|\d*min)$")
+    """Frequency of its bars; null: the dataset's."""
     amount: Literal["auto", "amount", "vwap", "ohlc"] = "auto"
+    """As of `KLineHandler`."""
     start_time: Date = None
+    """As of `KLineHandler`."""
 
 
 def training_set(

@@ -50,11 +50,19 @@ class HandlerSettings(Settings):
     """The keyword arguments of `KLineHandler`."""
 
     instruments: Annotated[Any, BeforeValidator(check_universe)]
+    """A universe's name, a list of instruments (always members), or a stockpool configuration with filters."""
     start_time: Date = None
+    """First session loaded; null: the store's first."""
     end_time: Date = None
+    """Last session loaded; null: the store's last."""
     freq: str = Field(default="day", pattern=r"^(day|\d*min)$")
+    """`day`, or minutes such as `5min`."""
     label: Annotated[list[str], BeforeValidator(_check_label)] = [LABEL]
+    """A Qlib expression or several."""
     amount: Literal["auto", "amount", "vwap", "ohlc"] = "auto"
+    """Where the amount comes from: `$amount` (`amount`), `$vwap × $volume` (`vwap`), `$volume × mean(OHLC)` (`ohlc`),
+    or `auto`: the first of these that all bars of the first session have. Bars without an amount by it are dropped,
+    with a warning."""
 
     @model_validator(mode="after")
     def _check_order(self) -> "HandlerSettings":

@@ -1,1 +1,4 @@
-"""Forecasts and trainings judged against the bars that came: measures, calibration, pictures."""
+"""Evaluation of forecasts and of trainings against actual bars: measures, calibration, figures.
+
+Shapes: W forecasts, S samples, H steps of the horizon; B, T, 6 of a window batch. Closes are ratios to the last close.
+"""

@@ -1,4 +1,4 @@
-"""Forecasts corrected by what earlier ones missed: the spread of their quantiles, and the probability of a rise."""
+"""Calibration of forecasts on earlier ones: the spread of their quantiles, and the probability of a rise."""
 
 from dataclasses import dataclass, replace
 
@@ -7,11 +7,11 @@ import pandas as pd
 import scoringrules
 from sklearn.isotonic import IsotonicRegression
 
-from kronos_qlib.evaluation.measures import Floats, Outcomes, interval, measure, summary
+from kronos_qlib.evaluation.measures import Floats, Outcomes, interval, measure, summarise
 from kronos_qlib.forecast.forecaster import QUANTILES
 
-COVERED = 0.9  # what the band from the 5 % to the 95 % quantile should cover
-COMPARED = "coverage_50", "coverage_90", "crps"
+NOMINAL_COVERAGE = 0.9  # of the band from the 5 % to the 95 % quantile
+COMPARED_MEASURES = "coverage_50", "coverage_90", "crps"
 PROBABILITY_BINS = np.linspace(0, 1, 11)
 
 
@@ -24,8 +24,8 @@ class Calibration:
     """A correction, fitted on earlier forecasts.
 
     factors: by which quantiles are spread about their median, one per step [H]. prob_up: the isotonic regression of
-    the share of rises on `prob_up`. up: the share of rises itself. windows: forecasts that it was fitted on. until: the
-    date of the last bar that it knows.
+    the share of rises on `prob_up`. up: the share of rises. windows: number of forecasts it was fitted on. until: the
+    date of the last bar that it was fitted on.
     """
 
     factors: Floats
@@ -35,14 +35,14 @@ class Calibration:
     until: np.datetime64
 
     def apply(self, outcomes: Outcomes) -> Outcomes:
-        """The forecasts corrected; no paths, for these are not."""
+        """Correct forecasts; the result has no paths, which are not corrected."""
         median = outcomes.quantiles[..., QUANTILES.index(50), None]
         quantiles = median + self.factors[:, None] * (outcomes.quantiles - median)
         return replace(outcomes, quantiles=quantiles, prob_up=self.prob_up.predict(outcomes.prob_up), paths=None)
 
 
 def fit_calibration(outcomes: Outcomes, until: np.datetime64) -> Calibration:
-    """Fit on the forecasts of which all bars came by `until`; what came later is not looked at.
+    """Fit on the forecasts of which all bars are known by `until`; later bars are not read.
 
     The factor of a step is the smallest with which the 90 % band covers 90 % of the closes.
 
@@ -63,21 +63,21 @@ def fit_calibration(outcomes: Outcomes, until: np.datetime64) -> Calibration:
 
 def _factors(outcomes: Outcomes) -> Floats:
     low, median, high = (outcomes.quantiles[..., QUANTILES.index(level)] for level in (5, 50, 95))
-    away = outcomes.closes - median
-    room = np.where(away > 0, high - median, median - low)
-    needed = np.divide(np.abs(away), room, out=np.where(away == 0, 0.0, np.inf), where=room > 0)
-    factors = np.quantile(needed, COVERED, axis=0, method="higher")
+    error = outcomes.closes - median
+    half_width = np.where(error > 0, high - median, median - low)
+    needed = np.divide(np.abs(error), half_width, out=np.where(error == 0, 0.0, np.inf), where=half_width > 0)
+    factors = np.quantile(needed, NOMINAL_COVERAGE, axis=0, method="higher")
     if not np.isfinite(factors).all():
         step = int(np.flatnonzero(~np.isfinite(factors))[0]) + 1
         raise NoSpread(
-            f"the quantiles of more than {1 - COVERED:.0%} of the forecasts coincide at step {step}: "
+            f"the quantiles of more than {1 - NOMINAL_COVERAGE:.0%} of the forecasts coincide at step {step}: "
             "there is no spread to calibrate; draw more samples"
         )
     return factors
 
 
-def before_and_after(outcomes: Outcomes, calibration: Calibration) -> pd.DataFrame:
-    """What a calibration changes on forecasts that it was not fitted on.
+def compare_calibration(outcomes: Outcomes, calibration: Calibration) -> pd.DataFrame:
+    """Compare forecasts before and after a calibration that was not fitted on them.
 
     Returns:
         Rows: coverage_50, coverage_90 and crps of the quantiles for each step (1 … H) and `all`, and brier, the Brier
@@ -88,16 +88,16 @@ def before_and_after(outcomes: Outcomes, calibration: Calibration) -> pd.DataFra
     before, after = (measure(replace(each, paths=None)) for each in (outcomes, corrected))
     rows = []
     for step in (*range(1, outcomes.horizon + 1), None):
-        one, other = (summary(outcomes, values, step) for values in (before, after))
+        mean_before, mean_after = (summarise(outcomes, values, step) for values in (before, after))
         column = slice(None) if step is None else slice(step - 1, step)
-        there = ~np.isnan(outcomes.closes[:, column])
-        dates = np.broadcast_to(outcomes.dates[:, None], there.shape)[there]
-        for name in COMPARED:
-            change = (after[name] - before[name])[:, column][there]
+        known = ~np.isnan(outcomes.closes[:, column])
+        dates = np.broadcast_to(outcomes.dates[:, None], known.shape)[known]
+        for name in COMPARED_MEASURES:
+            change = (after[name] - before[name])[:, column][known]
             low, high = interval(change, dates, step or outcomes.horizon)
             factor = np.nan if step is None else calibration.factors[step - 1]
-            place = {"measure": name, "step": str(step or "all"), "factor": factor}
-            rows.append(place | {"before": one[name], "after": other[name], "change_low": low, "change_high": high})
+            means = {"before": mean_before[name], "after": mean_after[name], "change_low": low, "change_high": high}
+            rows.append({"measure": name, "step": str(step or "all"), "factor": factor} | means)
     return pd.DataFrame([*rows, _brier(outcomes, corrected, calibration.up)])
 
 
@@ -111,8 +111,8 @@ def _brier(outcomes: Outcomes, corrected: Outcomes, up: float) -> dict[str, obje
     return {"measure": "brier", "step": "all"} | means | {"constant": constant.mean()}
 
 
-def reliability(outcomes: Outcomes, calibration: Calibration) -> pd.DataFrame:
-    """How often the mean close rose, by the probability forecast, before and after a calibration.
+def measure_reliability(outcomes: Outcomes, calibration: Calibration) -> pd.DataFrame:
+    """Measure how often the mean close rose, by the probability forecast, before and after a calibration.
 
     Returns:
         A row per bin of a tenth that has forecasts: when (before, after), forecast (the mean probability), share (that

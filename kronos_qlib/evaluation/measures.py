@@ -1,8 +1,8 @@
-"""How good forecasts were: their quantiles and paths against the bars that came, beside two simple forecasts.
+"""Measures of forecasts: quantiles and paths against the actual closes, beside two simple forecasts.
 
-Everything is in ratios, price / last close, so that instruments compare. The simple forecasts are `last_value` (the
-close stays where it is: a point mass) and `volatility` (log-normal about the last close, the lookback's daily
-volatility times the root of the step).
+Closes are ratios to the last close, so that instruments compare. The simple forecasts are `last_value` (a point mass
+at the last close) and `volatility` (log-normal about the last close, the lookback's daily volatility times the root of
+the step).
 """
 
 from collections.abc import Mapping
@@ -22,20 +22,20 @@ from kronos_qlib.forecast.forecaster import QUANTILES
 Floats = NDArray[np.float64]
 
 LEVELS = np.array(QUANTILES) / 100
-# Each level stands for the levels nearer to it than to others; a plain mean would count the tails too much.
+# Each level has the weight of the levels nearest to it; a plain mean would count the tails too much.
 WEIGHTS = np.diff([0.0, *(LEVELS[1:] + LEVELS[:-1]) / 2, 1.0])
 BANDS = {"coverage_50": (0.25, 0.75), "coverage_90": (0.05, 0.95)}
 BASELINES = "last_value", "volatility"
 TERCILES = "low", "middle", "high"
 PIT_BINS = np.linspace(0, 1, 21)  # all levels are edges of them
-LEAST_VOLATILITY = 1e-8  # of a close that never moved: the closed forms divide by it
+LEAST_VOLATILITY = 1e-8  # for a close that never moved: the closed forms divide by it
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """W forecasts of H bars from `samples` paths each, and what came; ratios to the last close.
+    """W forecasts of H bars from `samples` paths each, and the actual closes; ratios to the last close.
 
-    dates: score dates, datetime64[ns] [W]. quantiles: of the close, [W, H, 7], at `LEVELS`. closes: that came, [W, H],
+    dates: score dates, datetime64[ns] [W]. quantiles: of the close, [W, H, 7], at `LEVELS`. closes: actual, [W, H],
     NaN where so many bars do not follow. ends: their dates, datetime64[ns] [W, H], NaT there. volatility: of the
     lookback's daily log returns [W]. mean_return, prob_up: the scores [W]. paths: closes [W, S, H], where kept.
     """
@@ -55,38 +55,39 @@ class Outcomes:
 
     @property
     def horizon(self) -> int:
-        """Bars forecast, H."""
+        """Number of bars forecast, H."""
         return self.closes.shape[1]
 
     @property
     def mean_close(self) -> Floats:
-        """The mean close over the horizon [W], NaN unless all H bars came."""
+        """Mean close over the horizon [W], NaN unless all H bars follow."""
         return self.closes.mean(1)
 
     def take(self, rows: np.ndarray) -> "Outcomes":
-        """The forecasts at `rows` (positions or a mask)."""
+        """Select the forecasts at `rows` (positions or a mask)."""
         arrays = {name: value[rows] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
         return replace(self, **arrays)
 
 
-def realised(windows: Windows, horizon: int) -> tuple[Floats, NDArray[np.datetime64]]:
-    """The closes of the `horizon` bars after each window, ratios to its last close, and their dates: both [W, H].
+def realised_closes(windows: Windows, horizon: int) -> tuple[Floats, NDArray[np.datetime64]]:
+    """Look up the closes of the `horizon` bars after each window, ratios to its last close, and their dates.
 
-    They are the same instrument's next bars: NaN and NaT where it has fewer.
+    Returns:
+        Both [W, H], of the same instrument's next bars: NaN and NaT where it has fewer.
     """
     bars, ends = windows.bars, windows.ends
-    after = ends[:, None] + np.arange(1, horizon + 1)
-    there = after < bars.offsets[bars.codes[ends] + 1][:, None]
-    after = np.where(there, after, 0)
+    rows = ends[:, None] + np.arange(1, horizon + 1)
+    known = rows < bars.offsets[bars.codes[ends] + 1][:, None]
+    rows = np.where(known, rows, 0)
     close = bars.values[:, CLOSE].astype(np.float64)
     return (
-        np.where(there, close[after] / close[ends][:, None], np.nan),
-        np.where(there, bars.dates[after], np.datetime64("NaT")),
+        np.where(known, close[rows] / close[ends][:, None], np.nan),
+        np.where(known, bars.dates[rows], np.datetime64("NaT")),
     )
 
 
 def lookback_volatility(windows: Windows) -> Floats:
-    """The standard deviation of the log returns from bar to bar within each window's lookback [W], known at its end.
+    """Compute the standard deviation of the bar-to-bar log returns within each lookback [W], known at its end.
 
     Raises:
         ValueError: a lookback of fewer than 3 bars has no such deviation.
@@ -99,17 +100,17 @@ def lookback_volatility(windows: Windows) -> Floats:
 
 
 def volatility_terciles(outcomes: Outcomes) -> NDArray[np.object_]:
-    """The third of its day that each forecast's volatility is in: low, middle or high [W]; no later day decides it."""
+    """Name the tercile of each forecast's volatility within its day: low, middle or high [W]; no later day counts."""
     rank = pd.Series(outcomes.volatility).groupby(outcomes.dates).rank(pct=True, method="first")
     return np.array(TERCILES, object)[np.minimum((rank.to_numpy() * 3 - 1e-9).astype(int), 2)]
 
 
 def measure(outcomes: Outcomes) -> dict[str, Floats]:
-    """Every forecast's measures by name, [W, H] each but for `direction` and `up` [W]; NaN where no bar came.
+    """Measure every forecast, by name of the measure: [W, H], but `direction` and `up` [W]; NaN where no bar follows.
 
-    `crps`: see `crps_of_quantiles`; over the same levels for all three forecasts. That of few samples is the larger for
-    their number, as quantiles of them are rough.
-    `crps_paths`: of the samples as they are; `crps_fair`: what more of the same samples would come to (Ferro 2014);
+    `crps`: see `crps_of_quantiles`; over the same levels for all three forecasts. Few samples make it larger, as their
+    quantiles are rough.
+    `crps_paths`: of the samples themselves; `crps_fair`: the limit for many samples of the same kind (Ferro 2014);
     `crps_volatility_exact`: in closed form; these three where paths are kept. `coverage_50`, `coverage_90`: whether the
     close lay in the band. `error`: close less the median. `pit`: see `pit_of_paths` and `pit_of_quantiles`.
     `direction`: whether the sign of `mean_return` was that of the mean close's return; `up`: whether that was above 0.
@@ -140,7 +141,7 @@ def measure(outcomes: Outcomes) -> dict[str, Floats]:
 
 
 def crps_of_quantiles(closes: Floats, quantiles: Floats) -> Floats:
-    """The continuous ranked probability score of quantiles [..., 7] for closes [...], in their unit.
+    """Compute the continuous ranked probability score of quantiles [..., 7] for closes [...], in their unit.
 
     It is twice the integral of the pinball loss over all levels (Laio & Tamea 2007), here a sum over `LEVELS`.
     """
@@ -157,19 +158,19 @@ def _inside(closes: Floats, quantiles: Floats, bounds: tuple[float, float]) -> F
 
 
 def _direction(outcomes: Outcomes) -> dict[str, Floats]:
-    came = outcomes.mean_close - 1
-    unknown = np.isnan(came) | (came == 0)
+    actual = outcomes.mean_close - 1
+    unknown = np.isnan(actual) | (actual == 0)
     return {
-        "direction": np.where(unknown, np.nan, np.sign(outcomes.mean_return) == np.sign(came)),
-        "up": np.where(unknown, np.nan, came > 0),
+        "direction": np.where(unknown, np.nan, np.sign(outcomes.mean_return) == np.sign(actual)),
+        "up": np.where(unknown, np.nan, actual > 0),
     }
 
 
 def pit_of_quantiles(closes: Floats, quantiles: Floats) -> Floats:
-    """The probability integral transform of closes [...], between quantiles [..., 7] on a straight line.
+    """Compute the probability integral transform (PIT) of closes [...], linear between quantiles [..., 7].
 
-    Beyond the outermost, and where quantiles coincide with the close, what is not known is drawn evenly (Czado et al.
-    2009), by a fixed seed. Quantiles of few samples lie too near each other: then it has too much in both tails.
+    Beyond the outermost, and where quantiles coincide with the close, the unknown rest is drawn evenly (Czado et al.
+    2009), by a fixed seed. Quantiles of few samples lie too near each other: both tails of the PIT are then too heavy.
     """
     below, upto = ((compare(quantiles, closes[..., None])).sum(-1) for compare in (np.less, np.less_equal))
     edges = np.concatenate([[0.0], LEVELS, [1.0]])
@@ -186,7 +187,7 @@ def pit_of_quantiles(closes: Floats, quantiles: Floats) -> Floats:
 
 
 def pit_of_paths(closes: Floats, paths: NDArray[np.floating]) -> Floats:
-    """The randomised rank of closes [...] among samples [..., S]: uniform for the right forecast, however few samples.
+    """Compute the randomised rank of closes [...] among samples [..., S]: uniform for the right forecast, for any S.
 
     See Czado et al. 2009; the draws have a fixed seed.
     """
@@ -196,7 +197,7 @@ def pit_of_paths(closes: Floats, paths: NDArray[np.floating]) -> Floats:
 
 
 def perfect_coverage(samples: int) -> dict[str, float]:
-    """What the bands of so many samples of the right distribution would cover.
+    """Compute the coverage that the bands have when so many samples are of the right distribution.
 
     The quantile p of S samples is of expected probability ((S − 1) p + 1) / (S + 1), being interpolated between order
     statistics (Hyndman & Fan 1996, type 7; exact for a uniform distribution): few samples make narrow bands.
@@ -205,7 +206,7 @@ def perfect_coverage(samples: int) -> dict[str, float]:
 
 
 def interval(values: Floats, dates: np.ndarray, steps: int) -> tuple[float, float]:
-    """The 95 % interval of the mean of values [N], by the standard error of Driscoll & Kraay (1998).
+    """Compute the 95 % interval of the mean of values [N], by the standard error of Driscoll & Kraay (1998).
 
     Values of one day depend on each other, and so do those of days less than `steps` apart, whose horizons overlap.
     The weights of the lags fall to zero, so there are twice as many as days overlap, 2 × (`steps` − 1). Student's t, of
@@ -216,42 +217,42 @@ def interval(values: Floats, dates: np.ndarray, steps: int) -> tuple[float, floa
         return np.nan, np.nan
     lags = {"time": time, "maxlags": 2 * (steps - 1)}
     fit = OLS(values, np.ones(len(values))).fit(cov_type="hac-groupsum", cov_kwds=lags)
-    away = t_distribution.ppf(0.975, len(days) - 1) * fit.bse[0]
-    return float(fit.params[0] - away), float(fit.params[0] + away)
+    margin = t_distribution.ppf(0.975, len(days) - 1) * fit.bse[0]
+    return float(fit.params[0] - margin), float(fit.params[0] + margin)
 
 
-def by_step(outcomes: Outcomes, measured: Mapping[str, Floats]) -> pd.DataFrame:
-    """A row per step, 1 … H, as `summary` has them; a step without any realised close has none."""
-    steps = {step: summary(outcomes, measured, step=step) for step in range(1, outcomes.horizon + 1)}
+def summarise_steps(outcomes: Outcomes, measured: Mapping[str, Floats]) -> pd.DataFrame:
+    """Summarise each step, 1 … H, in a row, see `summarise`; a step without any actual close has none."""
+    steps = {step: summarise(outcomes, measured, step=step) for step in range(1, outcomes.horizon + 1)}
     return pd.DataFrame.from_dict(
         {step: row for step, row in steps.items() if row["evaluated_windows"]}, orient="index"
     ).rename_axis("step")
 
 
-def by_group(outcomes: Outcomes, measured: Mapping[str, Floats], groups: np.ndarray, name: str) -> pd.DataFrame:
-    """A row per group of forecasts, all steps together, as `summary` has them; `groups` [W] says whose is whose."""
+def summarise_groups(outcomes: Outcomes, measured: Mapping[str, Floats], groups: np.ndarray, name: str) -> pd.DataFrame:
+    """Summarise each group of forecasts in a row, all steps pooled, see `summarise`; `groups` [W] are their labels."""
     rows = {}
     for group in [tercile for tercile in TERCILES if tercile in groups] or sorted(set(groups)):
-        rows_of = groups == group
-        rows[group] = summary(outcomes.take(rows_of), {key: value[rows_of] for key, value in measured.items()})
+        members = groups == group
+        rows[group] = summarise(outcomes.take(members), {key: value[members] for key, value in measured.items()})
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(name)
 
 
-def summary(outcomes: Outcomes, measured: Mapping[str, Floats], step: int | None = None) -> dict[str, float]:
-    """Means over forecasts, of one step or of all together.
+def summarise(outcomes: Outcomes, measured: Mapping[str, Floats], step: int | None = None) -> dict[str, float]:
+    """Average the measures over forecasts, of one step or of all steps.
 
-    crps, mae, rmse, coverage_50 and coverage_90, with `_last_value` and `_volatility` beside each: of the Kronos median
-    where a point is needed; both simple forecasts have the last close as theirs. `crps_less_*` is the difference, below
+    crps, mae, rmse, coverage_50 and coverage_90, and the same with `_last_value` and `_volatility`. Errors are of the
+    Kronos median; the median of both simple forecasts is the last close. `crps_less_*` is the difference, below
     zero if Kronos is better. `pit_ks`: the Kolmogorov–Smirnov distance of the PIT from uniform; no p, forecasts depend
     on each other. `_low`, `_high`: see `interval`. Over all steps also `direction`, and `up`, how often the mean close
-    was above the last. Returns NaN for what there is nothing to count of.
+    was above the last. NaN where there is nothing to average.
     """
     column = slice(None) if step is None else slice(step - 1, step)
     cut = {name: values[:, column] for name, values in measured.items() if values.ndim == 2}
-    there = ~np.isnan(outcomes.closes[:, column])
-    dates = np.broadcast_to(outcomes.dates[:, None], there.shape)[there]
-    values = {name: array[there] for name, array in cut.items()}
-    row: dict[str, float] = {"evaluated_windows": int(there.any(1).sum()), "days": len(np.unique(dates))}
+    known = ~np.isnan(outcomes.closes[:, column])
+    dates = np.broadcast_to(outcomes.dates[:, None], known.shape)[known]
+    values = {name: array[known] for name, array in cut.items()}
+    row: dict[str, float] = {"evaluated_windows": int(known.any(1).sum()), "days": len(np.unique(dates))}
     lags = step or outcomes.horizon
     for name in (name for name in values if name.startswith("crps")):
         row[name] = _mean(values[name])
@@ -283,7 +284,7 @@ def _with_interval(name: str, values: Floats, dates: np.ndarray, steps: int) -> 
 
 
 def pit_histogram(measured: Mapping[str, Floats]) -> pd.DataFrame:
-    """The density of the PIT in 20 bins, of each step (1 … H) and of `all`; the right forecast has 1 everywhere.
+    """Compute the density of the PIT in 20 bins, of each step (1 … H) and of `all`; 1 everywhere if calibrated.
 
     Columns: step, low, high (the bin), density, density_volatility.
     """

@@ -16,19 +16,17 @@ Layer = Literal["q_proj", "k_proj", "v_proj", "out_proj", "w1", "w2", "w3"]
 
 
 class LoraSettings(Settings):
-    """The `lora` mapping of a stage (Hu et al. 2021, arXiv 2106.09685): W x becomes W x + alpha / rank · B A x.
-
-    rank: rows of A and columns of B, the weights that learn.
-    alpha: scales the adapters' outputs; with the same alpha / rank, another rank needs no other learning rate.
-    dropout: of the adapters' inputs, in training.
-    targets: the linear layers that get adapters, wherever their names occur. All by default: only adapters on every
-        layer of a block come close to full fine-tuning (Dettmers et al. 2023, arXiv 2305.14314).
-    """
+    """The `lora` mapping of a stage (Hu et al. 2021, arXiv 2106.09685): W x becomes W x + alpha / rank · B A x."""
 
     rank: int = Field(default=8, ge=1)
+    """Rows of A and columns of B, the weights that learn."""
     alpha: float = Field(default=16.0, gt=0)
+    """Scales the adapters' outputs; with the same alpha / rank, another rank needs no other learning rate."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Of the adapters' inputs, in training."""
     targets: list[Layer] = Field(default=list(get_args(Layer)), min_length=1)
+    """The linear layers that get adapters, wherever their names occur. All by default: only adapters on every layer of
+    a block come close to full fine-tuning (Dettmers et al. 2023, arXiv 2305.14314)."""
 
 
 def freeze_blocks(network: HubModule, count: int) -> None:

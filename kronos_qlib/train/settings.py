@@ -20,31 +20,32 @@ AutoOrCount = Annotated[Any, BeforeValidator(_auto_or_count)]
 
 
 class StageSettings(Settings):
-    """The keys that both stages have.
-
-    epochs: in each a seed draws windows without replacement.
-    windows_per_epoch: how many of the training windows; null is all of them.
-    batch_size: windows a step, over all processes together.
-    learning_rate: the peak of a OneCycle schedule with 3 % warm-up from a tenth of it.
-    valid_windows: how many fixed windows, evenly spaced over the validation segment, validate every epoch.
-    patience: epochs without a better validation loss after which the stage ends; null never ends it early.
-    freeze_blocks: how many of the first blocks, with the embeddings before them, do not learn.
-    lora: train low-rank adapters instead of the weights (extra `lora`); they are merged into best/.
-    log_every: steps between two rows of history.csv.
-    """
+    """The keys that both stages have."""
 
     epochs: int = Field(ge=1)
+    """Each is a draw of windows without replacement."""
     windows_per_epoch: int | None = Field(default=None, ge=1)
+    """Training windows of an epoch; null: all."""
     batch_size: int = Field(default=50, ge=1)
+    """Windows of an optimiser step, over all processes."""
     learning_rate: float = Field(gt=0)
+    """Peak of a OneCycle schedule that starts at a tenth of it and warms up for 3 % of the steps."""
     weight_decay: float = Field(default=0.1, ge=0)
+    """Of AdamW."""
     clip_norm: float = Field(gt=0)
+    """Norm to which the gradients of a step are clipped."""
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)]
+    """Of AdamW."""
     valid_windows: int = Field(default=2000, ge=1)
+    """Windows that validate each epoch, evenly spaced over the validation segment."""
     patience: int | None = Field(default=None, ge=1)
+    """Epochs without a better validation loss after which the stage ends; null: it never ends early."""
     freeze_blocks: int = Field(default=0, ge=0)
+    """The first blocks, with the embeddings before them, that do not learn."""
     lora: Annotated[LoraSettings | None, Field(strict=False)] = None
+    """Train low-rank adapters instead of the weights (extra `lora`); they are merged into best/."""
     log_every: int = Field(default=20, ge=1)
+    """Steps between two rows of history.csv."""
 
     @model_validator(mode="after")
     def _frozen_or_adapted(self) -> "StageSettings":
@@ -62,45 +63,42 @@ class TokenizerSettings(StageSettings):
 
 
 class PredictorSettings(StageSettings):
-    """Stage 2: the model learns to continue codes.
-
-    s1_query: the s1 that the s2 head attends from in training: sampled from the model's own logits, as published
-        ("sampled"), or the true one ("teacher_forced").
-    cache_codes: encode all training windows once, before the first step, instead of anew whenever one is drawn. It
-        saves time when the epochs together draw more windows than there are.
-    """
+    """Stage 2: the model learns to continue codes."""
 
     learning_rate: float = Field(default=4e-5, gt=0)
     clip_norm: float = Field(default=3.0, gt=0)
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     s1_query: Literal["sampled", "teacher_forced"] = "sampled"
+    """The s1 that the s2 head attends from in training: `sampled` from the model's own logits, as published, or the
+    true one, `teacher_forced`."""
     cache_codes: bool = False
+    """Encode all training windows once, on disk, before the first step; faster if the epochs together draw more windows
+    than there are."""
 
 
 class FinetuneSettings(Settings):
-    """The keys of a workflow's `finetune` mapping that a training knows; `extra_data` is the workflow's own.
-
-    output_dir: gets tokenizer/ and predictor/, each with history.csv, checkpoints/ and best/ (hub format).
-    checkpoint_every: steps between two checkpoints; the last two are kept.
-    tokenizer, predictor: the stages; null skips one.
-    processes: how many train together; auto is one per GPU, one on a CPU. On a CPU the result does not depend on it.
-        On GPUs with `micro_batch_size: auto` each has a micro-batch of its own, with its own dropout and rounding.
-    max_restarts: how often dead processes are started again, from the last checkpoint.
-    micro_batch_size: windows that go through the network at a time, on a CPU in each thread; the gradients of a batch
-        are accumulated over its micro-batches. auto is one for every core, or what an estimate finds room for.
-    compile: let torch.compile build the training step: slow to start, and without a clear gain on a CPU.
-    half_life_days: draw older windows less often, half as often for every so many days before the newest.
-    """
+    """The keys of a workflow's `finetune` mapping that a training knows; `extra_data` is the workflow's own."""
 
     output_dir: str = Field(min_length=1)
+    """Gets tokenizer/ and predictor/, each with history.csv, checkpoints/ and best/ (hub format)."""
     checkpoint_every: int = Field(default=200, ge=1)
+    """Steps between two checkpoints; the last two are kept."""
     tokenizer: Annotated[TokenizerSettings | None, Field(strict=False)] = None
+    """Stage 1; null skips it."""
     predictor: Annotated[PredictorSettings | None, Field(strict=False)] = None
+    """Stage 2; null skips it."""
     processes: AutoOrCount = "auto"
+    """Processes that train together; `auto` is one for each GPU, one on a CPU. On a CPU the result does not depend on
+    it. On GPUs with `micro_batch_size: auto` each has a micro-batch of its own, with its own dropout and rounding."""
     max_restarts: int = Field(default=3, ge=0)
+    """How often dead processes are started again, from the last checkpoint."""
     micro_batch_size: AutoOrCount = "auto"
+    """Windows of a micro-batch, on a CPU of each thread; the gradients of a batch are accumulated over its
+    micro-batches. `auto` is one for every core, or what an estimate finds room for."""
     compile: bool = False
+    """Let torch.compile build the training step: slow to start, and without a clear gain on a CPU."""
     half_life_days: float | None = Field(default=None, gt=0)
+    """Draw older windows less often, half as often for every so many days before the newest."""
 
     @model_validator(mode="after")
     def _trains_something(self) -> "FinetuneSettings":

@@ -22,7 +22,7 @@ from kronos_qlib.nn.checkpoint import HubModule
 from kronos_qlib.settings import read_settings
 from kronos_qlib.train import Job
 from kronos_qlib.workflow.forecast_job import forecast_windows, resolve_execution
-from kronos_qlib.workflow.neutralise import factor_ranks, neutralised
+from kronos_qlib.workflow.neutralise import factor_ranks, neutralise
 from kronos_qlib.workflow.recording import record_run, warn_of_pretraining_overlap
 from kronos_qlib.workflow.settings import ModelSettings
 from kronos_qlib.workflow.training_job import (
@@ -168,7 +168,7 @@ class KronosModel(ModelFT):
         name, factors = self.settings.score, self.settings.neutralise
         ranks = factor_ranks(dataset, dataset.score_windows(segment), factors) if factors else None
         score = self.forecast(dataset, segment, [name])[name].rename("score")
-        return score if ranks is None else neutralised(score, ranks)
+        return score if ranks is None else neutralise(score, ranks)
 
     def forecast(
         self, dataset: KLineDataset, segment: str | slice = "test", columns: Sequence[str] | None = None

@@ -1,4 +1,4 @@
-"""Scores without what simple factors explain of them, each day by itself."""
+"""Neutralisation of scores against simple factors, day by day."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ logger = get_module_logger("KronosModel")
 
 
 def factor_ranks(dataset: KLineDataset, windows: Windows, names: Sequence[str]) -> pd.DataFrame:
-    """The ranks of each day's windows by the named factors of `kronos_qlib.data.factors`, as read from the Qlib store.
+    """Rank each day's windows by the named factors of `kronos_qlib.data.factors`, read from the Qlib store.
 
     Days with no more windows than twice the factors are left out, with a warning: a fit on them means little. A factor
     that is not known for a window (a bar that its expression looks back to is missing) ranks in the middle of its day;
@@ -48,8 +48,8 @@ def factor_ranks(dataset: KLineDataset, windows: Windows, names: Sequence[str]) 
     return ranks.fillna(middle).fillna(1.0)  # of nobody on that day: all alike
 
 
-def neutralised(score: pd.Series, ranks: pd.DataFrame) -> pd.Series:
-    """The residuals of each day's least-squares fit of the scores on a constant and ranks, in the unit of the score.
+def neutralise(score: pd.Series, ranks: pd.DataFrame) -> pd.Series:
+    """Replace scores by the residuals of each day's least-squares fit on a constant and ranks, in the score's unit.
 
     A residual depends on all scores of its day, no longer on that instrument's bars alone. Both are indexed by
     (datetime, instrument); rows are those of the ranks.
@@ -63,9 +63,9 @@ def neutralised(score: pd.Series, ranks: pd.DataFrame) -> pd.Series:
 
 
 def _amount_of_first_scores(dataset: KLineDataset) -> str:
-    """The expression of the value traded, by the bars behind the first scores that the data allow.
+    """Choose the expression of the traded amount by the bars before the first scores that the data allow.
 
-    So it is one for all segments, and no bar after any score decides it.
+    So it is the same for all segments and does not depend on a bar after a score.
     """
     windows = dataset.score_windows((None, None))
     first = windows.dates.min()
@@ -74,16 +74,16 @@ def _amount_of_first_scores(dataset: KLineDataset) -> str:
 
 
 def _with_enough(windows: Windows, names: Sequence[str]) -> Windows:
-    """The windows of days with more of them than twice the factors; a fit on fewer means little."""
+    """Select the windows of days that have more windows than twice the factors; a fit on fewer means little."""
     days, day, counts = np.unique(windows.dates, return_inverse=True, return_counts=True)
     few = counts <= 2 * len(names)
     if not few.any():
         return windows
-    said = (
+    message = (
         f"KronosModel: neutralise: {len(names)} factors need {2 * len(names) + 1} instruments a day; on "
         f"{np.datetime_as_string(days[few][0], 'D')} there are {counts[few][0]}"
     )
     if few.all():
-        raise ValueError(f"{said}, and no day has enough")
-    logger.warning(f"{said}: {few.sum():,} of {len(days):,} days have too few and get no score")
+        raise ValueError(f"{message}, and no day has enough")
+    logger.warning(f"{message}: {few.sum():,} of {len(days):,} days have too few and get no score")
     return windows.take(~few[day])

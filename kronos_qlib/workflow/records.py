@@ -1,4 +1,4 @@
-"""ForecastRecord: what a run's forecasts were worth, as a Qlib record."""
+"""ForecastRecord, a Qlib record: measures a run's forecasts against the actual bars."""
 
 import json
 import tempfile
@@ -17,18 +17,24 @@ from qlib.workflow.recorder import Recorder
 from kronos_qlib.data.dataset import KLineDataset
 from kronos_qlib.data.demo_market import is_synthetic
 from kronos_qlib.data.windows import CLOSE
-from kronos_qlib.evaluation.calibration import Calibration, NoSpread, before_and_after, fit_calibration, reliability
-from kronos_qlib.evaluation.figure import Evaluation, evaluation_figure
+from kronos_qlib.evaluation.calibration import (
+    Calibration,
+    NoSpread,
+    compare_calibration,
+    fit_calibration,
+    measure_reliability,
+)
+from kronos_qlib.evaluation.figure import Evaluation, draw_evaluation
 from kronos_qlib.evaluation.measures import (
     Outcomes,
-    by_group,
-    by_step,
     lookback_volatility,
     measure,
     perfect_coverage,
     pit_histogram,
-    realised,
-    summary,
+    realised_closes,
+    summarise,
+    summarise_groups,
+    summarise_steps,
     volatility_terciles,
 )
 from kronos_qlib.forecast.forecaster import QUANTILES, quantile_columns
@@ -43,11 +49,13 @@ class RecordSettings(Settings):
     """The keyword arguments of `ForecastRecord`, but for model, dataset and recorder."""
 
     segment: str = "test"
+    """The segment whose forecasts are measured."""
     calibrate_on: str | None = None
+    """A segment that ends before `segment` starts; on its forecasts a calibration is fitted."""
 
 
 class ForecastRecord(RecordTemp):
-    """Measures the forecasts of a KronosModel against the bars that came, beside two simple forecasts.
+    """Measures the forecasts of a KronosModel against the actual bars, beside two simple forecasts.
 
     The forecasts come from the model's `forecast.cache_dir`; without one they are computed again. See
     `kronos_qlib.evaluation.measures` for what is measured. Artifacts, in forecast_evaluation/: steps.csv (a row per
@@ -56,8 +64,8 @@ class ForecastRecord(RecordTemp):
     are metrics of the recorder, `forecast.crps` and so on.
 
     Args:
-        model, dataset: a fitted KronosModel and its KLineDataset (`<MODEL>` and `<DATASET>` in a workflow). Of another
-            Qlib model there is nothing to measure, and it says so: workflows of all models may share their records.
+        model, dataset: a fitted KronosModel and its KLineDataset (`<MODEL>` and `<DATASET>` in a workflow). For another
+            Qlib model it measures nothing and logs that: workflows of all models may share their records.
         segment: whose forecasts are measured.
         calibrate_on: a segment that ends before `segment` starts. On its forecasts, those of which all bars lie within
             it, a spread per step and an isotonic `prob_up` are fitted; what they change on `segment` is recorded. It
@@ -104,7 +112,7 @@ class ForecastRecord(RecordTemp):
         return isinstance(self.model, KronosModel) or not isinstance(self.model, BaseModel)
 
     def generate(self, **kwargs: Any) -> None:
-        """Measure the forecasts and save what came of it.
+        """Measure the forecasts; save tables and figure.
 
         Raises:
             ValueError: no bar follows any score date of the segment; `calibrate_on` does not end before it, or has no
@@ -128,7 +136,7 @@ class ForecastRecord(RecordTemp):
         figures = {**evaluation.overall.iloc[0], **evaluation.metrics}
         known = {f"forecast.{name}": float(value) for name, value in figures.items() if np.isfinite(value)}
         self.recorder.log_metrics(**known)
-        logger.info(f"ForecastRecord: {in_words(evaluation)}")
+        logger.info(f"ForecastRecord: {describe(evaluation)}")
 
     def list(self) -> list[str]:
         """The names of the artifacts."""
@@ -169,7 +177,7 @@ class ForecastRecord(RecordTemp):
 
 
 def segment_outcomes(model: KronosModel, dataset: KLineDataset, segment: str) -> Outcomes:
-    """The forecasts of a segment and what came, from the cache where they are there."""
+    """Forecast a segment, from the cache where possible, and look up the actual closes."""
     horizon, options = dataset.horizon, model.settings.forecast
     if options.cache_dir is None:
         logger.warning(f"ForecastRecord: forecast.cache_dir is null: the forecasts of {segment!r} are computed again")
@@ -182,7 +190,7 @@ def segment_outcomes(model: KronosModel, dataset: KLineDataset, segment: str) ->
     if options.keep_paths:
         _, bars = model.paths(dataset, segment)
         paths = bars[..., CLOSE] / last_close[:, None, None].astype(np.float32)
-    closes, ends = realised(windows, horizon)
+    closes, ends = realised_closes(windows, horizon)
     return Outcomes(
         dates=windows.dates,
         quantiles=quantiles / last_close[:, None, None],
@@ -200,17 +208,17 @@ def _evaluate(outcomes: Outcomes, calibration: Calibration | None, note: str) ->
     measured = measure(outcomes)
     years = outcomes.dates.astype("datetime64[Y]").astype(str)
     return Evaluation(
-        overall=pd.DataFrame([summary(outcomes, measured)]),
-        steps=by_step(outcomes, measured),
-        by_year=by_group(outcomes, measured, years, "year"),
-        by_volatility=by_group(outcomes, measured, volatility_terciles(outcomes), "volatility"),
+        overall=pd.DataFrame([summarise(outcomes, measured)]),
+        steps=summarise_steps(outcomes, measured),
+        by_year=summarise_groups(outcomes, measured, years, "year"),
+        by_volatility=summarise_groups(outcomes, measured, volatility_terciles(outcomes), "volatility"),
         pit=pit_histogram(measured),
         samples=outcomes.samples,
         first=outcomes.dates.min(),
         last=outcomes.dates.max(),
         note=note,
-        calibration=None if calibration is None else before_and_after(outcomes, calibration),
-        prob_up=None if calibration is None else reliability(outcomes, calibration),
+        calibration=None if calibration is None else compare_calibration(outcomes, calibration),
+        prob_up=None if calibration is None else measure_reliability(outcomes, calibration),
     )
 
 
@@ -228,7 +236,7 @@ def _write(evaluation: Evaluation, calibration: Calibration | None, outcomes: Ou
     for name, table in tables.items():
         table.to_csv(folder / name)
     (folder / "about.json").write_text(json.dumps(_about(evaluation, calibration, outcomes), indent=2) + "\n")
-    evaluation_figure(evaluation).savefig(folder / "forecast_evaluation.png", format="png")
+    draw_evaluation(evaluation).savefig(folder / "forecast_evaluation.png", format="png")
     return sorted(folder.iterdir())
 
 
@@ -255,13 +263,13 @@ def _day(date: np.datetime64) -> str:
     return str(np.datetime_as_string(date, "D"))
 
 
-def in_words(evaluation: Evaluation) -> str:
-    """What came of it, in a line."""
+def describe(evaluation: Evaluation) -> str:
+    """Summarise an evaluation in one line."""
     row = evaluation.overall.iloc[0]
     parts = [f"{row['evaluated_windows']:,.0f} forecasts from {evaluation.samples} samples", f"CRPS {row['crps']:.5f}"]
-    for name, said in (("last_value", "last value"), ("volatility", "historical volatility")):
+    for name, baseline in (("last_value", "last value"), ("volatility", "historical volatility")):
         difference, low, high = (row[f"crps_less_{name}{end}"] for end in ("", "_low", "_high"))
         verdict = "no evidence of a difference" if not high < 0 and not low > 0 else "better" if high < 0 else "worse"
-        parts.append(f"{difference:+.5f} ({low:+.5f} … {high:+.5f}) against {said}: {verdict}")
+        parts.append(f"{difference:+.5f} ({low:+.5f} … {high:+.5f}) against {baseline}: {verdict}")
     parts += [f"the {band[-2:]} % band covers {row[band]:.1%}" for band in ("coverage_50", "coverage_90")]
     return "; ".join(parts)

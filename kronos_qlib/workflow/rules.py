@@ -21,8 +21,11 @@ class RuleSettings(Settings):
     """The keyword arguments of `FactorScore`."""
 
     feature: str = Field(min_length=1)
+    """Name of the feature column."""
     sign: Literal[1, -1] = 1
+    """1 if a high value is good, -1 if a low one is."""
     volume: str = Field(default="VOLUME", min_length=1)
+    """Name of the feature column of the traded volume."""
 
 
 class FactorScore(Model):
@@ -55,9 +58,9 @@ class FactorScore(Model):
         self._check(dataset)
 
     def predict(self, dataset: DatasetH, segment: str | slice = "test") -> pd.Series:
-        """The signed feature of every valid bar of a segment.
+        """Score every valid bar of a segment by the signed feature.
 
-        Says how many rows have no score and why, and warns (tag `no_rank`) if the scores of every date are all equal.
+        Logs how many rows have no score and why, and warns (tag `no_rank`) if the scores of every date are all equal.
 
         Returns:
             Series `score` by (datetime, instrument), sorted, in the feature's own unit.

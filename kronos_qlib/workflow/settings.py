@@ -30,41 +30,38 @@ def _extra_data(value: Any) -> list[Any]:
 
 
 class WorkflowFinetuneSettings(FinetuneSettings):
-    """The `finetune` mapping of a workflow: what a training knows, and what only Qlib and pandas can read.
-
-    extra_data: further universes or stores to train on, see `kronos_qlib.data.extra.ExtraData`; validation stays with
-        the dataset's own.
-    """
+    """The `finetune` mapping of a workflow: the keys of a training, and those that need Qlib and pandas."""
 
     extra_data: Annotated[list[Any], BeforeValidator(_extra_data)] = []
+    """Further universes or stores to train on, a list of mappings; validation stays with the dataset's own."""
 
 
 class ForecastSettings(Settings):
-    """The `forecast` mapping of a workflow.
-
-    sample_count, temperature, top_p, top_k: how paths are drawn (see `kronos_qlib.forecast.engine.sampling.draw`).
-    s2_rotation: "aligned" forecasts as trained, "reference" as published.
-    sampling: "independent" samples, or "stratified": a window's samples divide each step's distribution among them, so
-        that fewer of them are as precise.
-    batch_size: windows that go through the networks together (on a CPU, that each thread has in hand); auto takes as
-        many as the memory and the caches allow.
-    processes: of this machine; auto is one per GPU, and one on a CPU.
-    engine: "local", or "ray" for the cluster that Ray is connected to (extra `ray`).
-    cache_dir: where finished chunks are kept, as Parquet files; what is there already is not computed again.
-    keep_paths: keep the sample paths there too, not only scores and quantiles.
-    """
+    """The `forecast` mapping of a workflow."""
 
     sample_count: int = Field(default=5, ge=1)
+    """Sample paths of a window."""
     temperature: float = Field(default=0.6, gt=0)
+    """Divides the logits before a code is drawn: below 1 the likely codes are drawn more often."""
     top_p: float = Field(default=0.9, gt=0, le=1)
+    """A code is drawn among the most likely ones that together reach this probability."""
     top_k: int = Field(default=0, ge=0)
+    """A code is drawn among so many of the most likely ones; 0 keeps all."""
     s2_rotation: Literal["aligned", "reference"] = "aligned"
+    """`aligned` forecasts as the model was trained; `reference` repeats the published generation, with its fault."""
     sampling: Literal["independent", "stratified"] = "independent"
+    """`independent` samples, or `stratified`: the samples of a window divide the distribution of each step among them,
+    so that fewer are as precise."""
     batch_size: AutoOrCount = "auto"
+    """Windows of a forward batch; on a CPU of each thread. `auto` takes as many as memory and caches allow."""
     processes: AutoOrCount = "auto"
+    """Processes on this machine; `auto` is one for each GPU, one on a CPU."""
     engine: Literal["local", "ray"] = "local"
+    """`local`, or `ray`: the cluster that Ray is connected to (extra `ray`)."""
     cache_dir: str | None = None
+    """Folder of the finished chunks, Parquet files; a chunk that is there is not computed again."""
     keep_paths: bool = False
+    """Keep the sample paths in `cache_dir` too, not only scores and quantiles."""
 
     @model_validator(mode="after")
     def _paths_need_a_place(self) -> "ForecastSettings":
@@ -80,21 +77,30 @@ class ForecastSettings(Settings):
 
 
 class ModelSettings(Settings):
-    """The keyword arguments of `KronosModel`.
-
-    neutralise: names of `kronos_qlib.data.factors.FACTORS`, whose part in the scores is taken out, day by day.
-    """
+    """The keyword arguments of `KronosModel`."""
 
     tokenizer: Annotated[Any, BeforeValidator(_network)]
+    """Hub id, local folder, name of the zoo, which wins over a folder of that name (`tokenizer-base`, `tokenizer-2k`;
+    `nano`: a new network), or a mapping of constructor arguments: a new network."""
     model: Annotated[Any, BeforeValidator(_network)]
+    """Likewise; names of the zoo: `mini`, `small`, `base`; `nano`: a new network."""
     max_context: int = Field(default=512, ge=2)
+    """Bars that the model sees at most. Lookback + horizon above it works, slowly."""
     finetune: Annotated[WorkflowFinetuneSettings | None, Field(strict=False)] = None
+    """null uses the checkpoints as they are."""
     forecast: Annotated[ForecastSettings, Field(strict=False)] = ForecastSettings()
+    """How sample paths are drawn, executed and kept."""
     score: str = "mean_return"
+    """What a score is, see [Scores](scores.md)."""
     neutralise: list[str] = []
+    """Factors, such as `[volatility, size]`, also `reversal`, `momentum`, `volume_change`: the scores are the residuals
+    of a regression on the factors' ranks, each day."""
     device: str = "auto"
+    """`auto` takes CUDA, then MPS, then the CPU; or a device of torch, such as `cuda:1`."""
     dtype: str = "auto"
+    """`float32`, `bfloat16`, or `auto`: bfloat16 only where the hardware multiplies it."""
     seed: int = Field(default=100, ge=0, lt=2**63)
+    """Decides new weights, the order of training windows, dropout and every draw of a forecast."""
 
     @field_validator("score")
     @classmethod

@@ -11,7 +11,7 @@ from qlib.log import get_module_logger
 from kronos_qlib.data.dataset import KLineDataset, window_index
 from kronos_qlib.data.extra import training_set
 from kronos_qlib.data.windows import COLUMNS, Windows
-from kronos_qlib.evaluation.training_report import write_report
+from kronos_qlib.evaluation.training_report import write_training_report
 from kronos_qlib.hardware.device import process_count, resolve_device, resolve_dtype
 from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.train import Job
@@ -124,7 +124,9 @@ def record_results(job: Job) -> None:
     """Write the report of a job that has run, and record it with the validation figures of the best weights."""
     for stage, best in job.results().items():
         record_metrics({f"{stage}.best_{name}": value for name, value in best.items()}, None)
-    paths, figures = write_report(job.folder, job.tokenizer, evenly_spaced(job.valid, REPORT_WINDOWS), job.device)
+    paths, figures = write_training_report(
+        job.folder, job.tokenizer, evenly_spaced(job.valid, REPORT_WINDOWS), job.device
+    )
     record_metrics(figures, None)
     record_files(paths)
     logger.info(f"KronosModel: curves, use of codes and reconstruction errors are in {job.folder / 'training.png'}")

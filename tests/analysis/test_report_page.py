@@ -15,7 +15,7 @@ from kronos_qlib.analysis import charts
 from kronos_qlib.analysis.comparison import Comparison, compare_runs
 from kronos_qlib.analysis.fans import BARS_BEFORE, FansError, load_fans
 from kronos_qlib.analysis.figures import plot_deciles, plot_rolling_ic
-from kronos_qlib.analysis.report import write_report
+from kronos_qlib.analysis.report import write_page
 from kronos_qlib.analysis.results import RunResult
 from kronos_qlib.data.demo_market import write_demo_market
 from kronos_qlib.forecast.forecaster import quantile_columns
@@ -156,7 +156,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
     )
     runs = [dataclasses.replace(run, store=store) for run in comparison.runs]  # factors take seconds, and are not shown
     comparison = dataclasses.replace(comparison, runs=runs)
-    return Page(comparison, write_report(comparison, folder / "out" / "report.html"))
+    return Page(comparison, write_page(comparison, folder / "out" / "report.html"))
 
 
 def _figures(text: str) -> list[dict]:
@@ -223,7 +223,7 @@ def test_forecasts_of_other_scores_or_none_are_said_and_not_shown(page: Page, tm
     with pytest.raises(FansError, match=r"its forecasts \(forecasts\) are not at hand"):
         load_fans(elsewhere, rank_ic)
     runs = [elsewhere, *page.comparison.runs[1:]]
-    text = write_report(dataclasses.replace(page.comparison, runs=runs), tmp_path / "report.html").read_text()
+    text = write_page(dataclasses.replace(page.comparison, runs=runs), tmp_path / "report.html").read_text()
     assert "Not drawn: its forecasts (forecasts) are not at hand." in _sections(text)["fans"]
     assert "No run has the artifacts of a ForecastRecord" in _sections(text)["calibration"]
 

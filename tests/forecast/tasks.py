@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from forks import forked
+from networks import make_networks
+from walks import random_walks
 
-from kronos_qlib import Kronos, KronosTokenizer
 from kronos_qlib.data.stamps import stamps
-from kronos_qlib.data.windows import Bars, Windows
+from kronos_qlib.data.windows import Windows
 from kronos_qlib.forecast import chunk_store as store
 from kronos_qlib.forecast import run as runs
 from kronos_qlib.forecast.engine.sampling import Sampling
@@ -19,37 +19,26 @@ from kronos_qlib.forecast.forecaster import quantile_columns
 from kronos_qlib.forecast.run import Execution, forecast
 from kronos_qlib.forecast.scores import SCORES
 from kronos_qlib.forecast.task import Task, future_stamps
-from kronos_qlib.nn import zoo
 
 LOOKBACK, HORIZON, DAYS, NAMES = 20, 3, 120, ("A", "B", "C", "D", "E")
-SMALL = {"d_model": 16, "ff_dim": 32, "n_heads": 2, "s1_bits": 6, "s2_bits": 6}
+BITS = {"s1_bits": 6, "s2_bits": 6}
 COLUMNS = ["last_close", *SCORES, *quantile_columns(HORIZON)]
 
 
 def make_windows(last=DAYS, seed=0):
     """A window of each of five random walks on each day from the 20th up to `last`, day by day."""
-    rng = np.random.default_rng(seed)
-    close = 20 * np.exp(np.cumsum(rng.normal(0, 0.02, (len(NAMES), DAYS)), 1))
-    columns = [close, close * 1.01, close * 0.99, close, close * 100, close**2 * 100]
-    dates = pd.bdate_range("2020-01-01", periods=DAYS)
-    bars = Bars(
-        values=np.stack(columns, -1).reshape(-1, 6).astype(np.float32),
-        stamp=np.tile(stamps(dates), (len(NAMES), 1)).astype(np.int8),
-        dates=np.tile(dates.to_numpy("datetime64[ns]"), len(NAMES)),
-        offsets=np.arange(len(NAMES) + 1) * DAYS,
-        instruments=NAMES,
-    )
+    bars = random_walks(NAMES, DAYS, seed)
     ends = (np.arange(LOOKBACK - 1, last)[:, None] + np.arange(len(NAMES)) * DAYS).reshape(-1)
     return Windows(bars, ends, LOOKBACK, 0)
 
 
 def make_task(windows=None, samples=3, seed=1, **changes):
     """New networks and the windows that they are to forecast, a few at a time."""
-    torch.manual_seed(0)
     windows = windows or make_windows()
+    tokenizer, model = make_networks(BITS, BITS)
     return Task(
-        tokenizer=KronosTokenizer(**(zoo.TOKENIZERS["nano"].config | SMALL | {"n_enc_layers": 2, "n_dec_layers": 2})),
-        model=Kronos(**(zoo.MODELS["nano"].config | SMALL | {"n_layers": 1})),
+        tokenizer=tokenizer,
+        model=model,
         windows=windows,
         future_stamp=future_stamps(windows, HORIZON, stamps_after),
         sampling=Sampling(samples, seed=seed),

@@ -8,10 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from small import CPU, SMALL_MODEL, SMALL_TOKENIZER, TRAIN, VALID
+from networks import make_networks
+from small import CPU, TRAIN, VALID
 
-from kronos_qlib import Kronos, KronosTokenizer
-from kronos_qlib.nn import zoo
 from kronos_qlib.train import FinetuneSettings, Job
 
 WINDOWS = TRAIN, replace(VALID, bars=TRAIN.bars)  # of one market, as processes share them
@@ -25,16 +24,16 @@ def job(
     folder, tokenizer=STAGE, predictor=STAGE, windows=WINDOWS, draw_weights=None, seed=1, recorder=None, **settings
 ):
     """New networks with dropout, and what to do with them; a stage's mapping is laid over STAGE, None skips it."""
-    torch.manual_seed(0)
     settings = {
         "output_dir": str(folder),
         "checkpoint_every": 5,
         "tokenizer": tokenizer and STAGE | tokenizer,
         "predictor": predictor and STAGE | predictor,
     } | settings
+    tokenizer, model = make_networks(DROPOUT, DROPOUT)
     return Job(
-        tokenizer=KronosTokenizer(**(zoo.TOKENIZERS["nano"].config | SMALL_TOKENIZER | DROPOUT)),
-        model=Kronos(**(zoo.MODELS["nano"].config | SMALL_MODEL | DROPOUT)),
+        tokenizer=tokenizer,
+        model=model,
         train=windows[0],
         valid=windows[1],
         settings=FinetuneSettings(**settings),

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 import qlib
+from networks import MODEL, TOKENIZER
 
 from kronos_qlib import KLineDataset, KLineHandler, KronosModel
-from kronos_qlib.nn import zoo
 
 # The demo market of conftest.py: 160 business days from 2018-01-02, to 2018-08-13.
 SEGMENTS = {
@@ -16,12 +16,6 @@ SEGMENTS = {
     "test": ["2018-06-18", "2018-07-31"],
 }
 LOOKBACK, HORIZON = 10, 3
-TOKENIZER = zoo.TOKENIZERS["nano"].config | {
-    **{"d_model": 16, "ff_dim": 32, "n_heads": 2, "n_enc_layers": 2, "n_dec_layers": 2, "s1_bits": 4, "s2_bits": 4}
-}
-MODEL = zoo.MODELS["nano"].config | {
-    **{"d_model": 16, "ff_dim": 32, "n_heads": 2, "n_layers": 1, "s1_bits": 4, "s2_bits": 4, "ffn_dropout_p": 0.1}
-}
 STAGE = {
     "epochs": 2,
     "windows_per_epoch": 96,

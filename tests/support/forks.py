@@ -23,7 +23,7 @@ def forked(said: Path, function: Callable[..., object], *arguments: Any) -> Base
 
 def environment() -> dict[str, str]:
     """The environment of a Python that finds the modules of the tests, and the package as they do."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
 
 
 def _call(said: Path, function: Callable[..., object], arguments: tuple) -> None:

@@ -3,27 +3,27 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
+import networks
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from matplotlib.image import imread
+from walks import random_walks
 
-from kronos_qlib.data.stamps import stamps
-from kronos_qlib.data.windows import COLUMNS, Bars, Windows
+from kronos_qlib.data.windows import COLUMNS, Windows
+from kronos_qlib.evaluation.training_figure import draw_training
 from kronos_qlib.evaluation.training_report import (
     TrainingReport,
     codebook_use,
     reconstruction_error,
-    report_figure,
-    write_report,
+    write_training_report,
 )
-from kronos_qlib.nn import KronosTokenizer, zoo
 
 CPU = torch.device("cpu")
 LOOKBACK, FUTURE, LENGTH = 20, 5, 60
-SMALL = {"d_model": 16, "ff_dim": 32, "n_heads": 2, "n_enc_layers": 2, "n_dec_layers": 2, "s1_bits": 4, "s2_bits": 4}
 HISTORY = """step,epoch,lr,train_loss,val_loss
 2,0,0.001,0.9,
 4,0,0.002,0.7,0.8
@@ -34,27 +34,16 @@ HISTORY = """step,epoch,lr,train_loss,val_loss
 
 def make_windows(scale=1.0, jump=False):
     """Windows of two instruments; with `jump`, the last bar of the first window is far outside its lookback."""
-    rng = np.random.default_rng(0)
-    close = 20 * np.exp(np.cumsum(rng.normal(0, 0.02, (2, LENGTH)), 1))
-    volume = np.exp(rng.normal(10, 0.5, (2, LENGTH)))
-    values = np.stack([close * 0.99, close * 1.02, close * 0.98, close, volume, volume * close], -1).reshape(-1, 6)
+    bars = random_walks("AB", LENGTH)
     if jump:
-        values[LOOKBACK + FUTURE - 1] *= 10
-    dates = pd.bdate_range("2020-01-01", periods=LENGTH)
-    bars = Bars(
-        values=(scale * values).astype(np.float32),
-        stamp=np.tile(stamps(dates), (2, 1)).astype(np.int8),
-        dates=np.tile(dates.to_numpy("datetime64[ns]"), 2),
-        offsets=np.arange(3) * LENGTH,
-        instruments=("A", "B"),
-    )
+        bars.values[LOOKBACK + FUTURE - 1] *= 10
+    bars = replace(bars, values=scale * bars.values)
     ends = np.concatenate([np.arange(LOOKBACK - 1, LENGTH - FUTURE) + i * LENGTH for i in range(2)])
     return Windows(bars, ends, LOOKBACK, FUTURE)
 
 
 def make_tokenizer(**config):
-    torch.manual_seed(0)
-    tokenizer = KronosTokenizer(**(zoo.TOKENIZERS["nano"].config | SMALL | config))
+    tokenizer = networks.make_tokenizer(**config)
     with torch.no_grad():  # far from all codes alike, so that the figures are not those of an even spread
         tokenizer.quant_embed.bias.uniform_(-0.5, 0.5)
     return tokenizer.eval()
@@ -107,12 +96,12 @@ def contents(folder):
 
 
 def figure_of(folder, windows):
-    """The figure of what `write_report` would show, to look into."""
+    """The figure of what `write_training_report` would show, to look into."""
     names = [stage for stage in ("tokenizer", "predictor") if (folder / stage).exists()]
     histories = {name: pd.read_csv(folder / name / "history.csv") for name in names}
     tokenizer = make_tokenizer()
     use, error = codebook_use(tokenizer, windows, CPU), reconstruction_error(tokenizer, windows, CPU)
-    return report_figure(TrainingReport(histories, use, error, {"s1": 16, "s2": 16}, "some windows"))
+    return draw_training(TrainingReport(histories, use, error, {"s1": 16, "s2": 16}, "some windows"))
 
 
 def panels(figure):
@@ -208,7 +197,7 @@ def test_no_windows_are_refused():
 @pytest.mark.parametrize("stages", [("tokenizer", "predictor"), ("tokenizer",), ("predictor",), ()])
 def test_the_files_hold_the_figures_whatever_stages_there_are(tmp_path, stages):
     folder, windows = make_folder(tmp_path / "run", *stages), make_windows()
-    paths, metrics = write_report(folder, make_tokenizer(), windows, CPU)
+    paths, metrics = write_training_report(folder, make_tokenizer(), windows, CPU)
     assert sorted(paths) == sorted(path for path in folder.iterdir() if path.is_file())  # no drafts are left
     assert {path.name for path in paths} == {"training.png", "reconstruction.csv", "codebook.json"}
     errors = pd.read_csv(folder / "reconstruction.csv", index_col="column")
@@ -255,19 +244,19 @@ def test_a_steep_start_does_not_press_the_rest_of_a_curve_flat(tmp_path):
 
 def test_a_damaged_history_is_named_and_leaves_the_report_of_before_as_it_was(tmp_path):
     folder, windows = make_folder(tmp_path / "run", "tokenizer"), make_windows()
-    write_report(folder, make_tokenizer(), windows, CPU)
+    write_training_report(folder, make_tokenizer(), windows, CPU)
     before = contents(folder)
     (folder / "tokenizer" / "history.csv").write_text(HISTORY.replace("0.7", "0.7x"))
     with pytest.raises(ValueError, match=r"tokenizer/history\.csv is damaged"):
-        write_report(folder, make_tokenizer(), windows.take(slice(0, 3)), CPU)
+        write_training_report(folder, make_tokenizer(), windows.take(slice(0, 3)), CPU)
     assert contents(folder) == before
 
 
 def test_a_history_without_rows_is_as_good_as_none(tmp_path):
     folder, windows = make_folder(tmp_path / "run", "tokenizer"), make_windows()
     (folder / "tokenizer" / "history.csv").write_text(HISTORY.splitlines()[0] + "\n")
-    write_report(folder, make_tokenizer(), windows, CPU)
-    write_report(tmp_path / "none", make_tokenizer(), windows, CPU)
+    write_training_report(folder, make_tokenizer(), windows, CPU)
+    write_training_report(tmp_path / "none", make_tokenizer(), windows, CPU)
     assert contents(folder) == contents(tmp_path / "none")
 
 

@@ -11,8 +11,6 @@ from scipy.stats import kstest
 
 from kronos_qlib.data.windows import Bars, Windows
 from kronos_qlib.evaluation.measures import (
-    by_group,
-    by_step,
     crps_of_quantiles,
     interval,
     lookback_volatility,
@@ -21,14 +19,16 @@ from kronos_qlib.evaluation.measures import (
     pit_histogram,
     pit_of_paths,
     pit_of_quantiles,
-    realised,
-    summary,
+    realised_closes,
+    summarise,
+    summarise_groups,
+    summarise_steps,
     volatility_terciles,
 )
 
 
 def summed_up(outcomes):
-    return summary(outcomes, measure(outcomes))
+    return summarise(outcomes, measure(outcomes))
 
 
 def test_the_right_forecast_is_calibrated_and_as_good_as_the_right_simple_one():
@@ -58,7 +58,7 @@ def test_the_crps_of_quantiles_is_near_the_closed_form_and_that_of_many_paths():
     outcomes = simulated(paths=500)
     exact = scoringrules.crps_lognormal(outcomes.closes[:, 0], 0.0, DAILY).mean()
     assert crps_of_quantiles(outcomes.closes, outcomes.quantiles)[:, 0].mean() == pytest.approx(exact, rel=0.03)
-    row = summary(outcomes, measure(outcomes), step=1)
+    row = summarise(outcomes, measure(outcomes), step=1)
     assert row["crps_volatility_exact"] == pytest.approx(exact)
     assert row["crps_paths"] == pytest.approx(exact, rel=0.01) and row["crps_fair"] == pytest.approx(exact, rel=0.01)
 
@@ -98,7 +98,7 @@ def two_instruments():
 
 
 def test_what_came_is_the_same_instruments_next_bars_and_missing_at_its_end():
-    closes, ends = realised(Windows(two_instruments(), np.array([3, 4, 5, 9, 11]), lookback=3, future=0), 2)
+    closes, ends = realised_closes(Windows(two_instruments(), np.array([3, 4, 5, 9, 11]), lookback=3, future=0), 2)
     expected = [[14 / 13, 15 / 13], [15 / 14, np.nan], [np.nan, np.nan], [60 / 70, 50 / 70], [np.nan, np.nan]]
     assert closes == pytest.approx(np.array(expected), nan_ok=True)
     assert ends[0, 1] == np.datetime64("2020-01-06") and np.isnat(ends[1, 1])
@@ -119,11 +119,11 @@ def test_steps_that_have_not_come_are_not_counted():
     outcomes = simulated()
     outcomes.closes[-NAMES:, 1] = np.nan
     outcomes.closes[0] = np.nan
-    table = by_step(outcomes, measure(outcomes))
+    table = summarise_steps(outcomes, measure(outcomes))
     assert table["evaluated_windows"].to_list() == [len(outcomes) - 1, len(outcomes) - NAMES - 1]
     assert table.notna().all(axis=None)
     outcomes.closes[:, 1] = np.nan
-    assert by_step(outcomes, measure(outcomes)).index.to_list() == [1]
+    assert summarise_steps(outcomes, measure(outcomes)).index.to_list() == [1]
 
 
 def test_direction_counts_the_sign_of_the_mean_return_where_all_bars_came():
@@ -172,7 +172,7 @@ def test_terciles_of_volatility_are_each_days_own():
     assert (np.diff(bounds) >= 0).all()
     outcomes.volatility[NAMES:] *= 100
     assert (volatility_terciles(outcomes)[:NAMES] == terciles[:NAMES]).all()
-    table = by_group(outcomes, measure(outcomes), terciles, "volatility")
+    table = summarise_groups(outcomes, measure(outcomes), terciles, "volatility")
     assert table.index.to_list() == ["low", "middle", "high"] and table["evaluated_windows"].sum() == len(outcomes)
 
 

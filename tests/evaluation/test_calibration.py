@@ -6,21 +6,21 @@ import numpy as np
 import pytest
 from outcomes import DAYS, NAMES, simulated
 
-from kronos_qlib.evaluation.calibration import before_and_after, fit_calibration, reliability
-from kronos_qlib.evaluation.measures import measure, summary
+from kronos_qlib.evaluation.calibration import compare_calibration, fit_calibration, measure_reliability
+from kronos_qlib.evaluation.measures import measure, summarise
 
 LATE = np.datetime64("2099-01-01")
 
 
 def coverage(outcomes):
-    return summary(outcomes, measure(outcomes))["coverage_90"]
+    return summarise(outcomes, measure(outcomes))["coverage_90"]
 
 
 def test_bands_too_narrow_by_three_are_widened_by_three():
     calibration = fit_calibration(simulated(1 / 3), LATE)
     assert calibration.factors == pytest.approx([3, 3], rel=0.06)
     later = simulated(1 / 3, seed=1)
-    table = before_and_after(later, calibration).set_index(["measure", "step"])
+    table = compare_calibration(later, calibration).set_index(["measure", "step"])
     overall = table.loc[("coverage_90", "all")]
     assert overall["before"] < 0.5 and overall["after"] == pytest.approx(0.9, abs=0.02)
     assert overall["change_low"] <= overall["after"] - overall["before"] <= overall["change_high"]
@@ -51,9 +51,9 @@ def test_a_probability_that_says_too_much_is_drawn_to_what_came():
 
     later, calibration = overconfident(1), fit_calibration(overconfident(0), LATE)
     assert np.unique(calibration.apply(later).prob_up) == pytest.approx([0.4, 0.6], abs=0.05)
-    brier = before_and_after(later, calibration).set_index("measure").loc["brier"]
+    brier = compare_calibration(later, calibration).set_index("measure").loc["brier"]
     assert brier["after"] < brier["constant"] < brier["before"] and brier["change_high"] < 0
-    table = reliability(later, calibration)
+    table = measure_reliability(later, calibration)
     error = (table["forecast"] - table["share"]).abs().groupby(table["when"]).max()
     assert error["after"] < 0.05 < error["before"]
     assert table.groupby("when")["windows"].sum().eq(len(later)).all()

@@ -1,0 +1,82 @@
+"""The look of every picture: one palette for matplotlib, plotly and the page, and what matplotlib's figures share."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+from matplotlib.figure import Figure
+
+from kronos_qlib.files import whole_file
+
+# Okabe & Ito (2008), distinct with any colour vision; without their yellow and black, each lost on one ground.
+SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#777777")
+DARK_SERIES = ("#4FA8E0", "#F58549", "#2BC79B", "#E39CC5", "#8FD0F5", "#F2BC4B", "#AAAAAA")
+KRONOS, VOLATILITY, LAST_VALUE = SERIES[:3]
+# Of the page, by the name of its CSS variable.
+LIGHT = {
+    **{"ground": "#FFFFFF", "raised": "#F6F7F8", "ink": "#222222", "quiet": "#666666", "line": "#E0E2E5"},
+    **{"warn": "#FFF1D6", "warn-ink": "#6B4100", "warn-line": "#E69F00", "accent": SERIES[0]},
+}
+DARK = {
+    **{"ground": "#16181C", "raised": "#1E2126", "ink": "#E8E8E8", "quiet": "#A6ABB3", "line": "#34383F"},
+    **{"warn": "#352A14", "warn-ink": "#FFD999", "warn-line": "#B37C00", "accent": DARK_SERIES[0]},
+}
+INK, QUIET, GRID = LIGHT["ink"], LIGHT["quiet"], LIGHT["line"]
+DASHED = (0, (4, 2))
+BEHIND_TEXT = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+
+
+def new_figure(height: float, width: float = 11) -> Figure:
+    """Make a white figure of inches for a file; it needs no display."""
+    figure = Figure(figsize=(width, height), dpi=160, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
+    with whole_file(path) as draft:
+        figure.savefig(draft, format="png")
+
+
+def draw_title(figure: Figure, title: str, subtitle: str, note: str = "") -> None:
+    """Write the title and the subtitle into the figure's uppermost 0.8 inches, and a note into a box at the right."""
+    height = figure.get_figheight()
+    figure.text(0.02, 1 - 0.42 / height, title, fontsize=15, fontweight="bold", color=INK)
+    figure.text(0.02, 1 - 0.7 / height, subtitle, fontsize=9.5, color=QUIET)
+    if note:
+        box = {"boxstyle": "round,pad=0.5", "facecolor": LIGHT["warn"], "edgecolor": LIGHT["warn-line"]}
+        look = {"fontsize": 9, "fontweight": "bold", "color": LIGHT["warn-ink"], "linespacing": 1.4, "bbox": box}
+        figure.text(0.975, 1 - 0.4 / height, note, ha="right", va="center", **look)
+
+
+def style_axes(axes: Axes, title: str = "", xlabel: str = "", ylabel: str = "") -> None:
+    """Name the axes; grid behind the data, no frame, no ticks."""
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
+    axes.set_xlabel(xlabel, color=QUIET)
+    axes.set_ylabel(ylabel, color=QUIET)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, colors=QUIET)
+    axes.margins(x=0.02)
+
+
+def style_dates(axes: Axes) -> None:
+    """Label the x axis with dates, each part of a date once."""
+    axes.xaxis.set_major_locator(locator := AutoDateLocator())
+    axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+
+
+def draw_legend(axes: Axes, **options: Any) -> None:
+    """Draw a legend on a white ground, so that a curve behind it leaves it legible."""
+    look = {"facecolor": "white", "framealpha": 0.85, "edgecolor": "none", "labelcolor": INK}
+    axes.legend(**look | options)
+
+
+def draw_legend_below(axes: Axes, columns: int, below: float = 0.17) -> None:
+    """Draw a legend under the x label, `below` heights of the axes down, where no curve is."""
+    place = {"loc": "upper left", "bbox_to_anchor": (-0.02, -below), "ncols": columns}
+    draw_legend(axes, fontsize=8, columnspacing=1.2, framealpha=0, **place)
