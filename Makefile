@@ -1,4 +1,4 @@
-# make demo | test | check | lint | clean | help. All of it happens in .venv, built again when the dependencies change.
+# make demo | test | check | docs | lint | clean | help. All of it happens in .venv, built again when the dependencies change.
 
 # The first supported interpreter of these, or your own: make PYTHON=/path/to/python demo
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
@@ -12,19 +12,20 @@ DEMO := runs/demo
 MARKET := $(DEMO)/market
 MARKET_MADE := $(MARKET)/SYNTHETIC.txt
 
-.PHONY: help demo test check lint clean
+.PHONY: help demo test check docs lint clean
 
 help:
 	@echo "make demo    install, make a synthetic market, run Kronos, LightGBM and a simple rule on it, compare them in $(DEMO)/"
 	@echo "make test    install and run the test suite"
 	@echo "make check   install, check style and run the short tests: before each commit"
-	@echo "make lint    install and check style (ruff)"
+	@echo "make docs    install and build the site in runs/site/, without a network; open runs/site/index.html"
+	@echo "make lint    install and check style and public types (ruff, mypy)"
 	@echo "make clean   remove .venv, the demo's output and caches; your own runs and mlflow.db stay"
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.10, 3.11 or 3.12 found: install one, or make PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,docs]'
 	@touch $@
 
 # Kept from one demo to the next, made anew only when the code that makes it changes.
@@ -49,10 +50,16 @@ test: $(INSTALLED)
 check: lint
 	$(PYTEST) -m "not slow"
 
+# The theme announces its successor on every build; nothing of that concerns these pages.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict --quiet
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(DEMO) *.egg-info build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO) runs/site *.egg-info build .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -85,7 +85,9 @@ def values(field: FieldInfo) -> str:
     """Return which values a key takes: types, alternatives and bounds."""
     if field.metadata and [*field.metadata] == [*get_args(AutoOrCount)[1:]]:
         return "`auto` or whole number ≥ 1"
-    bounds = [f"{BOUNDS[name]} {getattr(item, name)}" for item in field.metadata for name in BOUNDS if hasattr(item, name)]
+    bounds = [
+        f"{BOUNDS[name]} {getattr(item, name)}" for item in field.metadata for name in BOUNDS if hasattr(item, name)
+    ]
     return type_text(field.annotation, ", ".join(bounds).replace(str(2**63), "2^63"))
 
 

@@ -59,6 +59,12 @@ def test_no_module_imports_itself_by_way_of_others():
     TopologicalSorter(IMPORTS).prepare()  # its CycleError names the modules of a circle
 
 
+def test_only_modules_that_draw_import_matplotlib():
+    drawing = {"evaluation.style", "evaluation.figure", "evaluation.training_figure", "analysis.figures"}
+    found = {module for module, path in MODULES.items() if "matplotlib" in path.read_text().partition("\ndef ")[0]}
+    assert {module.removeprefix("kronos_qlib.") for module in found} == drawing
+
+
 def test_processes_that_train_and_forecast_know_neither_pandas_nor_qlib():
     names = [f"kronos_qlib.{name}" for name in SMALL]
     names += [module for module in MODULES if module.split(".")[1] == "train"]

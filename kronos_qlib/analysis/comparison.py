@@ -228,13 +228,18 @@ def _backtests(runs: Sequence[RunResult], markets: dict[str, pd.DataFrame | None
     rows = {}
     for run in runs:
         market = markets[run.name]
-        known = run.trades is not None and len(run.trades) > 0 and market is not None
         rows[run.name] = {metric: run.metrics[metric] for metric in kept} | {
             "turnover": mean_turnover(run.report),
             "cost": cost_a_year(run.report),
-            "capacity": capacity(run.trades, market["amount"], run.report) if known else np.nan,
+            "capacity": _capacity(run, market),
         }
     return pd.DataFrame(rows).T
+
+
+def _capacity(run: RunResult, market: pd.DataFrame | None) -> float:
+    if run.trades is None or run.trades.empty or market is None:
+        return np.nan
+    return capacity(run.trades, market["amount"], run.report)
 
 
 def _score_correlation(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:

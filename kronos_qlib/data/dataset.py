@@ -83,7 +83,7 @@ class KLineDataset(DatasetH):
         fetch_kwargs: Mapping[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
-        values = {"handler": handler, "segments": segments, "lookback": lookback, "horizon": horizon}
+        values: dict[str, Any] = {"handler": handler, "segments": segments, "lookback": lookback, "horizon": horizon}
         values |= {"exchange": exchange, "fetch_kwargs": fetch_kwargs or {}, **unknown}
         settings = read_settings(DatasetSettings, "KLineDataset", values)
         self.handler = init_instance_by_config(handler, accept_types=DataHandler)

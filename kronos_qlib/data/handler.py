@@ -90,6 +90,14 @@ class KLineHandler(DataHandlerLP):
     missing field, an empty result; `bars` raises it for bars that no market prints.
     """
 
+    instruments: Universe
+    start_time: pd.Timestamp | None
+    end_time: pd.Timestamp | None
+    _data: pd.DataFrame
+    _change: pd.DataFrame
+    _bars: Bars | None
+    _members: np.ndarray | None
+
     def __init__(
         self,
         instruments: Universe,
@@ -150,7 +158,8 @@ class KLineHandler(DataHandlerLP):
             for name, start, stop in zip(bars.instruments, bars.offsets[:-1], bars.offsets[1:]):
                 dates = bars.dates[start:stop]
                 for begin, end in spans[name]:
-                    mask[start:stop] |= (dates >= begin.to_numpy()) & (dates <= range_end(end, self.freq).to_numpy())
+                    last = np.datetime64(range_end(end, self.freq))
+                    mask[start:stop] |= (dates >= begin.to_numpy()) & (dates <= last)
             self._members = mask
         return self._members
 

@@ -67,7 +67,7 @@ def _holds(folder: Path, digest: str) -> bool:
 def _digest(manifest: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
     digest = blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=16)
     for name in sorted(arrays):
-        digest.update(arrays[name].reshape(-1).view(np.uint8))
+        digest.update(arrays[name].reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

@@ -4,9 +4,9 @@ import hashlib
 import inspect
 import json
 import os
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
@@ -65,7 +65,8 @@ class HubModule(
             ValueError: one line that names the argument.
         """
         super().__init__()
-        self.config = dict(self._hub_mixin_config)  # an attribute that networks pickled before the mixin have too
+        arguments = cast(Mapping[str, Any], self._hub_mixin_config)
+        self.config = dict(arguments)  # an attribute that networks pickled before the mixin have too
         read_settings(_arguments(type(self)), type(self).__name__, self.config)
 
     @classmethod
@@ -158,7 +159,7 @@ class HubModule(
         self,
         save_directory: str | os.PathLike[str],
         *,
-        config: dict[str, Any] | None = None,
+        config: Any = None,
         repo_id: str | None = None,
         push_to_hub: bool = False,
         model_card_kwargs: dict[str, Any] | None = None,
@@ -208,11 +209,11 @@ class HubModule(
         return sum(parameter.numel() for parameter in self.parameters())
 
 
-@cache
 def _arguments(network: type[HubModule]) -> type[Settings]:
     """The arguments of a network's constructor as settings that pydantic checks; none of them has a default."""
     _, *parameters = inspect.signature(network.__init__).parameters.values()
-    return create_model(network.__name__, __base__=Settings, **{p.name: (p.annotation, ...) for p in parameters})
+    fields: dict[str, Any] = {parameter.name: (parameter.annotation, ...) for parameter in parameters}
+    return create_model(network.__name__, __base__=Settings, **fields)
 
 
 def _check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], where: str) -> None:

@@ -1,9 +1,10 @@
 """The layers that the tokenizer and the model share: RMSNorm, rotary attention, SwiGLU, the pre-norm block."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 from kronos_qlib.nn.dropout import Dropout, current_generator, dropout
 
@@ -26,14 +27,14 @@ class _UnitScale(torch.autograd.Function):
     """RMSNorm without its weight, for a CPU, where torch's own makes more passes over memory."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
         factor = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps)
         y = x * factor
         ctx.save_for_backward(y, factor)
         return y
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         y, factor = ctx.saved_tensors
         projection = (gradient * y).mean(-1, keepdim=True)
         return torch.addcmul(gradient, y, projection, value=-1) * factor, None
@@ -41,6 +42,8 @@ class _UnitScale(torch.autograd.Function):
 
 class Rotary(nn.Module):
     """Rotary positions (Su et al. 2021), base 10000, half-split convention."""
+
+    inv_freq: Tensor
 
     def __init__(self, head_dim: int, base: float = 10000.0) -> None:
         super().__init__()
@@ -62,12 +65,12 @@ class _Rotation(torch.autograd.Function):
     """The rotation in three passes over memory; its gradient is the opposite rotation."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         return _rotate_pairs(x, cos, sin)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _rotate_pairs(gradient, cos, -sin), None, None
 

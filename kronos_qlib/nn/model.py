@@ -1,7 +1,7 @@
 """Kronos: the decoder-only transformer that continues a sequence of (s1, s2) codes."""
 
 import math
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -43,12 +43,13 @@ class TimeEmbedding(nn.Module):
 
     def tables(self) -> list[Tensor]:
         """Return the five tables [size, d], in the order of a stamp's fields."""
-        return [self.get_submodule(f"{field}_embed").weight for field in TIME_TABLES]
+        return [cast(Tensor, self.get_submodule(f"{field}_embed").weight) for field in TIME_TABLES]
 
     def forward(self, stamp: Tensor) -> Tensor:
         """Embed stamps [..., 5] (int): [..., d]."""
         fields = stamp.long().unbind(-1)
-        return sum(F.embedding(index, table) for index, table in zip(fields, self.tables(), strict=True))
+        embedded = [F.embedding(index, table) for index, table in zip(fields, self.tables(), strict=True)]
+        return cast(Tensor, sum(embedded))
 
 
 class CodeEmbedding(nn.Module):

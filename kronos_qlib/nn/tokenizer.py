@@ -1,6 +1,7 @@
 """KronosTokenizer: from a bar to two short bit codes (ids s1 and s2) and back."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from pydantic import FiniteFloat, PositiveInt
@@ -94,7 +95,7 @@ class KronosTokenizer(HubModule):
             s1, s2 = ids
             signs = torch.cat([ids_to_signs(s1, self.s1_bits), ids_to_signs(s2, self.s2_bits)], dim=-1)
         else:
-            signs = ids_to_signs(ids, self.bits)
+            signs = ids_to_signs(cast(Tensor, ids), self.bits)
         return self._decode(self.post_quant_embed(signs * self.bits**-0.5))
 
     def _decode(self, h: Tensor) -> Tensor:

@@ -64,6 +64,7 @@ class Finetuning:
 
     def conclude(self) -> None:
         """Record the results of the job."""
+        assert self._job is not None, "prepare comes first"
         self._job.load_best()
         self._saved.close()
         self.model.conclude(self._job)

@@ -230,7 +230,7 @@ def _write(evaluation: Evaluation, calibration: Calibration | None, outcomes: Ou
         "by_volatility.csv": evaluation.by_volatility,
         "pit.csv": evaluation.pit.set_index("step"),
     }
-    if calibration is not None:
+    if evaluation.calibration is not None and evaluation.prob_up is not None:
         tables["calibration.csv"] = evaluation.calibration.set_index("measure")
         tables["prob_up.csv"] = evaluation.prob_up.set_index("when")
     for name, table in tables.items():

@@ -250,11 +250,11 @@ def test_neutralised_scores_are_shown_with_the_forecasts_they_were_made_of(page:
 
 def test_long_lines_are_thinned_to_their_last_day_and_the_page_says_so() -> None:
     daily = pd.Series(range(2500), pd.bdate_range("2015-01-01", periods=2500))
-    drawn = charts.thinned(daily)
+    drawn = charts.thin(daily)
     assert len(drawn) <= charts.MOST_POINTS
     assert drawn.index[-1] == daily.index[-1]
-    assert charts.every(2500) == 5
-    assert charts.thinned(daily[:100]).equals(daily[:100])
+    assert charts.thinning(2500) == 5
+    assert charts.thin(daily[:100]).equals(daily[:100])
 
 
 def test_pictures_are_drawn(page: Page, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from tasks import LOOKBACK, make_task, make_windows, run
 
 from kronos_qlib.forecast.task import GENERATION, Task
 
-LAST_RETURNS = [0.02716, -0.04658, -0.04316, -0.04004, 0.01816]
+LAST_RETURNS = [0.05112, -0.03356, -0.05064, -0.04681, 0.02477]
 
 
 def test_a_task_comes_back_from_its_folder_and_from_a_pickle(tmp_path):

@@ -10,7 +10,8 @@ from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["kronos_qlib.train.launch", "kronos_qlib.forecast.run", "kronos_qlib.forecast.forecaster"]
+    # torch._dynamo: the first optimizer of a process imports it, which takes seconds
+    ["kronos_qlib.train.launch", "kronos_qlib.forecast.run", "kronos_qlib.forecast.forecaster", "torch._dynamo"]
 )
 
 

@@ -17,7 +17,7 @@ from kronos_qlib.train.launch import launch
 pytestmark = pytest.mark.slow
 
 # Batches of 2 micro-batches in stage 1 and of 4 in stage 2, whose last batch has 2 windows, so 1 micro-batch; 38
-# windows to validate on are 2 batches of 16 and one of 6. Four processes are more than there is work for.
+# windows to validate on are 2 batches of 16 and one of 6. Three processes are more than there is work for.
 UNEVEN = {
     "micro_batch_size": 3,
     "tokenizer": {"epochs": 2, "batch_size": 6, "windows_per_epoch": 58, "valid_windows": 38, "log_every": 3},
@@ -38,7 +38,7 @@ def alone(tmp_path_factory):
 
 def test_more_processes_than_there_is_work_for_train_bitwise_as_one(alone, tmp_path):
     trained = job(tmp_path, **UNEVEN)
-    launch(trained, 4)  # tests/train/test_restarts.py has two
+    launch(trained, 3)  # tests/train/test_restarts.py has two
     assert_same_results(tmp_path, alone.folder)
     assert trained.results() == alone.results()
     for one, other in ((trained.tokenizer, alone.tokenizer), (trained.model, alone.model)):

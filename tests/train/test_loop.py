@@ -1,5 +1,10 @@
 """Training learns, is judged causally on fixed windows, repeats itself, and goes on where it was cut off."""
 
+import functools
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -19,8 +24,37 @@ from kronos_qlib.train.batches import BatchSampler, load_examples
 from kronos_qlib.train.distributed import Compute
 from kronos_qlib.train.loop import validate
 from kronos_qlib.train.metrics import HISTORY_COLUMNS
+from kronos_qlib.train.stages import Stage
 
 pytestmark = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A stage after a training with its default settings, and what the training returned and logged."""
+
+    stage: Stage
+    folder: Path
+    best: dict[str, float]
+    logged: list[tuple[int, dict[str, float]]]
+
+    @property
+    def history(self) -> list[dict[str, str]]:
+        return history(self.folder)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Both stages, each trained once; nobody writes into their folders."""
+
+    @functools.cache
+    def train(make):
+        stage, folder, logged = make(), tmp_path_factory.mktemp("trained"), []
+        best = run(stage, folder, log=lambda metrics, step: logged.append((step, metrics)))
+        return Trained(stage, folder, best, logged)
+
+    return train
+
 
 COMPUTE = Compute(CPU)
 MICRO_BATCHES = 4  # of a batch, on a machine with up to four cores
@@ -28,39 +62,35 @@ STAGES = pytest.mark.parametrize("make", [tokenizer_stage, predictor_stage])
 
 
 @STAGES
-def test_a_stage_learns_and_ends_with_its_best_weights(make, tmp_path):
-    stage = make()
-    before = validate(stage, VALID, COMPUTE)["val_loss"]
-    best = run(stage, tmp_path)
-    rows = history(tmp_path)
-    assert list(rows[0]) == HISTORY_COLUMNS
-    judged = [float(row["val_loss"]) for row in rows if row["val_loss"]]
-    assert len(judged) == 3
-    assert min(judged) == pytest.approx(best["val_loss"], rel=1e-6)
-    assert best["val_loss"] < 0.95 * before
-    loaded = type(stage.network).from_pretrained(tmp_path / "best")
-    assert_same_weights(weights(stage), loaded.state_dict())
+def test_a_stage_learns_and_ends_with_its_best_weights(make, trained):
+    before = validate(make(), VALID, COMPUTE)["val_loss"]
+    done = trained(make)
+    assert list(done.history[0]) == HISTORY_COLUMNS
+    val_losses = [float(row["val_loss"]) for row in done.history if row["val_loss"]]
+    assert len(val_losses) == 3
+    assert min(val_losses) == pytest.approx(done.best["val_loss"], rel=1e-6)
+    assert done.best["val_loss"] < 0.95 * before
+    loaded = type(done.stage.network).from_pretrained(done.folder / "best")
+    assert_same_weights(weights(done.stage), loaded.state_dict())
 
 
 @STAGES
-def test_the_history_has_a_row_for_every_logging_step_and_epoch(make, tmp_path):
-    run(make(), tmp_path)
-    rows = history(tmp_path)
+def test_the_history_has_a_row_for_every_logging_step_and_epoch(make, trained):
+    rows = trained(make).history
     assert [int(row["step"]) for row in rows] == [3, 6, 7, 9, 12, 14, 15, 18, 21]  # 7 steps an epoch
     assert [row["epoch"] for row in rows if row["val_loss"]] == ["0", "1", "2"]
     assert max(float(row["lr"]) for row in rows) <= 5e-3
 
 
 @STAGES
-def test_the_same_seed_gives_bitwise_the_same_training_and_another_seed_another(make, tmp_path):
-    first, second, third = make(), make(), make()
-    run(first, tmp_path / "first")
+def test_the_same_seed_gives_bitwise_the_same_training_and_another_seed_another(make, trained, tmp_path):
+    first, second, third = trained(make), make(), make()
     torch.manual_seed(99)  # what happens to the global random state does not matter
     run(second, tmp_path / "second")
     run(third, tmp_path / "third", seed=2)
-    assert history(tmp_path / "first") == history(tmp_path / "second")
-    assert_same_weights(weights(first), weights(second))
-    assert history(tmp_path / "first") != history(tmp_path / "third")
+    assert first.history == history(tmp_path / "second")
+    assert_same_weights(weights(first.stage), weights(second))
+    assert first.history != history(tmp_path / "third")
 
 
 class Killed(BaseException):
@@ -69,10 +99,8 @@ class Killed(BaseException):
 
 @STAGES
 @pytest.mark.parametrize("steps", [9, 14])
-def test_a_killed_training_resumes_bitwise(make, tmp_path, steps):
-    whole = make()
-    run(whole, tmp_path / "whole")
-
+def test_a_killed_training_resumes_bitwise(make, trained, tmp_path, steps):
+    whole = trained(make)
     stage, done = make(), []
     learn = stage.loss
 
@@ -84,18 +112,18 @@ def test_a_killed_training_resumes_bitwise(make, tmp_path, steps):
 
     stage.loss = loss_until_killed
     with pytest.raises(Killed):
-        run(stage, tmp_path / "killed")
+        run(stage, tmp_path)
     resumed = make()
-    run(resumed, tmp_path / "killed")
-    assert history(tmp_path / "killed") == history(tmp_path / "whole")
-    assert_same_weights(weights(resumed), weights(whole))
+    run(resumed, tmp_path)
+    assert history(tmp_path) == whole.history
+    assert_same_weights(weights(resumed), weights(whole.stage))
 
 
-def test_a_finished_training_is_only_read(tmp_path):
-    first, second = tokenizer_stage(), tokenizer_stage()
-    run(first, tmp_path)
-    run(second, tmp_path, log=lambda metrics, step: pytest.fail("a step was taken"))
-    assert_same_weights(weights(first), weights(second))
+def test_a_finished_training_is_only_read(trained, tmp_path):
+    first, second = trained(tokenizer_stage), tokenizer_stage()
+    folder = shutil.copytree(first.folder, tmp_path / "copy")
+    run(second, folder, log=lambda metrics, step: pytest.fail("a step was taken"))
+    assert_same_weights(weights(first.stage), weights(second))
 
 
 @pytest.mark.parametrize(
@@ -105,22 +133,20 @@ def test_a_finished_training_is_only_read(tmp_path):
         ({}, {"seed": 5}, "seed: 1 there, 5 now"),
     ],
 )
-def test_a_folder_with_another_training_is_refused(tmp_path, settings, options, key):
-    run(tokenizer_stage(), tmp_path)
+def test_a_folder_with_another_training_is_refused(trained, tmp_path, settings, options, key):
+    folder = shutil.copytree(trained(tokenizer_stage).folder, tmp_path / "copy")
     with pytest.raises(ValueError, match=key):
-        run(tokenizer_stage(**settings), tmp_path, **options)
+        run(tokenizer_stage(**settings), folder, **options)
 
 
-def test_only_the_last_two_checkpoints_are_kept(tmp_path):
-    run(tokenizer_stage(), tmp_path)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000020", "step-00000021"]
+def test_only_the_last_two_checkpoints_are_kept(trained):
+    folder = trained(tokenizer_stage).folder / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000020", "step-00000021"]
 
 
-def test_stage_two_leaves_the_tokenizer_alone(tmp_path):
-    stage = predictor_stage()
-    before = {name: tensor.clone() for name, tensor in stage.frozen_tokenizer.state_dict().items()}
-    run(stage, tmp_path)
-    assert_same_weights(before, stage.frozen_tokenizer.state_dict())
+def test_stage_two_leaves_the_tokenizer_alone(trained):
+    before = predictor_stage().frozen_tokenizer.state_dict()
+    assert_same_weights(before, trained(predictor_stage).stage.frozen_tokenizer.state_dict())
 
 
 @STAGES
@@ -149,11 +175,9 @@ def test_validation_of_stage_two_is_causal():
         torch.testing.assert_close(whole[:, :cut], part)
 
 
-def test_sampled_and_teacher_forced_queries_train_differently(tmp_path):
-    sampled, forced = predictor_stage(), predictor_stage(s1_query="teacher_forced")
-    run(sampled, tmp_path / "sampled")
-    run(forced, tmp_path / "forced")
-    assert history(tmp_path / "sampled") != history(tmp_path / "forced")
+def test_sampled_and_teacher_forced_queries_train_differently(trained, tmp_path):
+    run(predictor_stage(s1_query="teacher_forced"), tmp_path)
+    assert trained(predictor_stage).history != history(tmp_path)
 
 
 def test_an_epoch_takes_windows_without_replacement_and_every_epoch_others():
@@ -197,12 +221,11 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_windows(tmp_path):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
 
 
-def test_metrics_are_logged_as_they_come(tmp_path):
-    logged = []
-    run(tokenizer_stage(), tmp_path, log=lambda metrics, step: logged.append((step, metrics)))
-    assert [step for step, _ in logged] == [int(row["step"]) for row in history(tmp_path)]
+def test_metrics_are_logged_as_they_come(trained):
+    done = trained(tokenizer_stage)
+    assert [step for step, _ in done.logged] == [int(row["step"]) for row in done.history]
     names = ("lr", "train_loss", "val_loss", "val_mse_s1", "windows_per_second", "data_wait")
-    assert set(logged[-1][1]) == {f"tokenizer.{name}" for name in names}
+    assert set(done.logged[-1][1]) == {f"tokenizer.{name}" for name in names}
 
 
 @STAGES

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from jobs import wait_for
+from waiting import wait_for
 
 from kronos_qlib.train import metrics
 from kronos_qlib.train.metrics import file_log, forward_metrics, guarded_log, recorder_log

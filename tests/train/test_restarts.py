@@ -17,12 +17,11 @@ from jobs import (
     assert_same_results,
     checkpoints,
     job,
-    meanwhile,
     results,
     steps_done,
-    wait_for,
     workers,
 )
+from waiting import meanwhile, wait_for
 
 from kronos_qlib.files import scratch_folder
 from kronos_qlib.nn import KronosTokenizer

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import mlflow
@@ -16,6 +15,7 @@ import yaml
 from qlib.data.dataset.weight import Reweighter
 from qlib.workflow import R
 from tiny import MODEL, SEGMENTS, STAGE, TOKENIZER, finetune, make_dataset, make_model, same_weights, weights
+from waiting import meanwhile, wait_for
 
 from kronos_qlib import Kronos, KronosTokenizer
 from kronos_qlib.cli import main
@@ -232,22 +232,22 @@ def statuses(folder: Path) -> list[str]:
     return [record.info.status for record in client.search_runs([experiment.experiment_id])]
 
 
-def test_a_stopped_training_ends_as_failed_with_the_signal_s_status_and_goes_on(workflow, tmp_path):
+def test_a_stopped_training_ends_as_failed_with_the_signal_s_status_and_goes_on(workflow, tmp_path, capfd):
     config = yaml.safe_load(workflow.read_text())
     long = STAGE | {"epochs": 300}
     config["task"]["model"]["kwargs"]["finetune"] = finetune(tmp_path / "out", tokenizer=long, predictor=None)
     workflow.write_text(yaml.safe_dump(config))
-    program = [sys.executable, "-m", "kronos_qlib", "finetune", str(workflow)]
-    with (tmp_path / "said.txt").open("w") as said:
-        training = subprocess.Popen(program, cwd=tmp_path, stdout=said, stderr=said)
-        while not list((tmp_path / "out").glob("tokenizer/checkpoints/step-????????")):
-            assert training.poll() is None, (tmp_path / "said.txt").read_text()
-            time.sleep(0.01)
-        training.terminate()
-        assert training.wait(60) == 128 + signal.SIGTERM
-    said = (tmp_path / "said.txt").read_text()
-    assert "run the same again to go on" in said
-    assert "Traceback" not in said
+
+    def stop():
+        wait_for(lambda: list((tmp_path / "out").glob("tokenizer/checkpoints/step-????????")))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with meanwhile(stop), pytest.raises(SystemExit) as stopped:
+        main(["finetune", str(workflow)])
+    assert stopped.value.code == 128 + signal.SIGTERM
+    printed = capfd.readouterr().err
+    assert "run the same again to go on" in printed
+    assert "Traceback" not in printed
     assert statuses(tmp_path) == ["FAILED"]
     steps = [int(path.name[5:]) for path in (tmp_path / "out").glob("tokenizer/checkpoints/step-????????")]
     assert 0 < max(steps) < 900

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from forks import environment
 from qlib.workflow import R
 from tiny import MODEL, SEGMENTS, STAGE, TOKENIZER, finetune, make_dataset, make_model, use_market
 
@@ -232,7 +233,7 @@ def test_a_fresh_process_gives_bitwise_the_same_scores(market, workplace, pickle
     script, out = tmp_path / "fresh.py", tmp_path / "scores.pkl"
     script.write_text(FRESH_PROCESS)
     command = [sys.executable, str(script), str(Path(__file__).parent), str(market), recorder_id, str(out)]
-    done = subprocess.run(command, cwd=workplace, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=workplace, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     as_loaded, set_up = pickle.loads(out.read_bytes())
     pd.testing.assert_series_equal(as_loaded, scores, check_exact=True)

@@ -139,7 +139,11 @@ def path_drawer(
     On a GPU it never waits for the device, so that a CUDA graph can hold it. `report_step` is called after each step.
     """
     ranks = weights.ranks if sampling.top_k != 1 else (None, None)  # the likeliest token needs no order
-    return lambda *inputs: _draw_paths(weights, *inputs, sampling, ranks, report_step)
+
+    def draw(x: Tensor, x_stamp: Tensor, y_stamp: Tensor, uniform: Tensor) -> Tensor:
+        return _draw_paths(weights, x, x_stamp, y_stamp, uniform, sampling, ranks, report_step)
+
+    return draw
 
 
 def _draw_paths(
