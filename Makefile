@@ -41,9 +41,11 @@ demo: $(INSTALLED) $(MARKET_MADE)
 	$(BIN)/qrun workflows/kronos_demo.yaml
 	$(BIN)/kronos-qlib compare kronos_demo lightgbm_demo reversal_demo --out $(DEMO)
 
-# Two workers share the cores: threads that wait should sleep, not spin.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Three workers for two cores, as some tests wait; threads that wait should sleep, not spin; and bytecode is kept
+# whatever the shell says, as a hundred processes import the package.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 test check: export OMP_WAIT_POLICY := passive
+test check: export PYTHONDONTWRITEBYTECODE :=
 test: $(INSTALLED)
 	$(PYTEST)
 

@@ -33,7 +33,7 @@ execute = load_execute()
 @pytest.fixture(scope="session")
 def market(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Smaller than the 40 instruments that the notebooks make for themselves, which takes them longer."""
-    return write_demo_market(tmp_path_factory.mktemp("notebooks") / "market", instruments=20, days=520, signal=0.1)
+    return write_demo_market(tmp_path_factory.mktemp("notebooks") / "market", instruments=28, days=520, signal=0.1)
 
 
 def read(path: Path) -> NotebookNode:

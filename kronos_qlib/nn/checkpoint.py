@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
@@ -57,6 +57,14 @@ class HubModule(
 
     config: dict[str, Any]
     source: str | None = None
+    _arguments: ClassVar[type[Settings]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Describe the constructor's arguments as settings that pydantic checks; none of them has a default."""
+        super().__init_subclass__(**kwargs)
+        _, *parameters = inspect.signature(cls.__init__).parameters.values()
+        fields: dict[str, Any] = {parameter.name: (parameter.annotation, ...) for parameter in parameters}
+        cls._arguments = create_model(cls.__name__, __base__=Settings, **fields)
 
     def __init__(self) -> None:
         """Validate the arguments of the subclass's constructor, which the mixin has kept, by their annotations.
@@ -67,7 +75,7 @@ class HubModule(
         super().__init__()
         arguments = cast(Mapping[str, Any], self._hub_mixin_config)
         self.config = dict(arguments)  # an attribute that networks pickled before the mixin have too
-        read_settings(_arguments(type(self)), type(self).__name__, self.config)
+        read_settings(self._arguments, type(self).__name__, self.config)
 
     @classmethod
     def from_config(cls, config: dict[str, Any], where: str) -> Self:
@@ -76,7 +84,7 @@ class HubModule(
         Raises:
             CheckpointError: an unknown or a missing key, or a value the constructor refuses.
         """
-        known = list(_arguments(cls).model_fields)
+        known = list(cls._arguments.model_fields)
         unknown, missing = sorted(set(config) - set(known)), [key for key in known if key not in config]
         if unknown:
             raise CheckpointError(f"{where}: unknown key {unknown[0]!r} for {cls.__name__}; known keys: {known}")
@@ -207,13 +215,6 @@ class HubModule(
     def n_parameters(self) -> int:
         """How many numbers all parameters hold, trained and fixed; buffers are not counted."""
         return sum(parameter.numel() for parameter in self.parameters())
-
-
-def _arguments(network: type[HubModule]) -> type[Settings]:
-    """The arguments of a network's constructor as settings that pydantic checks; none of them has a default."""
-    _, *parameters = inspect.signature(network.__init__).parameters.values()
-    fields: dict[str, Any] = {parameter.name: (parameter.annotation, ...) for parameter in parameters}
-    return create_model(network.__name__, __base__=Settings, **fields)
 
 
 def _check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], where: str) -> None:
