@@ -39,9 +39,9 @@ def draw_training(report: "TrainingReport") -> Figure:
     _, *upper, lower = figure.subfigures(len(inches), 1, height_ratios=inches)
     draw_title(figure, "Fine-tuning", f"codes and reconstruction: {report.sample}")
     if upper:
-        ratios = {"height_ratios": (4, 1), "hspace": 0.1, "wspace": 0.19, "top": 0.9, "bottom": 0.13}
+        ratios = {"height_ratios": (4, 1), "hspace": 0.1, "wspace": 0.21, "top": 0.9, "bottom": 0.13}
         axes = upper[0].subplots(
-            2, len(report.histories), sharex="col", squeeze=False, gridspec_kw=ratios | {"left": 0.075, "right": 0.98}
+            2, len(report.histories), sharex="col", squeeze=False, gridspec_kw=ratios | {"left": 0.085, "right": 0.98}
         )
         for (losses, rates), (stage, history) in zip(axes.T, report.histories.items()):
             _draw_losses(losses, stage, history)

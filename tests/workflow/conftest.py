@@ -1,12 +1,14 @@
 """A demo market that all tests of the room read, a place for each to work in, and one whole run."""
 
 import logging
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from mlflow import MlflowClient
 from qlib.workflow import R
 from qlib.workflow.recorder import Recorder
 from tiny import finetune, make_dataset, make_model, use_market
@@ -21,9 +23,19 @@ def market(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The working directory, with the recorders' mlflow.db and mlruns/ in it: making a database takes a second."""
-    return tmp_path_factory.mktemp("workplace")
+def workplace(tmp_path_factory: pytest.TempPathFactory, database: Path) -> Path:
+    """The working directory, with the recorders' mlflow.db and mlruns/ in it."""
+    folder = tmp_path_factory.mktemp("workplace")
+    shutil.copy(database, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An mlflow.db without runs, to copy: MLflow takes seconds to make one."""
+    path = tmp_path_factory.mktemp("database") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
 
 
 @pytest.fixture

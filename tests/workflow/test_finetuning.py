@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,7 +209,8 @@ def test_a_dry_run_says_that_a_folder_would_be_refused_or_gone_on_with(workflow,
         assert said in capsys.readouterr().out
 
 
-def test_torchrun_leaves_what_the_recorder_and_a_later_run_need(workflow, run, tmp_path):
+def test_torchrun_leaves_what_the_recorder_and_a_later_run_need(workflow, run, database, tmp_path):
+    shutil.copy(database, tmp_path)
     torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "-m", "kronos_qlib", "finetune", str(workflow)]
     done = command(tmp_path, sys.executable, "-m", *torchrun)
     assert done.returncode == 0, done.stderr
@@ -232,7 +234,8 @@ def statuses(folder: Path) -> list[str]:
     return [record.info.status for record in client.search_runs([experiment.experiment_id])]
 
 
-def test_a_stopped_training_ends_as_failed_with_the_signal_s_status_and_goes_on(workflow, tmp_path, capfd):
+def test_a_stopped_training_ends_as_failed_with_the_signal_s_status_and_goes_on(workflow, database, tmp_path, capfd):
+    shutil.copy(database, tmp_path)
     config = yaml.safe_load(workflow.read_text())
     long = STAGE | {"epochs": 300}
     config["task"]["model"]["kwargs"]["finetune"] = finetune(tmp_path / "out", tokenizer=long, predictor=None)
@@ -253,7 +256,8 @@ def test_a_stopped_training_ends_as_failed_with_the_signal_s_status_and_goes_on(
     assert 0 < max(steps) < 900
 
 
-def test_an_error_under_torchrun_is_said_once_and_recorded_as_failed(workflow, run, tmp_path):
+def test_an_error_under_torchrun_is_said_once_and_recorded_as_failed(workflow, run, database, tmp_path):
+    shutil.copy(database, tmp_path)
     config = yaml.safe_load(workflow.read_text())
     kwargs = config["task"]["model"]["kwargs"]
     kwargs["finetune"]["output_dir"], kwargs["seed"] = str(run.folder), 2
