@@ -264,6 +264,7 @@ def test_pictures_are_drawn(page: Page, tmp_path: Path) -> None:
         assert imread(tmp_path / f"{name}.png")[..., :3].std() > 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 375)])
 def test_browser_draws_every_figure_without_a_word(page: Page, tmp_path: Path, scheme: str, width: int) -> None:
     browsers = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

@@ -172,6 +172,7 @@ def test_signal_is_there_in_the_strength_asked_for(tmp_path: Path, seed: int) ->
     assert ic.mean() == pytest.approx(0.05, abs=0.02)
 
 
+@pytest.mark.slow
 def test_no_signal_is_none(tmp_path: Path) -> None:
     t = [
         t_statistic(daily_rank_ic(write_demo_market(tmp_path / "market", signal=0, seed=seed), bars))

@@ -107,6 +107,7 @@ def test_new_adapters_change_no_output(make):
         assert torch.equal(expected, found)
 
 
+@pytest.mark.slow
 @NETWORKS
 def test_only_adapters_learn(make):
     network = adapted(make())

@@ -285,6 +285,7 @@ def test_an_unknown_or_empty_segment_is_named(store):
         make_model().predict(make_dataset(), ("2030-01-01", "2030-06-30"))
 
 
+@pytest.mark.slow
 def test_another_trainings_output_folder_is_refused(run, store):
     model = make_model(seed=2, finetune=finetune(run.folder))
     with pytest.raises(ValueError, match="holds another training .*seed: 1 there, 2 now.*choose another output_dir"):
