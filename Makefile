@@ -18,7 +18,7 @@ help:
 	@echo "make demo    install, make a synthetic market, run Kronos, LightGBM and a simple rule on it, compare them in $(DEMO)/"
 	@echo "make test    install and run the test suite"
 	@echo "make check   install, check style and run the short tests: before each commit"
-	@echo "make docs    install and build the site in runs/site/, without a network; open runs/site/index.html"
+	@echo "make docs    install and build the site, without a network; open build/site/index.html"
 	@echo "make lint    install and check style and public types (ruff, mypy)"
 	@echo "make clean   remove .venv, the demo's output and caches; your own runs and mlflow.db stay"
 
@@ -42,7 +42,7 @@ demo: $(INSTALLED) $(MARKET_MADE)
 	$(BIN)/kronos-qlib compare kronos_demo lightgbm_demo reversal_demo --out $(DEMO)
 
 # Three workers for two cores, as some tests wait; threads that wait should sleep, not spin; and bytecode is kept
-# whatever the shell says, as a hundred processes import the package.
+# whatever the shell says, as many processes import the package.
 PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 test check: export OMP_WAIT_POLICY := passive
 test check: export PYTHONDONTWRITEBYTECODE :=
@@ -55,7 +55,7 @@ check: lint
 # The theme announces its successor on every build; nothing of that concerns these pages.
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(INSTALLED)
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict  # not --quiet: then warnings are not counted
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -63,5 +63,5 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(DEMO) runs/site *.egg-info build .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(DEMO) *.egg-info build .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

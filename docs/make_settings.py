@@ -53,7 +53,10 @@ def page() -> str:
 
 
 def section(title: str, kinds: Sequence[type[Settings]]) -> Iterator[str]:
-    """Yield the lines of a section: one table for settings of several kinds, their defaults side by side."""
+    """Yield the lines of a section: one table for settings of several kinds, their defaults side by side.
+
+    A field that a subclass defines anew keeps its parent's description.
+    """
     yield f"## {title}\n"
     yield " ".join(" ".join((kind.__doc__ or "").split()) for kind in kinds) + "\n"
     yield "| key | values | default | meaning |\n|---|---|---|---|"
@@ -61,15 +64,10 @@ def section(title: str, kinds: Sequence[type[Settings]]) -> Iterator[str]:
         holders = [kind for kind in kinds if key in kind.model_fields]
         fields = [kind.model_fields[key] for kind in holders]
         defaults = "; ".join(dict.fromkeys(default_text(field) for field in fields))
-        meaning = next(text for kind in holders[0].__mro__ if (text := description(kind, key)))
+        meaning = next(words for kind in holders[0].__mro__ if (words := kind.model_fields[key].description))
         only = f" (only `{['tokenizer', 'predictor'][kinds.index(holders[0])]}`)" if len(holders) < len(kinds) else ""
         yield f"| `{key}`{only} | {values(fields[0])} | {defaults} | {' '.join(meaning.split())} |"
     yield ""
-
-
-def description(kind: type[Any], key: str) -> str:
-    """Return what a class says of a key; a field that a subclass defines anew keeps its parent's words."""
-    return getattr(kind, "model_fields", {})[key].description or ""
 
 
 def default_text(field: FieldInfo) -> str:
@@ -83,7 +81,7 @@ def default_text(field: FieldInfo) -> str:
 
 def values(field: FieldInfo) -> str:
     """Return which values a key takes: types, alternatives and bounds."""
-    if field.metadata and [*field.metadata] == [*get_args(AutoOrCount)[1:]]:
+    if field.metadata == [*get_args(AutoOrCount)[1:]]:
         return "`auto` or whole number ≥ 1"
     bounds = [
         f"{BOUNDS[name]} {getattr(item, name)}" for item in field.metadata for name in BOUNDS if hasattr(item, name)

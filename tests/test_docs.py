@@ -22,12 +22,12 @@ def test_the_readme_is_short():
 
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning_and_asks_no_network_for_anything(tmp_path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     built = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True
     )
     assert built.returncode == 0, built.stderr
-    assert built.stdout + built.stderr == ""
+    assert "WARNING" not in built.stdout + built.stderr
     pages = list(tmp_path.glob("*.html"))
     assert {"index.html", "api.html", "settings.html"} <= {page.name for page in pages}
     for page in pages:

@@ -6,6 +6,8 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import kronos_qlib
+
 PACKAGE = Path(__file__).parents[1] / "kronos_qlib"
 # In order: a room imports from itself and from the rooms before it. A new room has to be given its place here.
 ROOMS = "files settings hardware nn data forecast train evaluation workflow analysis cli __main__".split()
@@ -59,10 +61,13 @@ def test_no_module_imports_itself_by_way_of_others():
     TopologicalSorter(IMPORTS).prepare()  # its CycleError names the modules of a circle
 
 
-def test_only_modules_that_draw_import_matplotlib():
-    drawing = {"evaluation.style", "evaluation.figure", "evaluation.training_figure", "analysis.figures"}
-    found = {module for module, path in MODULES.items() if "matplotlib" in path.read_text().partition("\ndef ")[0]}
-    assert {module.removeprefix("kronos_qlib.") for module in found} == drawing
+def test_the_public_names_complete_and_are_those_that_type_checkers_see():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    (checked,) = (node for node in tree.body if isinstance(node, ast.If))
+    names = {alias.asname for node in checked.body for alias in node.names}
+    assert names == set(kronos_qlib.__all__) <= set(dir(kronos_qlib))
+    assert all(getattr(kronos_qlib, name).__name__ == name for name in names)
+    assert (PACKAGE / "py.typed").exists()
 
 
 def test_processes_that_train_and_forecast_know_neither_pandas_nor_qlib():
@@ -76,6 +81,8 @@ for name in {names}:
     import_module(name)
     heavy = {{"pandas", "qlib", "mlflow", "matplotlib", "tensorflow", "peft", "transformers"}} & sys.modules.keys()
     assert not heavy, f"{{name}} imports {{heavy}}"
+import kronos_qlib.evaluation.training_report  # of the process that trains without others
+assert "matplotlib" not in sys.modules, "a training draws when it has ended, not before"
 """
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field
 from qlib.config import C
 from qlib.log import get_module_logger
 
-from kronos_qlib.data.calendar import is_intraday, range_end
+from kronos_qlib.data.calendar import DAY, is_intraday, range_end
 from kronos_qlib.data.dataset import KLineDataset
 from kronos_qlib.data.dates import Date
 from kronos_qlib.data.handler import KLineHandler, check_universe
@@ -23,8 +23,6 @@ from kronos_qlib.data.join_windows import drop_unused_bars, join_windows
 from kronos_qlib.data.windows import Windows
 from kronos_qlib.data.windows_on_disk import map_windows, save_windows
 from kronos_qlib.settings import Settings
-
-DAY = pd.Timedelta(days=1)
 
 
 class ExtraData(Settings):

@@ -1,7 +1,7 @@
 """KLineHandler: the K-lines of a universe as a Qlib data handler, and as one array of valid bars."""
 
 import warnings
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -158,8 +158,8 @@ class KLineHandler(DataHandlerLP):
             for name, start, stop in zip(bars.instruments, bars.offsets[:-1], bars.offsets[1:]):
                 dates = bars.dates[start:stop]
                 for begin, end in spans[name]:
-                    last = np.datetime64(range_end(end, self.freq))
-                    mask[start:stop] |= (dates >= begin.to_numpy()) & (dates <= last)
+                    last = cast(pd.Timestamp, range_end(end, self.freq))
+                    mask[start:stop] |= (dates >= begin.to_numpy()) & (dates <= last.to_numpy())
             self._members = mask
         return self._members
 

@@ -11,7 +11,7 @@ import numpy as np
 from kronos_qlib.data.windows import Bars, Windows
 from kronos_qlib.files import save_array, whole_file
 
-MANIFEST = "windows.json"
+WINDOWS_FILE = "windows.json"
 _DTYPES = {"values": "<f4", "stamp": "|i1", "dates": "<M8[ns]", "offsets": "<i8"}
 _SETTINGS = ("lookback", "future", "clip")
 
@@ -37,10 +37,10 @@ def save_windows(folder: Path, windows: Mapping[str, Windows]) -> None:
     manifest["digest"] = _digest(manifest, arrays)
     if _holds(folder, manifest["digest"]):
         return
-    (folder / MANIFEST).unlink(missing_ok=True)  # until it is written again the folder is not whole
+    (folder / WINDOWS_FILE).unlink(missing_ok=True)  # until it is written again the folder is not whole
     for name, array in arrays.items():
         save_array(_file(folder, name), array)
-    with whole_file(folder / MANIFEST) as draft:
+    with whole_file(folder / WINDOWS_FILE) as draft:
         draft.write_text(json.dumps(manifest) + "\n")
 
 
@@ -72,7 +72,7 @@ def _digest(manifest: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> st
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
+    path = folder / WINDOWS_FILE
     try:
         manifest = json.loads(path.read_text())
     except FileNotFoundError:

@@ -76,7 +76,7 @@ def draw_legend(axes: Axes, **options: Any) -> None:
     axes.legend(**look | options)
 
 
-def draw_legend_below(axes: Axes, columns: int, below: float = 0.17) -> None:
-    """Draw a legend under the x label, `below` heights of the axes down, where no curve is."""
-    place = {"loc": "upper left", "bbox_to_anchor": (-0.02, -below), "ncols": columns}
+def draw_legend_below(axes: Axes, columns: int) -> None:
+    """Draw a legend under the x label, where no curve is."""
+    place = {"loc": "upper left", "bbox_to_anchor": (-0.02, -0.17), "ncols": columns}
     draw_legend(axes, fontsize=8, columnspacing=1.2, framealpha=0, **place)

@@ -14,8 +14,7 @@ from torch import Tensor
 from kronos_qlib.data.windows import COLUMNS, Batch, Windows, denormalise
 from kronos_qlib.files import whole_file
 from kronos_qlib.nn import KronosTokenizer
-
-STAGES = "tokenizer", "predictor"
+from kronos_qlib.train.job import STAGES
 
 
 @dataclass(frozen=True)

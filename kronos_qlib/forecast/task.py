@@ -19,7 +19,7 @@ from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.nn.checkpoint import digest_of_weights
 
 GENERATION = 3  # raised when the same task would give other scores: chunks cached before are then not read any more
-MANIFEST, STAMPS, DIGEST_BYTES = "task.json", "future_stamp.npy", 16
+TASK_FILE, STAMPS, DIGEST_BYTES = "task.json", "future_stamp.npy", 16
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,13 @@ class Task:
             "batch_size": self.batch_size,
             "keep_paths": self.keep_paths,
         }
-        with whole_file(folder / MANIFEST) as draft:
+        with whole_file(folder / TASK_FILE) as draft:
             draft.write_text(json.dumps(manifest, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> "Task":
         """Load the task that `save` wrote, its windows mapped from the files."""
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / TASK_FILE).read_text())
         return cls(
             tokenizer=KronosTokenizer.from_pretrained(folder / "tokenizer").eval(),
             model=Kronos.from_pretrained(folder / "model").eval(),

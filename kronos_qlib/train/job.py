@@ -27,7 +27,7 @@ from kronos_qlib.train.settings import FinetuneSettings
 from kronos_qlib.train.stages import PredictorStage, Stage, StageSpecification, TokenizerStage
 
 logger = logging.getLogger("qlib.KronosTrainer")
-MANIFEST, DRAW_WEIGHTS = "job.json", "draw_weights.npy"
+JOB_FILE, DRAW_WEIGHTS = "job.json", "draw_weights.npy"
 LOCK, LOCK_SECONDS = ".lock", 300  # processes of a killed training need a step, or a validation, to notice
 STAGES = ("tokenizer", "predictor")
 EXTRA_DATA = "extra_data"  # the folder of windows from other stores, beside those of the stages
@@ -147,7 +147,7 @@ class Job:
                 "draw_weights": self.draw_weights is not None,
                 "recorder": self.recorder,
             }
-            with whole_file(folder / MANIFEST) as draft:
+            with whole_file(folder / JOB_FILE) as draft:
                 draft.write_text(json.dumps(manifest, indent=2) + "\n")
 
     @contextmanager
@@ -167,7 +167,7 @@ class Job:
         Raises:
             FileNotFoundError: this machine does not see the folder.
         """
-        path = folder / MANIFEST
+        path = folder / JOB_FILE
         if not path.exists():
             raise FileNotFoundError(
                 f"{path} is not here: output_dir must lie on a file system that all machines of a training share"

@@ -21,8 +21,10 @@ from kronos_qlib.train.signals import TrainingStopped
 from kronos_qlib.train.worker import FAILURE_FILE, FINAL_ERRORS
 
 logger = logging.getLogger("qlib.KronosTrainer")
-# Those that torch's launcher handles itself, where the system has them.
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
+# The signals that torch's launcher handles itself, where the system has them.
+ELASTIC_SIGNALS = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name)
+]
 SHUTDOWN_SECONDS = 300  # that a process has for its step and a checkpoint when it is to stop
 
 
@@ -36,7 +38,9 @@ def launch(job: Job, processes: int) -> None:
         what `Job.run` raises; RuntimeError: the processes died too often.
     """
     passed = [
-        number.name for number in SIGNALS if number.name != "SIGQUIT" and signal.getsignal(number) != signal.SIG_IGN
+        number.name
+        for number in ELASTIC_SIGNALS
+        if number.name != "SIGQUIT" and signal.getsignal(number) != signal.SIG_IGN
     ]
     options = {"shutdown_timeout": SHUTDOWN_SECONDS, "signals_to_handle": ",".join(passed)}
     config = LaunchConfig(
@@ -100,7 +104,7 @@ def _handler_backup() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in ELASTIC_SIGNALS}
     try:
         yield
     finally:

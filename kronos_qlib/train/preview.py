@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from kronos_qlib.hardware.cpu import MIB
 from kronos_qlib.train.batches import BatchSampler, load_examples
 from kronos_qlib.train.checkpoints import CHECKPOINTS, whole_checkpoints
 from kronos_qlib.train.distributed import Compute, Group, open_compute
@@ -19,7 +20,7 @@ from kronos_qlib.train.memory_estimate import (
 )
 from kronos_qlib.train.stages import StageSpecification
 
-MIB, CODES_BYTES = 2**20, 4  # of a bar in the cache of codes: s1 and s2, uint16
+CODES_BYTES = 4  # of a bar in the cache of codes: s1 and s2, uint16
 CHECKPOINTS_AT_ONCE = 3  # two are kept while the next is written
 
 

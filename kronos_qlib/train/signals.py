@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 # Windows has fewer. The last comes when a terminal is closed, unless nohup lets it be ignored.
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class TrainingStopped(Exception):
@@ -57,7 +57,7 @@ def catch_stop_signals(launcher: int | None = None) -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    caught = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    caught = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, request._receive) for number in caught}
     try:
         yield request

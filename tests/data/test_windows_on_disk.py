@@ -11,7 +11,7 @@ from stores import DAYS, sessions
 
 from kronos_qlib import KLineDataset, KLineHandler
 from kronos_qlib.data.windows import Bars, Windows
-from kronos_qlib.data.windows_on_disk import MANIFEST, map_windows, save_windows
+from kronos_qlib.data.windows_on_disk import WINDOWS_FILE, map_windows, save_windows
 
 DAY = [str(date.date()) for date in sessions(DAYS)]
 SEGMENTS = {"train": [DAY[10], DAY[39]], "valid": [DAY[40], DAY[-1]]}
@@ -137,7 +137,7 @@ def test_a_folder_written_to_the_middle_is_not_taken_for_whole(windows, tmp_path
     (tmp_path / "ends.valid.npy").mkdir()  # the last array cannot be written
     with pytest.raises(OSError):
         save_windows(tmp_path, with_other_values(windows))
-    with pytest.raises(FileNotFoundError, match=f"{MANIFEST} is missing: no windows were saved there, or not to the"):
+    with pytest.raises(FileNotFoundError, match=f"{WINDOWS_FILE} is missing: no windows were saved there, or not"):
         map_windows(tmp_path)
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -171,8 +171,8 @@ def test_a_damaged_array_is_an_error_that_names_its_file_and_is_written_anew(win
 @pytest.mark.parametrize("content", ["", "{", "[]", json.dumps({"digest": ""})])
 def test_a_damaged_manifest_is_an_error_that_names_it(windows, tmp_path, content):
     save_windows(tmp_path, windows)
-    (tmp_path / MANIFEST).write_text(content)
-    with pytest.raises(ValueError, match=f"{MANIFEST} is not .*; remove {tmp_path}"):
+    (tmp_path / WINDOWS_FILE).write_text(content)
+    with pytest.raises(ValueError, match=f"{WINDOWS_FILE} is not .*; remove {tmp_path}"):
         map_windows(tmp_path)
     save_windows(tmp_path, windows)
     assert_same(map_windows(tmp_path)["train"], windows["train"])

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kronos_qlib.forecast.engine.attention import CacheLayout, extend, prefill, repeat_angles
-from kronos_qlib.forecast.engine.weights import ModelWeights, rotate, unit_scale
+from kronos_qlib.forecast.engine.weights import ModelWeights, rotate_neighbours, unit_scale
 
 
 class Context(Protocol):
@@ -57,7 +57,7 @@ class SharedContext:
         h = model.normalise(h)
         k, v = model.cross_kv(h).chunk(2, dim=-1)
         if aligned:
-            k = rotate(k, model.cross_angles[:length])
+            k = rotate_neighbours(k, model.cross_angles[:length])
         self.cross = layout.empty_cache(length, model.cross_heads, h.shape[-1], k)
         self.cross.fill(slice(None), *self._heads(k, v), layout.groups_per_window)
         # The output at the newest position: [G, 1, d] while the samples share it, then [G, n, d].
@@ -73,7 +73,7 @@ class SharedContext:
         h = self.model.normalise(extend(self.model.stack, self.caches, x.flatten(1, 2), start, self.mask, size))
         k, v = self.model.cross_kv(h).chunk(2, dim=-1)
         if self.aligned:
-            k = rotate(k, repeat_angles(self.model.cross_angles, self.cross.length, start, k.shape[1], size))
+            k = rotate_neighbours(k, repeat_angles(self.model.cross_angles, self.cross.length, start, k.shape[1], size))
         self.cross.append(*self._heads(k, v), start)
         self.last, self.steps = h[:, -size:], self.steps + x.shape[1]
 
@@ -86,7 +86,7 @@ class SharedContext:
         q = F.embedding(s1, self.model.cross_query)
         if self.aligned:
             position = self.cross.length + self.steps - 1
-            q = rotate(q, self.model.cross_angles[position : position + 1])
+            q = rotate_neighbours(q, self.model.cross_angles[position : position + 1])
         own = self.steps * self.layout.group_size
         q = q.unflatten(-1, (self.model.cross_heads, -1)).to(self.cross.k.dtype)
         attended = self.cross.attend(q, own, self.mask[own - self.layout.group_size : own])
@@ -145,7 +145,7 @@ class SlidingContext:
         q = F.embedding(s1, model.cross_query)
         if self.aligned:
             angles = model.cross_angles[: h.shape[1]]
-            q, k = (rotate(rows, turns) for rows, turns in ((q, angles[-1:]), (w_k(h).float(), angles)))
+            q, k = (rotate_neighbours(rows, turns) for rows, turns in ((q, angles[-1:]), (w_k(h).float(), angles)))
             scores = torch.einsum("bohi,bthi->bht", *(rows.unflatten(-1, (heads, -1)) for rows in (q, k)))
         else:  # the keys' bias adds the same to all scores of a head
             q = q.to(w_k.weight.dtype).unflatten(-1, (heads, -1))

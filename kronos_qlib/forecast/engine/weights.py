@@ -53,14 +53,14 @@ class BlockWeights:
     def split_heads(self, projection: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries and keys, rotated by their positions' angles, and values: each [..., T, H, C]."""
         width = projection.shape[-1] // 3
-        qk = rotate(projection[..., : 2 * width], angles).unflatten(-1, (2, self.n_heads, -1))
+        qk = rotate_neighbours(projection[..., : 2 * width], angles).unflatten(-1, (2, self.n_heads, -1))
         return qk[..., 0, :, :], qk[..., 1, :, :], projection[..., 2 * width :].unflatten(-1, (self.n_heads, -1))
 
     def keys_and_values(self, x: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
         """Compute rotated keys and values alone: each [..., T, H, C]."""
         width = x.shape[-1]
         k = self.qkv.rows(slice(width, 2 * width))(unit_scale(x, self.eps1))
-        return rotate(k, angles[:, width // 2 :]).unflatten(-1, (self.n_heads, -1)), self.values(x)
+        return rotate_neighbours(k, angles[:, width // 2 :]).unflatten(-1, (self.n_heads, -1)), self.values(x)
 
     def values(self, x: Tensor) -> Tensor:
         """Compute values alone: [..., T, H, C]."""
@@ -91,7 +91,7 @@ def unit_scale(x: Tensor, eps: float) -> Tensor:
     return x * torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
+def rotate_neighbours(x: Tensor, angles: Tensor) -> Tensor:
     """Rotate pairs of neighbours of x [..., T, 2·n] by angles (complex64 [T, n]), in float32, to x's dtype."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * angles).flatten(-2).to(x.dtype)
