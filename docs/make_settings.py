@@ -1,7 +1,11 @@
 """Write docs/settings.md from the pydantic models: python docs/make_settings.py. A test holds the page to date."""
 
+import ast
+import inspect
 import json
 from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -64,10 +68,22 @@ def section(title: str, kinds: Sequence[type[Settings]]) -> Iterator[str]:
         holders = [kind for kind in kinds if key in kind.model_fields]
         fields = [kind.model_fields[key] for kind in holders]
         defaults = "; ".join(dict.fromkeys(default_text(field) for field in fields))
-        meaning = next(words for kind in holders[0].__mro__ if (words := kind.model_fields[key].description))
+        meaning = next(words for kind in holders[0].__mro__ if (words := descriptions(kind).get(key)))
         only = f" (only `{['tokenizer', 'predictor'][kinds.index(holders[0])]}`)" if len(holders) < len(kinds) else ""
         yield f"| `{key}`{only} | {values(fields[0])} | {defaults} | {' '.join(meaning.split())} |"
     yield ""
+
+
+@cache
+def descriptions(kind: type[Settings]) -> dict[str, str]:
+    """Return the docstrings under a class's own fields, by field."""
+    (definition,) = ast.parse(inspect.getsource(kind)).body
+    found = {}
+    for field, below in pairwise(definition.body):
+        match field, below:
+            case ast.AnnAssign(target=ast.Name(id=key)), ast.Expr(value=ast.Constant(value=str(words))):
+                found[key] = words
+    return found
 
 
 def default_text(field: FieldInfo) -> str:

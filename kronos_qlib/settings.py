@@ -9,10 +9,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 class Settings(BaseModel):
     """Base of the checked keyword arguments of a class that a workflow file configures.
 
-    The docstring under a field is its description in docs/settings.md.
+    The docstring under a field is its description in docs/settings.md; pydantic, whose reading of docstrings would take
+    every process 0.3 s, does not know it.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)

@@ -6,6 +6,8 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 import kronos_qlib
 
 PACKAGE = Path(__file__).parents[1] / "kronos_qlib"
@@ -45,20 +47,23 @@ class Imports(ast.NodeVisitor):
             self.found |= {name if name in MODULES else node.module for name in names}
 
 
-IMPORTS = {module: Imports(module).found - {module} for module in MODULES}
+@pytest.fixture(scope="module")
+def imports() -> dict[str, set[str]]:
+    """What each module imports of the package."""
+    return {module: Imports(module).found - {module} for module in MODULES}
 
 
-def test_a_room_imports_only_from_itself_and_from_the_rooms_before_it():
+def test_a_room_imports_only_from_itself_and_from_the_rooms_before_it(imports: dict[str, set[str]]):
     def place(module: str) -> int:
         return ROOMS.index(module.split(".")[1])
 
-    public = {module for module, imported in IMPORTS.items() if "kronos_qlib" in imported}
+    public = {module for module, imported in imports.items() if "kronos_qlib" in imported}
     assert not public, "these import a public name, which hides the room that it is of"
-    assert [(m, i) for m, imported in IMPORTS.items() for i in imported if place(i) > place(m)] == []
+    assert [(m, i) for m, imported in imports.items() for i in imported if place(i) > place(m)] == []
 
 
-def test_no_module_imports_itself_by_way_of_others():
-    TopologicalSorter(IMPORTS).prepare()  # its CycleError names the modules of a circle
+def test_no_module_imports_itself_by_way_of_others(imports: dict[str, set[str]]):
+    TopologicalSorter(imports).prepare()  # its CycleError names the modules of a circle
 
 
 def test_the_public_names_complete_and_are_those_that_type_checkers_see():

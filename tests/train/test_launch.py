@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from jobs import assert_same_results, checkpoints, job, results
+from jobs import assert_same_results, checkpoints, job
 from safetensors.torch import load_file
 from small import TRAIN, VALID
 
@@ -77,17 +77,6 @@ def test_a_job_comes_back_from_disk_as_it_was(tmp_path):
         np.testing.assert_array_equal(ours.bars.values, theirs.bars.values)
     with pytest.raises(FileNotFoundError, match="file system that all machines"):
         Job.load(tmp_path / "elsewhere")
-
-
-def test_another_training_in_the_folder_is_refused_by_the_processes_and_named_at_the_start(tmp_path):
-    short = {"epochs": 1, "windows_per_epoch": 16}
-    job(tmp_path, short, None).run()
-    before = results(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"tokenizer holds another training \(settings.weight_decay: 0.1 there, 0.2 now"
-    ):
-        launch(job(tmp_path, short | {"weight_decay": 0.2}, None), 2)
-    assert results(tmp_path) == before
 
 
 def test_bars_that_are_not_finite_end_the_training_and_are_named(tmp_path):

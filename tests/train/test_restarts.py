@@ -79,60 +79,39 @@ def moments(seed, last):
     return [rng.randrange(first + 1, first + last // 3) for first in range(0, last, last // 3)][:3]
 
 
-def test_a_killed_process_is_started_again_with_the_others_and_nothing_is_lost(whole, tmp_path):
+def test_a_killed_process_is_started_again_and_after_max_restarts_the_same_again_goes_on(whole, tmp_path):
     killed = []
 
     def kill():
-        wait_for(lambda: steps_done(tmp_path) >= STEPS - 10 and workers())
-        killed.append(workers()[-1])
-        os.kill(killed[0], signal.SIGKILL)
-        wait_for(lambda: not alive(killed))
-
-    with meanwhile(kill):
-        launch(job(tmp_path, max_restarts=1), 2)
-    assert killed
-    assert_same_results(tmp_path, whole)
-
-
-def test_without_restarts_a_killed_process_ends_the_training_and_the_same_again_goes_on(whole, tmp_path):
-    def kill():
-        wait_for(lambda: steps_done(tmp_path) >= STEPS + 10)  # in stage 2
-        os.kill(workers()[0], signal.SIGKILL)
+        for steps in (STEPS - 10, STEPS + 10):  # in stage 1, whose processes are started again, and in stage 2
+            wait_for(lambda steps=steps: steps_done(tmp_path) >= steps and workers())
+            killed.append(workers()[-1])
+            os.kill(killed[-1], signal.SIGKILL)
+            wait_for(lambda: not alive(killed))
 
     with (
         meanwhile(kill),
-        pytest.raises(RuntimeError, match=r"died 1 times \(process 0: SIGKILL.*the last checkpoint is .*predictor"),
+        pytest.raises(RuntimeError, match=r"died 2 times \(process [01]: SIGKILL.*the last checkpoint is .*predictor"),
     ):
-        launch(job(tmp_path, max_restarts=0), 2)
-    assert not workers()
+        launch(job(tmp_path, max_restarts=1), 2)
+    assert len(killed) == 2 and not workers()
     assert STEPS < steps_done(tmp_path) < 2 * STEPS
     job(tmp_path).run()  # by one process: their number does not matter
     assert_same_results(tmp_path, whole)
 
 
-def test_the_processes_of_a_killed_launcher_end_and_the_same_again_goes_on(whole, tmp_path):
-    launcher = started(tmp_path, 2)
-    wait_for(lambda: steps_done(tmp_path) >= 10)
-    left = wait_for(lambda: workers(launcher.pid))
-    launcher.kill()
-    launcher.join()
-    wait_for(lambda: not alive(left))
-    assert steps_done(tmp_path) < 2 * STEPS  # ended before their work was done
-    job(tmp_path).run()
-    assert_same_results(tmp_path, whole)
-
-
-def test_everything_killed_at_three_moments_resumes_bitwise(whole, tmp_path):
-    for moment, processes in zip(moments(1, 2 * STEPS - 15), (1, 2, 1)):  # by another number of them each time
+def test_killed_at_three_moments_a_training_resumes_bitwise(whole, tmp_path):
+    """By another number of processes each time; those of a launcher that is killed alone end by themselves."""
+    for moment, processes in zip(moments(1, 2 * STEPS - 15), (1, 2, 1)):
         started_here = started(tmp_path, processes)
         wait_for(lambda moment=moment: steps_done(tmp_path) >= moment and checkpoints(tmp_path, "tokenizer"))
         time.sleep(random.Random(moment).uniform(0, 0.05))  # also between two checkpoints, or while one is written
-        pids = [started_here.pid, *workers(started_here.pid)]
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+        left = workers(started_here.pid)
+        assert len(left) == (processes if processes > 1 else 0)
+        started_here.kill()
         started_here.join()
         assert started_here.exitcode == -signal.SIGKILL
-        wait_for(lambda pids=pids: not alive(pids))
+        wait_for(lambda left=left: not alive(left))
     assert steps_done(tmp_path) < 2 * STEPS
     job(tmp_path).run()
     assert_same_results(tmp_path, whole)

@@ -262,12 +262,14 @@ def test_an_error_under_torchrun_is_said_once_and_recorded_as_failed(workflow, r
     kwargs = config["task"]["model"]["kwargs"]
     kwargs["finetune"]["output_dir"], kwargs["seed"] = str(run.folder), 2
     workflow.write_text(yaml.safe_dump(config))
+    kept = {path: path.read_bytes() for path in run.folder.glob("*/*.*")}
     torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "-m", "kronos_qlib", "finetune", str(workflow)]
     done = command(tmp_path, sys.executable, "-m", *torchrun)
     assert done.returncode != 0
     assert done.stderr.count("kronos-qlib finetune: error: ") == 1
     assert "another training (seed: 1 there, 2 now" in done.stderr
     assert statuses(tmp_path) == ["FAILED"]
+    assert kept and kept == {path: path.read_bytes() for path in run.folder.glob("*/*.*")}
 
 
 @pytest.mark.parametrize(
