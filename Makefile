@@ -41,10 +41,11 @@ demo: $(INSTALLED) $(MARKET_MADE)
 	$(BIN)/qrun workflows/kronos_demo.yaml
 	$(BIN)/kronos-qlib compare kronos_demo lightgbm_demo reversal_demo --out $(DEMO)
 
-# Three workers for two cores, as some tests wait; threads that wait should sleep, not spin; and bytecode is kept
-# whatever the shell says, as many processes import the package.
+# Three workers for two cores, as some tests wait; each with one thread, as threads of several workers are in each
+# other's way (tests of threads ask for theirs); and bytecode is kept whatever the shell says, as many processes import
+# the package.
 PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
-test check: export OMP_WAIT_POLICY := passive
+test check: export OMP_NUM_THREADS := 1
 test check: export PYTHONDONTWRITEBYTECODE :=
 test: $(INSTALLED)
 	$(PYTEST)

@@ -1,5 +1,7 @@
 """Fixtures that every room's tests share: the golden checkpoints and vectors."""
 
+import gc
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from kronos_qlib import Kronos, KronosTokenizer
+from kronos_qlib.files import whole_file
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -17,6 +21,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that have most slow tests, so that no worker is left alone with one of them at the end."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is loaded by now from being searched for garbage again and again: half a second each time."""
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An mlflow.db without runs, to copy: MLflow takes seconds to make one, so the processes of a run share it."""
+    from mlflow import MlflowClient
+
+    base = tmp_path_factory.getbasetemp()
+    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "empty" / "mlflow.db"
+    path.parent.mkdir(exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            with whole_file(path) as draft:
+                MlflowClient(f"sqlite:///{draft}").search_experiments()
+    return path
 
 
 @dataclass(frozen=True)

@@ -94,8 +94,9 @@ class Recorded:
 
 
 @pytest.fixture(scope="session")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+def recorded(tmp_path_factory: pytest.TempPathFactory, database: Path) -> Recorded:
     folder = tmp_path_factory.mktemp("recorded")
+    shutil.copy(database, folder)
     market = write_demo_market(folder / "market", instruments=12, days=110, signal=0.2)
     command = [sys.executable, "-c", _RECORD, str(market), f"sqlite:///{folder}/mlflow.db"]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=folder)

@@ -14,6 +14,8 @@ pytestmark = [
     pytest.mark.skipif(find_spec("ray") is None, reason="the extra `ray` is not installed"),
 ]
 
+NODE = {"num_cpus": 1, "include_log_monitor": False}  # each of Ray's own processes takes seconds
+
 
 @pytest.fixture
 def cluster(monkeypatch):
@@ -23,7 +25,7 @@ def cluster(monkeypatch):
     monkeypatch.setattr(runs, "CHUNK_WINDOWS", 32)
     monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False, "no_monitor": True})
     yield cluster
     ray.shutdown()
     cluster.shutdown()
@@ -33,7 +35,7 @@ def test_a_lost_node_costs_its_chunks_only_and_the_scores_are_those_of_one_proce
     import ray
 
     plain, _ = run(make_task())
-    second = cluster.add_node(num_cpus=1)
+    second = cluster.add_node(**NODE)
     cluster.wait_for_nodes()
     ray.init(address=cluster.address, log_to_driver=False)
     written, lost = [], []

@@ -24,6 +24,7 @@ def job(
     settings = {
         "output_dir": str(folder),
         "checkpoint_every": 5,
+        "micro_batch_size": 4,
         "tokenizer": tokenizer and STAGE | tokenizer,
         "predictor": predictor and STAGE | predictor,
     } | settings

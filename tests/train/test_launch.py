@@ -93,7 +93,7 @@ def test_bars_that_are_not_finite_end_the_training_and_are_named(tmp_path):
     with pytest.raises(
         FloatingPointError, match=f"tokenizer: the loss .* at step {batch.step + 1}; its batch has 8 win"
     ):
-        launch(broken, 2)
+        broken.run()  # how an error of several processes is raised: tests/train/test_restarts.py, a full disk
     with (tmp_path / "tokenizer" / "diverged.csv").open(newline="") as file:
         named = [(row["instrument"], np.datetime64(row["datetime"])) for row in csv.DictReader(file)]
     assert named == list(zip(TRAIN.instruments[batch.rows], TRAIN.dates[batch.rows]))

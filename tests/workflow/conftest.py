@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from mlflow import MlflowClient
 from qlib.workflow import R
 from qlib.workflow.recorder import Recorder
 from tiny import finetune, make_dataset, make_model, use_market
@@ -28,14 +27,6 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, database: Path) -> Path:
     folder = tmp_path_factory.mktemp("workplace")
     shutil.copy(database, folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An mlflow.db without runs, to copy: MLflow takes seconds to make one."""
-    path = tmp_path_factory.mktemp("database") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Where there is nothing to find neither Kronos nor LightGBM finds anything, and a leak of the future is noticed.
 
-Three seeds of benchmarks/leaks.py on smaller markets, with the same functions.
+Two seeds of benchmarks/leaks.py on smaller markets, with the same functions.
 """
 
 import sys
@@ -22,12 +22,12 @@ WIDE = Size(instruments=30, days=700, tokenizer_windows=600, predictor_windows=9
 def t(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     """The t of the rank IC, of kronos and lightgbm, by seed."""
     folder = tmp_path_factory.mktemp("no_signal")
-    return pd.DataFrame([t_values(seed, 0.0, ("kronos", "lightgbm"), SMALL, folder) for seed in range(3)])
+    return pd.DataFrame([t_values(seed, 0.0, ("kronos", "lightgbm"), SMALL, folder) for seed in range(2)])
 
 
 @pytest.mark.parametrize("model", ["kronos", "lightgbm"])
 def test_nothing_is_found_where_there_is_nothing(t, model):
-    # Three seeds go beyond two standard errors in one case of twenty. The benchmark holds twenty seeds to two.
+    # Two seeds go beyond two standard errors in one case of twenty. The benchmark holds twenty seeds to two.
     assert signal_faults(t[model], standard_errors=3) == []
 
 
