@@ -12,14 +12,15 @@ DEMO := runs/demo
 MARKET := $(DEMO)/market
 MARKET_MADE := $(MARKET)/SYNTHETIC.txt
 
-.PHONY: help demo test check docs lint clean
+.PHONY: help demo test test-newest check docs lint clean
 
 help:
 	@echo "make demo    install, make a synthetic market, run Kronos, LightGBM and a simple rule on it, compare them in $(DEMO)/"
 	@echo "make test    install and run the test suite"
 	@echo "make check   install, check style and run the short tests: before each commit"
+	@echo "make test-newest  the same with the newest pandas and plotly that setup.cfg allows, in .venv-newest"
 	@echo "make docs    install and build the site, without a network; open build/site/index.html"
-	@echo "make lint    install and check style and public types (ruff, mypy)"
+	@echo "make lint    install and check style, public types and known weaknesses (ruff, mypy, bandit)"
 	@echo "make clean   remove .venv, the demo's output and caches; your own runs and mlflow.db stay"
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
@@ -30,6 +31,7 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 
 # Kept from one demo to the next, made anew only when the code that makes it changes.
 $(MARKET_MADE): kronos_qlib/data/demo_market.py | $(INSTALLED)
+	rm -rf $(MARKET)
 	$(BIN)/kronos-qlib demo-data $(MARKET)
 
 # QLIB_DATA is set here, so that a real store named in the environment is not taken for the demo's.
@@ -45,10 +47,19 @@ demo: $(INSTALLED) $(MARKET_MADE)
 # other's way (tests of threads ask for theirs); and bytecode is kept whatever the shell says, as many processes import
 # the package.
 PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
-test check: export OMP_NUM_THREADS := 1
-test check: export PYTHONDONTWRITEBYTECODE :=
+test test-newest check: export OMP_NUM_THREADS := 1
+test test-newest check: export PYTHONDONTWRITEBYTECODE :=
 test: $(INSTALLED)
 	$(PYTEST)
+
+# What constraints.txt holds back for the rest of Qlib, let go.
+NEWEST := .venv-newest
+test-newest:
+	$(PYTHON) -m venv $(NEWEST)
+	grep -v -E '^(pandas|plotly)==' constraints.txt > $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/python -m pip install --quiet -c $(NEWEST)/constraints.txt -e '.[test,docs]'
+	$(NEWEST)/bin/python -m pip list | grep -E '^(pandas|plotly) '
+	$(PYTEST:$(VENV)%=$(NEWEST)%)
 
 check: lint
 	$(PYTEST) -m "not slow"
@@ -62,7 +73,8 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/bandit -q -ll -r kronos_qlib  # pip-audit asks an index for what is known of each package: not offline
 
 clean:
-	rm -rf $(VENV) $(DEMO) *.egg-info build .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-newest $(DEMO) *.egg-info build .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

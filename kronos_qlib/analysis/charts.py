@@ -17,6 +17,7 @@ MOST_POINTS = 600  # of a line: ten years of seven runs would make the page too 
 _DASHES = ("solid", "dash", "dot", "dashdot")
 _LOW, _MIDDLE, _HIGH = "#C2570C", "#F7F7F7", "#2166AC"
 _BANDS = {"90 %": ("q05", "q95", "rgba(0, 114, 178, 0.18)"), "50 %": ("q25", "q75", "rgba(0, 114, 178, 0.35)")}
+_SIGNED = "0>+.2f"  # plotly.js 3, in plotly 6, puts a ~ before "+.2f", which is no format then
 DARK_COLOURS = {
     **dict(zip(SERIES, DARK_SERIES)),
     **{INK: DARK["ink"], QUIET: DARK["quiet"], GRID: DARK["line"]},
@@ -312,7 +313,7 @@ def _rows_of_intervals(figure: go.Figure, labels: list[str]) -> go.Figure:
         showgrid=False,
         zeroline=False,
     )
-    return figure.update_xaxes(tickformat="+.2f", nticks=6, zeroline=True)
+    return figure.update_xaxes(tickformat=_SIGNED, nticks=6, zeroline=True)
 
 
 def _colours() -> list[tuple[float, str]]:

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +131,7 @@ def test_a_suspension_repeats_the_last_close_without_volume(bars: dict[str, pd.D
 
 def test_a_split_moves_the_factor_and_neither_adjusted_price_nor_adjusted_volume(bars: dict[str, pd.DataFrame]) -> None:
     split = bars["factor"].pct_change(fill_method=None) > 0.15
-    assert split.sum(axis=None) >= 10
+    assert split.to_numpy().sum() >= 10
     assert bars["close"].pct_change(fill_method=None).where(split).abs().max(axis=None) <= 0.1 + 1e-6
     volume = bars["volume"].where(traded(bars))
     jump = np.log(volume / volume.shift(1)).where(split).stack().dropna()
@@ -221,6 +222,37 @@ def test_empty_folder_is_used_and_any_other_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
     with pytest.raises(FileExistsError, match="is a file"):
         write_demo_market(tmp_path / "mine" / "thesis.txt", instruments=4, days=60)
+
+
+@pytest.mark.parametrize("what", ["a new file", "a changed file", "a link", "no list", "a forged mark"])
+def test_a_demo_market_with_anything_of_the_user_s_is_left_alone(tmp_path: Path, what: str) -> None:
+    """Whatever lies there: nothing is removed that was not written, byte for byte, with the market."""
+    market = write_demo_market(tmp_path / "market", instruments=4, days=60)
+    if what == "a new file":
+        (market / "features" / "thesis.txt").write_text("years of work")
+    elif what == "a changed file":
+        (market / "instruments" / "demo.txt").write_text("DEMO0000\t2018-01-02\t2018-02-02\n")
+    elif what == "a link":
+        (market / "data").symlink_to(tmp_path)
+    elif what == "no list":
+        (market / "files.json").unlink()
+    else:
+        shutil.rmtree(market)
+        market.mkdir()
+        (market / "SYNTHETIC.txt").write_text("notes on synthetic data")
+    before = {path: path.read_bytes() for path in market.rglob("*") if path.is_file()}
+    with pytest.raises(FileExistsError, match="left alone"):
+        write_demo_market(market, instruments=4, days=60)
+    assert before == {path: path.read_bytes() for path in market.rglob("*") if path.is_file()}
+    assert [path.name for path in tmp_path.iterdir()] == ["market"]
+
+
+@pytest.mark.parametrize("folder", ["", "  ", "a\0b"])
+def test_no_folder_is_no_folder(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="folder"):
+        write_demo_market(folder, instruments=4, days=60)
+    assert not list(tmp_path.iterdir())
 
 
 def test_failure_on_the_way_leaves_the_former_market_untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
