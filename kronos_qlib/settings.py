@@ -13,19 +13,38 @@ class Settings(BaseModel):
     every process 0.3 s, does not know it.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
+MISSING: Any = ...
+"""Default of an argument that must be given: `read_settings` then says which key is missing, in one line."""
+
+
 def read_settings(kind: type[AnySettings], owner: str, values: Mapping[str, Any]) -> AnySettings:
     """Check `values` and return them as a `kind`; a ValueError, one line, names `owner`, key and what it should be."""
     try:
-        return kind(**values)
+        return kind(**{key: value for key, value in values.items() if value is not MISSING})
     except ValidationError as error:
         lines = [_describe(problem, kind) for problem in error.errors()]
         raise ValueError(f"{owner}: " + "; ".join(dict.fromkeys(lines))) from None
+
+
+def check_configuration(value: Any) -> Any:
+    """Check what Qlib makes an object of: the object itself, a mapping with its class, or the path of a class.
+
+    Raises ValueError.
+    """
+    if isinstance(value, Mapping):
+        if not isinstance(value.get("class"), (str, type)):
+            raise ValueError("should be a configuration with the keys class, module_path and kwargs")
+        if not isinstance(value.get("kwargs", {}), Mapping):
+            raise ValueError("should have a mapping of arguments as its kwargs")
+    elif value is None or isinstance(value, (bool, int, float, list, tuple, bytes)) or "." not in str(value):
+        raise ValueError("should be a configuration with the keys class, module_path and kwargs")
+    return value
 
 
 def _describe(problem: Mapping[str, Any], kind: type[Settings]) -> str:

@@ -12,7 +12,9 @@ import kronos_qlib
 
 PACKAGE = Path(__file__).parents[1] / "kronos_qlib"
 # In order: a room imports from itself and from the rooms before it. A new room has to be given its place here.
-ROOMS = "files settings hardware nn data forecast train evaluation workflow analysis cli __main__".split()
+ROOMS = (
+    "text addresses files settings hardware nn data forecast train evaluation workflow analysis cli __main__".split()
+)
 # Their imports must stay small, and so must those of all modules of `train`.
 SMALL = ("nn", "data.windows", "data.join_windows", "data.windows_on_disk", "forecast.engine.generate", "forecast.task")
 

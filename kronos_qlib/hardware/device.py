@@ -1,5 +1,6 @@
 """The device of a run, the precision of its matrix products, and the number of its processes."""
 
+import psutil
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -17,7 +18,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"device: {device!r} is unknown; use auto, cpu, mps, cuda or cuda:N") from error
     if resolved.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -42,9 +43,32 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
         dtype = str(dtype).removeprefix("torch.")
     if dtype == "auto":
         return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype!r} is unknown; use auto, {' or '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def total_memory(device: torch.device) -> int:
+    """Return the bytes of memory of a GPU, or of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
+
+
+def check_memory(what: str, size: int, device: torch.device) -> None:
+    """Refuse what cannot fit into memory, before it is asked for.
+
+    Args:
+        what: the setting that decides the size, and its value.
+        size: bytes.
+
+    Raises:
+        ValueError: the device has less.
+    """
+    total = total_memory(device)
+    if size > total:
+        whose = device if device.type == "cuda" else "this machine"
+        raise ValueError(f"{what} needs {size / 2**30:,.0f} GiB of memory; {whose} has {total / 2**30:,.1f}")
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:
