@@ -1,7 +1,6 @@
 """`kronos-qlib demo-data`: write a synthetic Qlib store."""
 
 import argparse
-from pathlib import Path
 from textwrap import dedent
 
 from kronos_qlib.cli.command import Commands, fail
@@ -13,7 +12,8 @@ _DESCRIPTION = """\
     DIR gets calendars/, instruments/ and features/ in Qlib's binary format, and SYNTHETIC.txt, by which kronos-qlib
     marks all results as simulated. Universe: demo, whose members come and go. Benchmark:
     DEMOINDEX. There are suspensions, splits, price limits of 10 % and volatility clusters. The same options give the
-    same store. A former demo market in DIR is replaced; anything else there is left alone, with an error.
+    same store. A former demo market in DIR is replaced if it is as it was written; anything else there is left alone,
+    with an error that names it.
 """
 
 _EXAMPLES = """\
@@ -33,7 +33,7 @@ def add_command(commands: Commands) -> None:
         epilog=dedent(_EXAMPLES),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("folder", metavar="DIR", type=Path, help="folder of the store; made if absent")
+    command.add_argument("folder", metavar="DIR", help="folder of the store; made if absent")
     command.add_argument(
         "--instruments", type=int, default=60, metavar="N", help="stocks beside the index (default: 60)"
     )

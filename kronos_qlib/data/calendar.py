@@ -1,6 +1,8 @@
 """The sessions of a market: those of the Qlib store, and after its end those that are known in advance."""
 
+import logging
 import warnings
+from collections import Counter
 
 import numpy as np
 import pandas as pd
@@ -9,16 +11,22 @@ from qlib.data.data import Cal
 
 from kronos_qlib.data.stamps import stamps
 
+logger = logging.getLogger("qlib.SessionCalendar")
 EXCHANGES = {"cn": "XSHG", "us": "XNYS", "tw": "XTAI"}
 DAY = np.timedelta64(1, "D")
+RECENT = 70  # of a store's last days are looked at for their pattern
+WEEKEND_SHARE = 0.1  # of days on Saturdays and Sundays, above which a store is not that of its region's exchange
 
 
 class SessionCalendar:
     """Gives the sessions that follow a date; they are known in advance, so that they may stamp a forecast.
 
-    After the store's `sessions` come those of `exchange` (a name of `exchange_calendars`; by default that of `region`:
-    XSHG for cn, XNYS for us, XTAI for tw) if that package is installed, else all weekdays, with one warning. For an
-    intraday `freq` each of them has the times of day of the store's last day. `source` names the calendar in messages.
+    After the store's `sessions` come the days of `exchange` (a name of `exchange_calendars`, such as XSHG, XNYS or
+    24/7), by default those of the `region`'s (XSHG for cn, XNYS for us, XTAI for tw). A store that trades on weekends
+    is not of its region: there, and without the package, come the days of the week on which the store trades, without
+    holidays. For an intraday `freq` each day has the times that are usual on that day of the week in the store, up to
+    the exchange's close where it closes early; a last day that ends early goes on with them. What was taken is logged.
+    `source` names the calendar in messages.
 
     Raises ValueError for duplicate or unsorted sessions, and for an unknown exchange if one is named.
     """
@@ -39,15 +47,17 @@ class SessionCalendar:
         self.source = source
         self._times = np.asarray(sessions, "datetime64[ns]")
         self._stamps = stamps(self._times)
-        last_day = self._times[-1].astype("datetime64[D]")
-        last_times = self._times[self._times >= last_day]
-        self._times_of_day = last_times - last_day if is_intraday(freq) else np.zeros(1, "timedelta64[ns]")
-        self._guessing = False
+        self._pattern = _Pattern(self._times, is_intraday(freq))
+        if exchange is None and self._pattern.weekend_share > WEEKEND_SHARE:
+            self.exchange = None
+        self._guessing = self._begun = False
 
     def sessions_after(self, dates: np.ndarray | pd.DatetimeIndex, horizon: int) -> np.ndarray:
         """Return the P = `horizon` sessions that follow each date (strictly): datetime64[ns] `[B, P]`."""
         positions = self._positions_after(dates, horizon)
         return self._times[positions]
+
+    after = sessions_after  # the former name
 
     def stamps_after(self, dates: np.ndarray | pd.DatetimeIndex, horizon: int) -> np.ndarray:
         """Return the stamps (see `STAMP_FIELDS`) of the P = `horizon` sessions after each date: int64 `[B, P, 5]`."""
@@ -63,26 +73,95 @@ class SessionCalendar:
         return np.searchsorted(self._times, dates, side="right")[:, None] + np.arange(horizon)
 
     def _extend(self) -> None:
-        """Append the sessions of the year after the last one."""
-        days = self._days_after(self._times[-1].astype("datetime64[D]"))
-        times = (days.astype("datetime64[ns]")[:, None] + self._times_of_day).reshape(-1)
+        """Append the rest of the store's last day, and the sessions of the year after the last one."""
+        last = self._times[-1].astype("datetime64[D]")
+        days, early = self._days_after(last)
+        rest = [] if self._begun else [last]
+        times = np.concatenate([self._pattern.times(day, early.get(day)) for day in [*rest, *days]])
+        times = times[times > self._times[-1]]
+        self._begun = True
         self._times = np.concatenate([self._times, times])
         self._stamps = np.concatenate([self._stamps, stamps(times)])
 
-    def _days_after(self, last: np.datetime64) -> np.ndarray:
-        """Return the days with a session in the year after `last`."""
+    def _days_after(self, last: np.datetime64) -> tuple[np.ndarray, dict[np.datetime64, "_EarlyClose"]]:
+        """Return the days with a session in the year after `last`, and early closes from `last` on."""
+        end = last + 366 * DAY
         if not self._guessing:
-            days, problem = _exchange_days(self.exchange, last + DAY, last + 366 * DAY)
+            days, early, problem = _exchange_days(self.exchange, last, end)
             if len(days):
-                return days
+                if not self._begun:
+                    logger.info(f"after {last} come the sessions of {self.exchange} (exchange_calendars)")
+                return days, early
             self._guessing = True
-            warnings.warn(
+            message = (
                 f"{self.source} is known to {last} only and {problem}: the sessions after it are taken to be all "
-                "weekdays, without holidays. Install exchange_calendars, or give the store a future calendar",
-                stacklevel=5,
+                f"{self._pattern.name}, without holidays"
             )
-        days = np.arange(last + DAY, last + 366 * DAY)
-        return days[np.is_busday(days)]
+            if self._pattern.weekend_share > WEEKEND_SHARE:
+                logger.info(message)
+            else:
+                warnings.warn(
+                    f"{message}. Name the exchange, install exchange_calendars, or give the store a future calendar",
+                    stacklevel=5,
+                )
+        days = np.arange(last + DAY, end)
+        return days[np.isin(_weekday(days), self._pattern.weekdays)], {}
+
+
+_EarlyClose = tuple[np.timedelta64, np.timedelta64]
+"""The time of day at which an exchange usually closes, and at which it closes on a day that ends early."""
+
+
+class _Pattern:
+    """The days of the week on which a store trades, and the times of day that are usual on each.
+
+    They are those of its last `RECENT` days; the very last, which may be unfinished, counts only where it is the only
+    one. On a day of the week it trades if it did at least half as often as on the commonest.
+    """
+
+    def __init__(self, times: np.ndarray, intraday: bool) -> None:
+        days = times.astype("datetime64[D]")
+        recent = np.unique(days)[-RECENT:]
+        counts = np.bincount(_weekday(recent), minlength=7)
+        self.weekdays = np.flatnonzero(2 * counts >= counts.max())
+        self.weekend_share = float(counts[5:].sum() / counts.sum())
+        self.name = "days" if len(self.weekdays) == 7 else "weekdays" if max(self.weekdays) < 5 else "days of its week"
+        self._usual: dict[int, np.ndarray] = {}
+        self._commonest = np.zeros(1, "timedelta64[ns]")
+        if intraday:
+            whole = recent[:-1] if len(recent) > 1 else recent
+            bars = times[np.isin(days, whole)]
+            offsets = bars - bars.astype("datetime64[D]")
+            starts = np.flatnonzero(np.diff(bars.astype("datetime64[D]"), prepend=np.datetime64(0, "D")) != 0 * DAY)
+            of_day = [tuple(part.tolist()) for part in np.split(offsets, starts[1:])]
+            weekday = _weekday(np.unique(bars.astype("datetime64[D]"))).tolist()
+            self._commonest = _commonest(of_day)
+            for number in set(weekday):
+                own = [part for part, other in zip(of_day, weekday) if other == number]
+                if len(own) > 1:
+                    self._usual[number] = _commonest(own)
+
+    def times(self, day: np.datetime64, early: _EarlyClose | None) -> np.ndarray:
+        """Return the times of a day with a session: datetime64[ns]."""
+        offsets = self._usual.get(int(_weekday(day)), self._commonest)
+        if early is not None and len(offsets) > 1:
+            usual, close = early
+            if offsets[-1] == usual:  # bars have the time of their end
+                offsets = offsets[offsets <= close]
+            elif offsets[-1] < usual:  # of their beginning; later than the close, the store is on another clock
+                offsets = offsets[offsets < close]
+        return day.astype("datetime64[ns]") + offsets
+
+
+def _commonest(days: list[tuple[int, ...]]) -> np.ndarray:
+    """Return the commonest times of day, those of the longest day among equally common ones."""
+    counts = Counter(days)
+    return np.array(max(counts, key=lambda times: (counts[times], len(times))), "timedelta64[ns]")
+
+
+def _weekday(days: np.ndarray | np.datetime64) -> np.ndarray:
+    """Return the day of the week, Monday 0."""
+    return (days.astype("datetime64[D]").astype(np.int64) + 3) % 7
 
 
 def is_intraday(freq: str) -> bool:
@@ -119,7 +198,8 @@ def check_exchange(exchange: str) -> None:
     except ImportError:
         return
     if exchange not in exchange_calendars.get_calendar_names():
-        raise ValueError(f"unknown exchange {exchange!r}; exchange_calendars knows, among others, XSHG, XNYS, XTAI")
+        known = ", ".join(sorted(exchange_calendars.get_calendar_names(include_aliases=False)))
+        raise ValueError(f"unknown exchange {exchange!r}; exchange_calendars knows {known}")
 
 
 def store_calendar(freq: str, exchange: str | None = None) -> SessionCalendar:
@@ -131,19 +211,30 @@ def store_calendar(freq: str, exchange: str | None = None) -> SessionCalendar:
     return SessionCalendar(sessions, exchange, C["region"], freq, source)
 
 
-def _exchange_days(exchange: str | None, start: np.datetime64, end: np.datetime64) -> tuple[np.ndarray, str]:
-    """Return the exchange's days in start … end as far as known, and what the problem is if there are none."""
+def _exchange_days(
+    exchange: str | None, last: np.datetime64, end: np.datetime64
+) -> tuple[np.ndarray, dict[np.datetime64, _EarlyClose], str]:
+    """Return the exchange's days after `last` up to `end`, when it closes early from `last` on, and what is wrong."""
+    none = np.array([], "datetime64[D]")
     if exchange is None:
-        return np.array([], "datetime64[D]"), "its region has no exchange here"
+        return none, {}, "no exchange is named and none of its region trades on its days"
     try:
         from exchange_calendars import get_calendar
     except ImportError:
-        return np.array([], "datetime64[D]"), "exchange_calendars is not installed"
+        return none, {}, "exchange_calendars is not installed"
     bound = type(get_calendar(exchange)).bound_max()  # holidays are announced a year at a time in some countries
     if bound is not None:
         end = min(end, np.datetime64(bound.date(), "D"))
-    if start > end:
-        return np.array([], "datetime64[D]"), f"exchange_calendars knows {exchange} to {end} only"
+    if last + DAY > end:
+        return none, {}, f"exchange_calendars knows {exchange} to {end} only"
     # from a month earlier, because the package refuses a range without a session
-    sessions = get_calendar(exchange, start=str(start - 31 * DAY), end=str(end)).sessions.to_numpy("datetime64[D]")
-    return sessions[sessions >= start], f"exchange_calendars has no session of {exchange} in {start} to {end}"
+    calendar = get_calendar(exchange, start=str(last - 31 * DAY), end=str(end))
+    sessions = calendar.sessions.to_numpy("datetime64[D]")
+    closes = calendar.closes.dt.tz_convert(calendar.tz).dt.tz_localize(None)
+    usual = pd.Timedelta(str(calendar.close_times[-1][1])).to_timedelta64()
+    early = {
+        day.to_numpy().astype("datetime64[D]"): (usual, (closes[day] - day).to_timedelta64())
+        for day in calendar.early_closes
+    }
+    problem = f"exchange_calendars has no session of {exchange} in {last + DAY} to {end}"
+    return sessions[sessions > last], early, problem

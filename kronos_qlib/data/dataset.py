@@ -14,8 +14,8 @@ from qlib.utils import init_instance_by_config
 from kronos_qlib.data.calendar import SessionCalendar, check_exchange, range_end, store_calendar
 from kronos_qlib.data.dates import Date
 from kronos_qlib.data.handler import KLineHandler
-from kronos_qlib.data.windows import Windows
-from kronos_qlib.settings import Settings, read_settings
+from kronos_qlib.data.windows import Normalisation, Windows
+from kronos_qlib.settings import MISSING, Settings, check_configuration, read_settings
 
 Segment = tuple[pd.Timestamp | None, pd.Timestamp | None]
 _DATE = TypeAdapter(Date, config={"arbitrary_types_allowed": True})
@@ -29,11 +29,19 @@ def _check_segment(value: Any) -> Segment:
         raise ValueError("should be [start, end], either may be null")
     try:
         start, end = (_DATE.validate_python(date) for date in value)
-    except ValueError:
-        raise ValueError("should be two dates such as [2015-01-01, 2022-12-31], either may be null") from None
+    except ValueError as error:
+        zone = "; without a time zone" if "time zone" in str(error) else ""
+        raise ValueError(f"should be two dates such as [2015-01-01, 2022-12-31], either may be null{zone}") from None
     if start is not None and end is not None and start > end:
         raise ValueError("starts after it ends")
     return start, end
+
+
+def _check_handler(value: Any) -> Any:
+    """Check the setting `handler`. Raises ValueError."""
+    if isinstance(value, (DataHandler, Mapping)):
+        return check_configuration(value)
+    raise ValueError("should be a KLineHandler or its configuration")
 
 
 def _check_exchange(value: Any) -> Any:
@@ -46,7 +54,7 @@ def _check_exchange(value: Any) -> Any:
 class DatasetSettings(Settings):
     """The keyword arguments of `KLineDataset`."""
 
-    handler: Any
+    handler: Annotated[Any, BeforeValidator(_check_handler)]
     """A `KLineHandler` or its configuration."""
     segments: dict[str, Annotated[Any, BeforeValidator(_check_segment)]] = Field(min_length=1)
     """Name → [first, last] score date, either may be null; the lookback may begin before the first."""
@@ -56,6 +64,9 @@ class DatasetSettings(Settings):
     """Bars forecast."""
     exchange: Annotated[str | None, BeforeValidator(_check_exchange)] = None
     """The exchange whose sessions follow the end of the store, such as `XSHG`; null: the region's."""
+    normalisation: Normalisation = "unit_free"
+    """How small prices are normalised: `unit_free`, whatever their unit, or with the absolute 1e-5 as `published`,
+    which flattens prices of 1e-4 and below. Other prices do not differ."""
     fetch_kwargs: dict[str, Any] = {}
     """Arguments of the handler's `fetch`, as of Qlib's `DatasetH`."""
 
@@ -67,24 +78,33 @@ class KLineDataset(DatasetH):
         context; training windows never reach past the end.
     lookback, horizon: bars seen and bars forecast.
     exchange: whose sessions follow the end of the store's calendar (see `SessionCalendar`).
+    normalisation: of small prices (see `windows.normalise`).
 
     `prepare` is DatasetH's, so that Qlib's records find features and labels. A pickle keeps the settings only.
 
     Raises ValueError, one line, for wrong settings and for a segment that lies outside the data.
     """
 
+    normalisation: Normalisation = "unit_free"  # of datasets pickled before there was a choice
+
     def __init__(
         self,
-        handler: KLineHandler | Mapping[str, Any],
-        segments: Mapping[str, Any],
+        handler: KLineHandler | Mapping[str, Any] = MISSING,
+        segments: Mapping[str, Any] = MISSING,
         lookback: int = 90,
         horizon: int = 10,
         exchange: str | None = None,
         fetch_kwargs: Mapping[str, Any] | None = None,
+        normalisation: Normalisation = "unit_free",
         **unknown: Any,
     ) -> None:
         values: dict[str, Any] = {"handler": handler, "segments": segments, "lookback": lookback, "horizon": horizon}
-        values |= {"exchange": exchange, "fetch_kwargs": fetch_kwargs or {}, **unknown}
+        values |= {
+            "exchange": exchange,
+            "normalisation": normalisation,
+            "fetch_kwargs": {} if fetch_kwargs is None else fetch_kwargs,
+        }
+        values |= unknown
         settings = read_settings(DatasetSettings, "KLineDataset", values)
         self.handler = init_instance_by_config(handler, accept_types=DataHandler)
         if not isinstance(self.handler, KLineHandler):
@@ -142,8 +162,12 @@ class KLineDataset(DatasetH):
         return self._calendar
 
     def config(self, handler_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Change segments, lookback, horizon or exchange, by `handler_kwargs` the handler, or what a pickle keeps."""
-        known = ("segments", "lookback", "horizon", "exchange")
+        """Change segments, lookback, horizon, exchange or normalisation; the handler; or what a pickle keeps.
+
+        The handler goes on loading from its own `start_time` if a later one is given, as Qlib's `PredUpdater` gives the
+        first date to be scored: a window reaches `lookback` valid bars back, over suspensions of any length.
+        """
+        known = ("segments", "lookback", "horizon", "exchange", "normalisation")
         ours = {key: kwargs.pop(key) for key in known if key in kwargs}
         unknown = set(kwargs) - {"dump_all", "exclude", "include", "recursive"}
         if unknown:
@@ -153,6 +177,10 @@ class KLineDataset(DatasetH):
         if ours:
             values = {key: getattr(self, key) for key in ("handler", *known)} | ours
             self._set(read_settings(DatasetSettings, "KLineDataset", values))
+        if handler_kwargs and handler_kwargs.get("start_time") is not None:
+            own = self.handler.start_time
+            earlier = None if own is None else min(pd.Timestamp(own), pd.Timestamp(handler_kwargs["start_time"]))
+            handler_kwargs = handler_kwargs | {"start_time": earlier}
         super().config(handler_kwargs=handler_kwargs, **kwargs)
 
     def _set(self, settings: DatasetSettings) -> None:
@@ -162,6 +190,7 @@ class KLineDataset(DatasetH):
         self.lookback = settings.lookback
         self.horizon = settings.horizon
         self.exchange = settings.exchange
+        self.normalisation = settings.normalisation
         self.__dict__.pop("_calendar", None)
 
     def _bounds(self, segment: Any) -> tuple[str, np.datetime64, np.datetime64]:
@@ -171,7 +200,10 @@ class KLineDataset(DatasetH):
                 raise ValueError(f"KLineDataset: unknown segment {segment!r}; known: {', '.join(self.segments)}")
             name, (start, end) = f"segment {segment!r}", self.segments[segment]
         else:
-            start, end = _check_segment(segment)
+            try:
+                start, end = _check_segment(segment)
+            except ValueError as error:
+                raise ValueError(f"KLineDataset: segment {segment!r} {error}, or the name of a segment") from None
             name, end = "segment", range_end(end, self.handler.freq)
         first, last = (pd.Timestamp.min if start is None else start), (pd.Timestamp.max if end is None else end)
         shown = [str(date.date()) if date is not None else "…" for date in (start, end)]
@@ -211,7 +243,15 @@ class KLineDataset(DatasetH):
         without_lookback = np.setdiff1d(bars.codes[wanted], bars.codes[wanted & enough])
         left_out = tuple(bars.instruments[code] for code in without_lookback)
         order = np.lexsort((bars.codes[ends], bars.dates[ends]))
-        return Windows(bars, ends[order], self.lookback, future, segment=name, left_out=left_out)
+        return Windows(
+            bars,
+            ends[order],
+            self.lookback,
+            future,
+            normalisation=self.normalisation,
+            segment=name,
+            left_out=left_out,
+        )
 
 
 def window_index(windows: Windows) -> pd.MultiIndex:

@@ -22,8 +22,7 @@ return: the returns that it missed are not made up for, which would be predictab
 """
 
 import json
-import os
-import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +31,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from kronos_qlib.files import digest_of_file
+
 UNIVERSE = "demo"
 BENCHMARK = "DEMOINDEX"
 PLANTED_PREDICTOR = "Ref($close, 10)/$close"  # a Qlib expression: high after a fall
 
-_MARK = "SYNTHETIC.txt"
+_MARK, _FILES = "SYNTHETIC.txt", "files.json"
+_MARK_BEGINS = "SYNTHETIC DATA. These bars were simulated by kronos-qlib demo-data"
 _FIRST_DAY = "2018-01-02"
 _REVERSAL_BARS = 10
 _PRICE_LIMIT = 0.10
@@ -60,10 +62,11 @@ def write_demo_market(
     signal: the information coefficient, approximately, of `PLANTED_PREDICTOR` against Ref($close, -2)/Ref($close, -1)
     - 1; 0 is no predictability at all.
 
-    The folder is written whole or not at all. A demo market that is already there is replaced.
+    The folder is written whole or not at all. A demo market that is already there is replaced if every file in it is
+    as it was written: files.json lists them.
 
-    Raises ValueError for an argument out of range, naming it, and FileExistsError if `folder` holds anything but a
-    demo market.
+    Raises ValueError for an argument out of range, naming it, and FileExistsError if `folder` holds anything but an
+    unchanged demo market.
     """
     _check_integer("instruments", instruments, 4, 9_999)
     _check_integer("days", days, 60, 10_000)
@@ -71,24 +74,32 @@ def write_demo_market(
     if isinstance(signal, bool) or not isinstance(signal, (int, float)) or not 0 <= signal <= 0.5:
         raise ValueError(f"signal must be a number from 0 (none) to 0.5, an information coefficient; it is {signal!r}")
 
-    folder = Path(folder).expanduser().resolve()
+    folder = _resolve(folder)
     _check_replaceable(folder)
     market = _simulate(instruments, days, float(signal), np.random.default_rng(seed))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        _write_store(draft, market)
-        _write_mark(draft, {"instruments": instruments, "days": days, "signal": float(signal), "seed": seed})
-        _move_into_place(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent) as scratch:
+        draft = Path(scratch) / "market"
+        try:
+            _write_store(draft, market)
+            _write_mark(draft, {"instruments": instruments, "days": days, "signal": float(signal), "seed": seed})
+        except OSError as error:
+            raise OSError(f"{folder}: the demo market cannot be written ({error})") from error
+        _move_into_place(draft, folder, Path(scratch) / "former")
     return folder
 
 
 def is_synthetic(provider_uri: str | Path | Mapping[str, str | Path]) -> bool:
     """Return whether a Qlib store (a folder, or a mapping from frequency to folder) has the mark of a demo market."""
     folders = provider_uri.values() if isinstance(provider_uri, Mapping) else [provider_uri]
-    return any((Path(folder).expanduser() / _MARK).is_file() for folder in folders)
+    return any(_is_marked(Path(folder).expanduser() / _MARK) for folder in folders)
+
+
+def _is_marked(path: Path) -> bool:
+    try:
+        return path.read_text(errors="replace").startswith(_MARK_BEGINS)
+    except OSError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -319,10 +330,21 @@ def _write_lines(path: Path, lines: list[str]) -> None:
 
 def _write_mark(folder: Path, settings: dict[str, int | float]) -> None:
     (folder / _MARK).write_text(
-        "SYNTHETIC DATA. These bars were simulated by kronos-qlib demo-data; no such instruments exist,\n"
+        f"{_MARK_BEGINS}; no such instruments exist,\n"
         f"and results on them say nothing about a real market.\n\nsettings: {json.dumps(settings)}\n"
         f"planted predictor: {PLANTED_PREDICTOR}\n"
     )
+    (folder / _FILES).write_text(json.dumps(_digests(folder), indent=0) + "\n")
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Digest every file below a folder, by its path in it; files.json, which holds these, is left out."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return {
+        path.relative_to(folder).as_posix(): "a link" if path.is_symlink() else digest_of_file(path)
+        for path in paths
+        if path != folder / _FILES
+    }
 
 
 def _check_integer(name: str, value: int, least: int, most: int) -> None:
@@ -333,13 +355,40 @@ def _check_integer(name: str, value: int, least: int, most: int) -> None:
 def _check_replaceable(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; give a folder for the demo market")
-    if folder.is_dir() and any(folder.iterdir()) and not is_synthetic(folder):
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not is_synthetic(folder):
         raise FileExistsError(f"{folder} is not empty and not a demo market, so it is left alone; give another folder")
+    try:
+        written = json.loads((folder / _FILES).read_text())
+    except (OSError, ValueError):
+        written = None
+    if not isinstance(written, dict):
+        raise FileExistsError(
+            f"{folder} is a demo market without {_FILES}, the list of what was written there, so it is left alone; "
+            "remove it, or give another folder"
+        )
+    found = _digests(folder)
+    foreign = [name for name, digest in found.items() if written.get(name) != digest]
+    if foreign:
+        raise FileExistsError(
+            f"{folder / foreign[0]} is not as a demo market was written there ({len(foreign)} such files in all), so "
+            f"{folder} is left alone; move what is yours, or give another folder"
+        )
 
 
-def _move_into_place(draft: Path, folder: Path) -> None:
-    """Move the finished store to `folder`, which is absent, empty or an earlier demo market."""
-    former = draft.with_suffix(".former")
+def _resolve(folder: str | Path) -> Path:
+    """Return the absolute path of the folder to write. Raises ValueError for none and for a path of no folder."""
+    if not str(folder).strip():
+        raise ValueError("folder is empty; name the folder that the demo market is to be written to")
+    try:
+        return Path(folder).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a link to itself, a NUL
+        raise ValueError(f"folder {str(folder)!r} cannot be used: {error}") from None
+
+
+def _move_into_place(draft: Path, folder: Path, former: Path) -> None:
+    """Move the finished store to `folder`, which is absent, empty or an earlier demo market; that goes to `former`."""
     if folder.exists():
         folder.rename(former)
     try:
@@ -348,4 +397,3 @@ def _move_into_place(draft: Path, folder: Path) -> None:
         if former.exists():
             former.rename(folder)
         raise
-    shutil.rmtree(former, ignore_errors=True)

@@ -1,5 +1,6 @@
 """KLineHandler: the K-lines of a universe as a Qlib data handler, and as one array of valid bars."""
 
+import logging
 import warnings
 from typing import Annotated, Any, Literal, cast
 
@@ -15,7 +16,7 @@ from kronos_qlib.data.dates import Date
 from kronos_qlib.data.loader import KLineLoader, Universe, member_spans
 from kronos_qlib.data.stamps import stamps
 from kronos_qlib.data.windows import CLOSE, COLUMNS, Bars
-from kronos_qlib.settings import Settings, read_settings
+from kronos_qlib.settings import MISSING, Settings, read_settings
 
 LABEL = "Ref($close, -2)/Ref($close, -1) - 1"
 _LOADED = ("_data", "_infer", "_learn", "_change")
@@ -25,6 +26,8 @@ _DERIVED = ("_bars", "_members")
 def check_universe(value: Any) -> Universe:
     """Check the setting `instruments`, and drop repeated names. Raises ValueError."""
     if isinstance(value, dict) and "market" in value:
+        if not isinstance(value["market"], str) or not isinstance(value.get("filter_pipe", []), list):
+            raise ValueError("should have the name of a universe as its market and a list as its filter_pipe")
         return value
     if isinstance(value, (list, tuple)) and value and all(isinstance(name, str) for name in value):
         return list(dict.fromkeys(value))
@@ -38,11 +41,15 @@ def _check_label(value: Any) -> list[str]:
     labels = [value] if isinstance(value, str) else value
     if not isinstance(labels, (list, tuple)) or not labels:
         raise ValueError("should be a Qlib expression or a list of them")
-    for label in labels:
-        try:
+    own = logging.getLogger("qlib.data")  # it would log a traceback of what is said here
+    disabled, own.disabled = own.disabled, True
+    try:
+        for label in labels:
             ExpressionD.get_expression_instance(label)
-        except Exception as error:  # Qlib evaluates the text as Python: anything may be raised
-            raise ValueError(f"should hold Qlib expressions ({type(error).__name__}: {error})") from None
+    except Exception as error:  # Qlib evaluates the text as Python: anything may be raised
+        raise ValueError(f"should hold Qlib expressions ({type(error).__name__}: {error})") from None
+    finally:
+        own.disabled = disabled
     return list(labels)
 
 
@@ -63,6 +70,9 @@ class HandlerSettings(Settings):
     """Where the amount comes from: `$amount` (`amount`), `$vwap × $volume` (`vwap`), `$volume × mean(OHLC)` (`ohlc`),
     or `auto`: the first of these that all bars of the first session have. Bars without an amount by it are dropped,
     with a warning."""
+    volume: Literal["required", "optional"] = "required"
+    """`required`: a bar without volume is none, as on a day without trade. `optional`, for currencies, indices and
+    contracts for difference: volume and amount are 0 where they are unknown, with a warning that counts such bars."""
 
     @model_validator(mode="after")
     def _check_order(self) -> "HandlerSettings":
@@ -85,6 +95,7 @@ class KLineHandler(DataHandlerLP):
     amount: where the amount comes from: `$amount`, `$vwap × $volume` (vwap), `$volume × mean(OHLC)` (ohlc), or the
         first of these that all bars of the first session have (auto: no later bar must decide it). It is one rule for
         the whole run, logged and kept in `amount_rule`; bars without an amount by it are dropped, with a warning.
+    volume: required, or optional for instruments without volume: theirs is 0 then, and so is the amount.
 
     Raises ValueError (FileNotFoundError for a missing store), one line, for wrong settings, an unknown universe, a
     missing field, an empty result; `bars` raises it for bars that no market prints.
@@ -100,23 +111,24 @@ class KLineHandler(DataHandlerLP):
 
     def __init__(
         self,
-        instruments: Universe,
+        instruments: Universe = MISSING,
         start_time: Any = None,
         end_time: Any = None,
         freq: str = "day",
         label: str | list[str] = LABEL,
         amount: str = "auto",
+        volume: str = "required",
         **unknown: Any,
     ) -> None:
         values = {"instruments": instruments, "start_time": start_time, "end_time": end_time}
-        values |= {"freq": freq, "label": label, "amount": amount, **unknown}
+        values |= {"freq": freq, "label": label, "amount": amount, "volume": volume, **unknown}
         settings = read_settings(HandlerSettings, "KLineHandler", values)
         self.freq = settings.freq
         super().__init__(
             settings.instruments,
             settings.start_time,
             range_end(settings.end_time, self.freq),
-            data_loader=KLineLoader(settings.freq, settings.label, settings.amount),
+            data_loader=KLineLoader(settings.freq, settings.label, settings.amount, settings.volume),
         )
 
     @property
@@ -130,7 +142,7 @@ class KLineHandler(DataHandlerLP):
         return self._data.index.levels[0]
 
     def bars(self) -> Bars:
-        """Return the valid bars: those with all six columns and a volume other than zero.
+        """Return the valid bars: those with all six columns and, unless volume is optional, one other than zero.
 
         They are selected once, with warnings of instruments that have none and of returns that disagree with `$change`.
 
@@ -140,9 +152,13 @@ class KLineHandler(DataHandlerLP):
         if self._bars is None:
             rows = self._data["feature"].swaplevel().sort_index()
             values = rows.to_numpy(np.float32)
-            valid = ~np.isnan(values).any(axis=1) & (values[:, COLUMNS.index("volume")] != 0)
+            traded = values[:, COLUMNS.index("volume")] != 0
+            optional = self.data_loader.volume == "optional"
+            valid = ~np.isnan(values).any(axis=1) & (traded | optional)
             bars = _bars_of(rows.index, values, valid)
             _warn_of_instruments_without_bars(rows, bars.instruments)
+            if optional:
+                _warn_of_bars_without_volume(bars)
             check_bars(bars)
             change = self._change.swaplevel().sort_index().to_numpy()
             warn_of_jumps(bars, _returns(rows.index, values[:, CLOSE])[valid], change[valid])
@@ -222,7 +238,20 @@ def _warn_of_instruments_without_bars(rows: pd.DataFrame, kept: tuple[str, ...])
         named = [f"{name} (no {', '.join(f[f].index) if f.any() else 'trade'})" for name, f in empty.items()]
         warnings.warn(
             f"KLineHandler: {len(left_out)} of {len(names)} instruments are left out, they have no valid bar: "
-            f"{', '.join(named)}{', …' if len(left_out) > 5 else ''}",
+            f"{', '.join(named)}{', …' if len(left_out) > 5 else ''}"
+            + ("" if len(kept) else "; for instruments that have no volume set volume: optional"),
+            stacklevel=3,
+        )
+
+
+def _warn_of_bars_without_volume(bars: Bars) -> None:
+    without = bars.values[:, COLUMNS.index("volume")] == 0
+    if without.any():
+        names = [bars.instruments[code] for code in np.unique(bars.codes[without])]
+        warnings.warn(
+            f"KLineHandler: {without.sum():,} of {len(bars):,} bars, of {len(names)} instruments, have no volume; "
+            "theirs and the amount are 0 (volume: optional): "
+            f"{', '.join(names[:5])}{', …' if len(names) > 5 else ''}",
             stacklevel=3,
         )
 

@@ -20,15 +20,15 @@ def join_windows(sources: Sequence[tuple[str, Windows]]) -> Windows:
     window are kept. Instruments are sorted within each source; one that several sources of a store have is there
     several times.
 
-    Raises ValueError for sources that differ in lookback, future or clip.
+    Raises ValueError for sources that differ in lookback, future, clip or normalisation.
     """
     first = sources[0][1]
     for store, windows in sources[1:]:
-        ours, theirs = ((each.lookback, each.future, each.clip) for each in (first, windows))
+        ours, theirs = ((each.lookback, each.future, each.clip, each.normalisation) for each in (first, windows))
         if ours != theirs:
             raise ValueError(
-                f"windows of {store or 'the same store'} have (lookback, future, clip) {theirs} and the first ones "
-                f"{ours}: they cannot be joined"
+                f"windows of {store or 'the same store'} have (lookback, future, clip, normalisation) {theirs} "
+                f"and the first ones {ours}: they cannot be joined"
             )
     named = [(store, _name_instruments(store, windows)) for store, windows in sources]
     kept = [named[0][1], *(drop_unused_bars(_drop_repeats(named, i)) for i in range(1, len(named)))]

@@ -1,5 +1,6 @@
 """KLineLoader: reads a Qlib store into one table of K-lines: six columns, label, one rule for the amount."""
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from qlib.log import get_module_logger
 from qlib.utils import code_to_fname
 
 from kronos_qlib.data.calendar import check_sessions
+from kronos_qlib.data.checks import check_bins, check_calendar_file, check_universe_file
 from kronos_qlib.data.windows import COLUMNS
 
 Universe = str | list[str] | dict[str, Any]
@@ -28,13 +30,17 @@ class KLineLoader(DataLoader):
     """Loads open, high, low, close, volume, amount and labels of every instrument that is ever in a universe.
 
     `amount` is a rule for the amount (`amount`, `vwap`, `ohlc`) or `auto`: the first of them whose fields the bars of
-    the first session have. That rule is kept in `amount_rule`, so that a pickled loader never changes it.
+    the first session have. That rule is kept in `amount_rule`, so that a pickled loader never changes it. With `volume`
+    optional, volume and amount are 0 in bars that have prices and no volume.
     """
 
-    def __init__(self, freq: str, label: list[str], amount: str) -> None:
+    volume = "required"  # of loaders pickled before there was a choice
+
+    def __init__(self, freq: str, label: list[str], amount: str, volume: str = "required") -> None:
         self.freq = freq
         self.label = label
         self.amount = amount
+        self.volume = volume
         self.amount_rule: str | None = None if amount == "auto" else amount
 
     def load(
@@ -52,6 +58,7 @@ class KLineLoader(DataLoader):
         """
         names = sorted(member_spans(instruments, start_time, end_time, self.freq))
         stored = _stored(names, self.freq)
+        self._check_files(names)
         # Given as a list, the instruments keep their full histories: Qlib cuts a universe to its members' spans.
         fields = list(dict.fromkeys([*RAW, *stored, *self.label]))  # a label may be a field
         raw = D.features(names, fields, start_time, end_time, freq=self.freq)
@@ -70,19 +77,42 @@ class KLineLoader(DataLoader):
                 f"{', '.join(without[:5])}{', …' if len(without) > 5 else ''}",
                 stacklevel=2,
             )
-        for field in RAW:
+        needed = RAW if self.volume == "required" else RAW[:4]
+        for field in needed:
             if raw[field].isna().all():
                 raise ValueError(f"KLineHandler: field {field} is missing: no instrument of {where} has it")
+        if self.volume == "required":
+            _check_volume(raw, where)
+        found = ""
         if self.amount_rule is None:
-            self.amount_rule = _first_amount_rule(raw)
+            self.amount_rule, found = _first_amount_rule(raw)
         _check_amount(raw, self.amount_rule, where)
-        get_module_logger("KLineHandler").info(f"amount = {AMOUNT_RULES[self.amount_rule]} for {where}")
+        get_module_logger("KLineHandler").info(f"amount = {AMOUNT_RULES[self.amount_rule]} for {where}{found}")
 
         columns = {("feature", name): raw[field] for name, field in zip(COLUMNS, RAW)}
         columns["feature", "amount"] = _amount(raw, self.amount_rule)
+        if self.volume == "optional":
+            without = raw[list(RAW[:4])].notna().all(axis=1) & (raw["$volume"].isna() | (raw["$volume"] == 0))
+            for name in ("volume", "amount"):
+                columns["feature", name] = columns["feature", name].mask(without, 0.0)
         columns |= {("label", f"LABEL{i}"): raw[expression] for i, expression in enumerate(self.label)}
         columns["check", "change"] = raw["$change"]
         return pd.DataFrame(columns).astype(np.float32).swaplevel().sort_index()
+
+    def _check_files(self, names: list[str]) -> None:
+        """Check the files of the fields that are read, and that the labels' fields are there. Raises ValueError."""
+        folder = store_folder(self.freq)
+        calendar = folder / "calendars" / f"{self.freq}.txt"
+        labelled = sorted({name.lower() for text in self.label for name in re.findall(r"\$(\w+)", text)})
+        check_bins(folder, self.freq, names, {*(field[1:] for field in (*RAW, *OPTIONAL)), *labelled}, calendar)
+        if not any((folder / "features" / code_to_fname(name).lower()).is_dir() for name in names):
+            return  # that there are no bars is said by who reads them
+        for field in labelled:
+            files = (folder / "features" / code_to_fname(name).lower() / f"{field}.{self.freq}.bin" for name in names)
+            if not any(path.exists() for path in files):
+                raise ValueError(
+                    f"KLineHandler: label: field ${field} is missing: no instrument of store {folder} has it"
+                )
 
 
 def store_folder(freq: str) -> Path:
@@ -110,12 +140,14 @@ def member_spans(
     A list of instruments is a universe whose members never change. Raises ValueError for an unknown or empty universe.
     """
     folder = store_folder(freq)
+    check_calendar_file(folder / "calendars" / f"{freq}.txt")
     check_sessions(Cal.load_calendar(freq, future=False), f"calendar {folder / 'calendars' / f'{freq}.txt'}")
     if isinstance(instruments, list):
         always = [(pd.Timestamp.min, pd.Timestamp.max)]
         return dict.fromkeys(instruments, always)
     config = D.instruments(instruments) if isinstance(instruments, str) else {"filter_pipe": [], **instruments}
     _check_market(config["market"], folder)
+    check_universe_file(folder / "instruments" / f"{config['market'].lower()}.txt")
     spans = D.list_instruments(config, start_time, end_time, freq)
     if not spans:
         raise ValueError(
@@ -138,11 +170,21 @@ def _stored(names: list[str], freq: str) -> list[str]:
     return [field for field in OPTIONAL if any((path / f"{field[1:]}.{freq}.bin").exists() for path in folders)]
 
 
-def _first_amount_rule(raw: pd.DataFrame) -> str:
-    """Return the first rule that serves every bar of the first session with trade; no later bar must decide it."""
+def _first_amount_rule(raw: pd.DataFrame) -> tuple[str, str]:
+    """Return the first rule that serves every bar of the first session with trade, and what was found there, in words.
+
+    No later bar must decide it.
+    """
     dates, traded = raw.index.get_level_values(1), _with_trade(raw)
-    first = raw[traded & (dates == dates[traded].min())]
-    return next(rule for rule in AMOUNT_RULES if not _lacks_amount(first, rule).any())
+    if not traded.any():
+        return "ohlc", " (auto: no bar has a volume)"
+    day = dates[traded].min()
+    first = raw[traded & (dates == day)]
+    rule = next(rule for rule in AMOUNT_RULES if not _lacks_amount(first, rule).any())
+    lacking = [f"{_lacks_amount(first, other).sum()} lack {AMOUNT_RULES[other]}" for other in AMOUNT_RULES]
+    before = lacking[: list(AMOUNT_RULES).index(rule)]
+    found = f"of the {len(first)} bars of {day.date()} " + (", ".join(before) or f"none lacks {AMOUNT_RULES[rule]}")
+    return rule, f" (auto: {found})"
 
 
 def _check_amount(raw: pd.DataFrame, rule: str, where: str) -> None:
@@ -162,6 +204,23 @@ def _check_amount(raw: pd.DataFrame, rule: str, where: str) -> None:
             f"{name} {date.date()} first",
             stacklevel=3,
         )
+
+
+def _check_volume(raw: pd.DataFrame, where: str) -> None:
+    """Raise if no bar has a volume, warn of instruments that never have one."""
+    bars = pd.DataFrame({"bars": raw[list(RAW[:4])].notna().all(axis=1), "traded": _with_trade(raw)})
+    per_instrument = bars.groupby(level=0).sum()
+    never = per_instrument.query("bars > 0 and traded == 0")
+    if not len(never):
+        return
+    advice = "for currencies, indices and contracts for difference set volume: optional"
+    if not per_instrument["traded"].any():
+        raise ValueError(f"KLineHandler: none of the {never['bars'].sum():,} bars of {where} has a volume; {advice}")
+    warnings.warn(
+        f"KLineHandler: {len(never)} instruments of {where} never have a volume and are left out, {never.index[0]} "
+        f"first; {advice}",
+        stacklevel=3,
+    )
 
 
 def _with_trade(raw: pd.DataFrame) -> pd.Series:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
+from typing import Literal
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -10,11 +11,16 @@ from numpy.lib.stride_tricks import sliding_window_view
 COLUMNS = ("open", "high", "low", "close", "volume", "amount")
 CLOSE = COLUMNS.index("close")
 EPS = 1e-5
+SMALL_LEVEL, SMALL_STD = 1.0, 0.01  # a column whose mean or deviation is below these is small beside EPS
+RELATIVE_EPS = 1e-8  # takes the place of EPS there, in units of the deviation
+Normalisation = Literal["unit_free", "published"]
 NORMALISE_BLOCK = 128  # windows normalised at a time: their float64 copy then stays in the processor's cache
 KEYS_BLOCK = 65_536  # windows whose keys are computed at a time: their texts take a hundred bytes each
 
 
-def normalise(rows: np.ndarray, lookback: int, clip: float = 5.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def normalise(
+    rows: np.ndarray, lookback: int, clip: float = 5.0, normalisation: Normalisation = "unit_free"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Normalise windows by column: `(rows - mean) / (std + 1e-5)`, clipped to ±`clip`.
 
     Mean and population standard deviation are those of the first `lookback` bars alone, in float64: what comes after
@@ -22,20 +28,26 @@ def normalise(rows: np.ndarray, lookback: int, clip: float = 5.0) -> tuple[np.nd
 
     Args:
         rows: `[B, T, D]`, price units.
+        normalisation: "published" adds 1e-5 to every deviation, as the model's authors do, and so flattens a column
+            whose deviation is not much larger: prices of 1e-4 and below. "unit_free" adds 1e-8 of the deviation to that
+            of a column whose mean is below 1 or whose deviation is below 0.01, so that the unit of a price does not
+            matter there; all other columns are normalised as published, bit by bit.
 
     Returns:
-        x float32 `[B, T, D]`, mean float64 `[B, 1, D]`, scale float64 `[B, 1, D]` (the standard deviation + 1e-5).
+        x float32 `[B, T, D]`, mean float64 `[B, 1, D]`, scale float64 `[B, 1, D]` (what is divided by).
     """
     x = np.empty(rows.shape, np.float32)
     mean = np.empty((len(rows), 1, rows.shape[2]))
     scale = np.empty_like(mean)
     for start in range(0, len(rows), NORMALISE_BLOCK):
         block = slice(start, start + NORMALISE_BLOCK)
-        x[block], mean[block, 0], scale[block, 0] = _normalise_block(rows[block], lookback, clip)
+        x[block], mean[block, 0], scale[block, 0] = _normalise_block(rows[block], lookback, clip, normalisation)
     return x, mean, scale
 
 
-def _normalise_block(rows: np.ndarray, lookback: int, clip: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _normalise_block(
+    rows: np.ndarray, lookback: int, clip: float, normalisation: Normalisation
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     # Time goes first, so that the sums over it run along contiguous memory: numpy is slow over a middle axis.
     centred = rows.transpose(1, 0, 2).astype(np.float64, order="C")
     # Measured from the first bar, a constant column is exactly zero, however large: no rounding noise to magnify.
@@ -44,9 +56,17 @@ def _normalise_block(rows: np.ndarray, lookback: int, clip: float) -> tuple[np.n
     mean = centred[:lookback].sum(axis=0) / lookback
     centred -= mean
     squares = np.einsum("tbd,tbd->bd", centred[:lookback], centred[:lookback])
-    scale = np.sqrt(squares / lookback) + EPS
+    std = np.sqrt(squares / lookback)
+    scale = std + (EPS if normalisation == "published" else _unit_free_eps(origin + mean, std))
     centred *= 1 / scale
     return np.clip(centred, -clip, clip, out=centred).transpose(1, 0, 2), origin + mean, scale
+
+
+def _unit_free_eps(mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """Return what to add to each column's deviation; a constant column's is a hundredth of its mean here."""
+    size = np.where(std > 0, std, 0.01 * np.abs(mean))
+    small = (size > 0) & ((size < SMALL_STD) | (np.abs(mean) < SMALL_LEVEL))
+    return np.where(small, RELATIVE_EPS * size, EPS)
 
 
 def denormalise(x: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -107,6 +127,7 @@ class Windows:
     lookback: int
     future: int
     clip: float = 5.0
+    normalisation: Normalisation = "unit_free"
     segment: str = field(default="", compare=False)
     left_out: tuple[str, ...] = field(default=(), compare=False)
 
@@ -146,7 +167,7 @@ class Windows:
     def normalised(self, rows: np.ndarray) -> Batch:
         """Copy out the windows at `rows` (int `[B]`) and normalise each by its own lookback."""
         ends = self.ends[rows]
-        x, mean, scale = normalise(self.values(rows), self.lookback, self.clip)
+        x, mean, scale = normalise(self.values(rows), self.lookback, self.clip, self.normalisation)
         return Batch(x, self.stamps(rows), mean, scale, self.bars.values[ends, CLOSE].astype(np.float64))
 
     def values(self, rows: np.ndarray) -> np.ndarray:

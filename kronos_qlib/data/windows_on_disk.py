@@ -13,7 +13,7 @@ from kronos_qlib.files import save_array, whole_file
 
 WINDOWS_FILE = "windows.json"
 _DTYPES = {"values": "<f4", "stamp": "|i1", "dates": "<M8[ns]", "offsets": "<i8"}
-_SETTINGS = ("lookback", "future", "clip")
+_SETTINGS = ("lookback", "future", "clip", "normalisation")
 
 
 def save_windows(folder: Path, windows: Mapping[str, Windows]) -> None:

@@ -1,3 +1,4 @@
+import logging
 import time
 import warnings
 
@@ -90,6 +91,84 @@ def test_intraday_sessions_repeat_the_last_days_times(autumn):
     assert after.tolist() == np.array(days(*expected, "2025-10-10 10:30")).tolist()
 
 
+SHANGHAI = [
+    *pd.timedelta_range("09:35:00", "11:30:00", freq="5min"),
+    *pd.timedelta_range("13:05:00", "15:00:00", freq="5min"),
+]
+
+
+def intraday(first: str, last: str, times: list[pd.Timedelta], freq: str = "B") -> pd.DatetimeIndex:
+    """All bars from a first to a last time."""
+    days = pd.date_range(pd.Timestamp(first).normalize(), pd.Timestamp(last).normalize(), freq=freq)
+    bars = pd.DatetimeIndex([day + time for day in days for time in times])
+    return bars[(bars >= first) & (bars <= last)]
+
+
+def after(calendar: SessionCalendar, date: str, horizon: int) -> list[str]:
+    found = calendar.sessions_after(np.array([date], "datetime64[ns]"), horizon)[0]
+    return pd.DatetimeIndex(found).strftime("%m-%d %H:%M").to_list()
+
+
+@pytest.mark.parametrize("end", ["10:30", "09:35", "11:30", "13:05", "14:55", "15:00"])
+def test_a_store_that_ends_within_a_session_goes_on_with_it(end):
+    """Wherever it ends: what follows is what a store with the whole day and the days after it would give."""
+    bars = intraday("2024-07-01", f"2024-08-02 {end}", SHANGHAI)
+    found = after(SessionCalendar(bars, region="cn", freq="5min"), f"2024-08-02 {end}", 120)
+    whole = intraday("2024-07-01", "2024-08-08 15:00", SHANGHAI)
+    assert found == whole[whole > f"2024-08-02 {end}"][:120].strftime("%m-%d %H:%M").to_list()
+
+
+def test_a_half_day_is_no_typical_day():
+    hours = list(pd.timedelta_range("10:30:00", "16:00:00", freq="30min"))
+    bars = intraday("2024-06-03", "2024-07-03 13:00", hours)  # New York closed at 13:00 on that day
+    calendar = SessionCalendar(bars, region="us", freq="30min")
+    found = after(calendar, "2024-07-03 13:00", 13)
+    assert found[0] == "07-05 10:30" and found[-2:] == ["07-05 16:00", "07-08 10:30"], "4 July is a holiday"
+
+
+def test_the_exchange_s_early_closes_are_kept():
+    hours = list(pd.timedelta_range("10:00:00", "16:00:00", freq="30min"))
+    bars = intraday("2024-10-01", "2024-11-27 16:00", hours)
+    found = after(SessionCalendar(bars, region="us", freq="30min"), "2024-11-27 16:00", 14)
+    assert [time for time in found if time.startswith("11-29")][-1] == "11-29 13:00", "the day after Thanksgiving"
+
+
+def test_a_market_of_seven_days_has_seven_days(caplog):
+    """A store that trades on weekends is not New York's, whatever the region of Qlib says."""
+    days = pd.date_range("2024-01-01", "2024-08-02")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for exchange in (None, "24/7"):
+            calendar = SessionCalendar(days, exchange, region="us")
+            assert after(calendar, "2024-08-02", 3) == ["08-03 00:00", "08-04 00:00", "08-05 00:00"]
+        hours = list(pd.timedelta_range("00:00:00", "23:00:00", freq="1h"))
+        calendar = SessionCalendar(intraday("2024-07-01", "2024-08-02 10:00", hours, "D"), region="us", freq="60min")
+        assert after(calendar, "2024-08-02 10:00", 16) == [
+            *(f"08-02 {hour}:00" for hour in range(11, 24)),
+            *(f"08-03 0{hour}:00" for hour in range(3)),
+        ]
+
+
+def test_a_market_of_other_days_of_the_week_keeps_them():
+    days = pd.date_range("2024-01-01", "2024-08-01")  # Riyadh trades from Sunday to Thursday
+    calendar = SessionCalendar(days[days.dayofweek.isin([6, 0, 1, 2, 3])], region="us")
+    assert after(calendar, "2024-08-01", 6) == [f"08-{day:02d} 00:00" for day in (4, 5, 6, 7, 8, 11)]
+
+
+def test_which_sessions_were_taken_is_logged(autumn, caplog):
+    with caplog.at_level("INFO", "qlib.SessionCalendar"):
+        logger = logging.getLogger("qlib.SessionCalendar")
+        logger.addHandler(caplog.handler)
+        try:
+            SessionCalendar(autumn, region="cn").sessions_after(autumn[-1:], 1)
+            days = pd.date_range("2024-01-01", "2024-08-02")
+            SessionCalendar(days, region="us").sessions_after(days[-1:], 1)
+        finally:
+            logger.removeHandler(caplog.handler)
+    assert "come the sessions of XSHG (exchange_calendars)" in caplog.text
+    assert "taken to be all days" in caplog.text
+
+
 def test_sixty_thousand_dates_take_well_under_a_second():
     calendar = SessionCalendar(sessions(2600, "2015-01-05"))
     dates = np.random.default_rng(0).choice(sessions(2500, "2015-01-05").to_numpy(), 60_000)
@@ -112,7 +191,7 @@ def test_a_calendar_out_of_order_is_an_error_that_names_it_and_the_date(names, m
 
 
 def test_an_unknown_exchange_is_an_error(autumn):
-    with pytest.raises(ValueError, match="unknown exchange 'NOWHERE'"):
+    with pytest.raises(ValueError, match="unknown exchange 'NOWHERE'; exchange_calendars knows .*24/7.*XNYS.*XSHG"):
         SessionCalendar(autumn, exchange="NOWHERE")
 
 

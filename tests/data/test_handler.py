@@ -336,3 +336,31 @@ def test_the_defect_of_the_real_store_is_named():
 def test_change_is_optional(one):
     one(random_bars(10).drop(columns=["change", "factor"]))
     assert len(KLineHandler("all").bars()) == 10
+
+
+def test_volume_is_optional_for_instruments_that_have_none(tmp_path):
+    """Currencies, indices: their bars are kept with a volume and an amount of 0, and counted."""
+    fx = {name: random_bars(60, seed).assign(volume=volume) for seed, (name, volume) in enumerate(PAIRS.items())}
+    use_store(write_store(tmp_path / "fx", sessions(60), fx))
+    with pytest.raises(ValueError, match="none of the 120 bars .* has a volume; .* set volume: optional"):
+        KLineHandler("all").bars()
+    handler = KLineHandler("all", volume="optional")
+    with pytest.warns(UserWarning, match="120 bars"):
+        bars = handler.bars()
+    assert len(bars) == 120 and (bars.values[:, 4:] == 0).all() and (bars.values[:, :4] > 0).all()
+
+
+PAIRS = {"EURUSD": 0.0, "GBPUSD": np.nan}
+
+
+def test_instruments_that_never_have_a_volume_are_a_counted_warning(tmp_path):
+    mixed = {"AAA": random_bars(60, 1), "EURUSD": random_bars(60, 2).assign(volume=0.0)}
+    use_store(write_store(tmp_path / "mixed", sessions(60), mixed))
+    with pytest.warns(UserWarning, match="1 instruments .* never have a volume and are left out, EURUSD first"):
+        bars = KLineHandler("all").bars()
+    assert bars.instruments[bars.codes[0]] == "AAA" and len(bars) == 60
+
+
+def test_a_label_of_an_unknown_field_is_an_error(market):
+    with pytest.raises(ValueError, match=r"label: field \$nothing is missing"):
+        KLineHandler("some", label=["$close", "Ref($nothing, -2) / $close"])

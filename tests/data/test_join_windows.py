@@ -110,7 +110,8 @@ def test_one_source_alone_is_itself(market):
 def test_windows_of_different_sizes_are_not_joined(market, change):
     own = training_windows("some")
     with pytest.raises(
-        ValueError, match=r"windows of us have \(lookback, future, clip\) .* the first ones \(6, 4, 5.0"
+        ValueError,
+        match=r"windows of us have \(lookback, future, clip, normalisation\) .* the first ones \(6, 4, 5.0, 'unit",
     ):
         join_windows([("", own), ("us", replace(own, **change))])
 
