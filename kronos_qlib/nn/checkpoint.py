@@ -1,5 +1,6 @@
 """Checkpoints in the hub's format: config.json with the constructor's arguments, model.safetensors with the tensors."""
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import PyTorchModelHubMixin, constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -18,18 +19,28 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 from pydantic import Field, create_model
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from kronos_qlib.addresses import check_answers
 from kronos_qlib.files import whole_file
+from kronos_qlib.hardware.device import check_memory
 from kronos_qlib.nn import zoo
 from kronos_qlib.settings import Settings, read_settings
 
+SECONDS_TO_ANSWER = 4.0  # of the hub
 CONFIG_FILE, WEIGHTS_FILE, MODEL_CARD_FILE = "config.json", "model.safetensors", "README.md"
 
+Layers = Annotated[int, Field(ge=1, le=1_000)]
+"""How many blocks stand one on the other."""
+Width = Annotated[int, Field(ge=1, le=65_536)]
+"""Of a layer, or how many of something it has beside each other."""
+Bits = Annotated[int, Field(ge=1, le=24)]
+"""Of one part of a code, of which there are 2^bits."""
 DropoutRate = Annotated[float, Field(ge=0, lt=1)]
 """The probability with which an element is dropped."""
 
@@ -82,7 +93,8 @@ class HubModule(
         """Build a new network from exactly its constructor's arguments; `where` says in an error where they came from.
 
         Raises:
-            CheckpointError: an unknown or a missing key, or a value the constructor refuses.
+            CheckpointError: an unknown or a missing key, a value the constructor refuses, or weights that would not fit
+                into this machine's memory.
         """
         known = list(cls._arguments.model_fields)
         unknown, missing = sorted(set(config) - set(known)), [key for key in known if key not in config]
@@ -91,9 +103,17 @@ class HubModule(
         if missing:
             raise CheckpointError(f"{where}: {cls.__name__} needs the keys {missing}")
         try:
+            size = cls._without_memory(config).n_parameters * 4
+            check_memory(f"a {cls.__name__} of this size", size, torch.device("cpu"))
             return cls(**config)
         except (TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{where}: {error}") from error
+
+    @classmethod
+    def _without_memory(cls, config: dict[str, Any]) -> Self:
+        """Build a network whose tensors have shapes and no values."""
+        with torch.device("meta"):
+            return cls(**config)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -138,14 +158,28 @@ class HubModule(
         config_path, weights_path = (_locate(source, name, download) for name in (CONFIG_FILE, WEIGHTS_FILE))
         try:
             config = json.loads(config_path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{config_path}: not valid JSON ({error})") from error
         if not isinstance(config, dict):
             raise CheckpointError(f"{config_path}: expected a mapping of constructor arguments")
+        cls._check_sizes(config, config_path, weights_path)
         network = cls.from_config(config, str(config_path))
         network.load_weights(weights_path)
         network.source = source
         return network.eval().to(map_location)
+
+    @classmethod
+    def _check_sizes(cls, config: dict[str, Any], config_path: Path, weights_path: Path) -> None:
+        """Refuse sizes that are not those of the weights before memory is taken for them. Raises CheckpointError."""
+        stored = _read_shapes(weights_path)
+        for key, value in config.items():
+            if key.endswith("layers") and isinstance(value, int) and value > len(stored):
+                raise CheckpointError(f"{config_path}: {key} is {value}, but {weights_path} has {len(stored)} tensors")
+        try:
+            expected = cls._without_memory(config).state_dict()
+        except (TypeError, ValueError, RuntimeError):
+            return  # `from_config` says what is wrong
+        _check_shapes({name: tensor.shape for name, tensor in expected.items()}, stored, str(weights_path))
 
     def load_weights(self, path: Path) -> None:
         """Replace every tensor by that of a safetensors file.
@@ -217,16 +251,35 @@ class HubModule(
         return sum(parameter.numel() for parameter in self.parameters())
 
 
-def _check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], where: str) -> None:
+def _read_shapes(path: Path) -> dict[str, torch.Size]:
+    """Read the shapes of a safetensors file's tensors, and nothing else of it."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+
+
+def _check_shapes(expected: dict[str, torch.Size], found: dict[str, torch.Size], where: str) -> None:
     missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing:
         raise CheckpointError(f"{where}: {len(missing)} tensor(s) missing, the first is {missing[0]!r}")
     if unexpected:
         raise CheckpointError(f"{where}: {len(unexpected)} unexpected tensor(s), the first is {unexpected[0]!r}")
-    for name, tensor in expected.items():
-        if tensor.shape != found[name].shape:
-            shapes = f"{list(found[name].shape)} instead of {list(tensor.shape)}"
+    for name, shape in expected.items():
+        if shape != found[name]:
+            shapes = f"{list(found[name])} instead of {list(shape)}"
             raise CheckpointError(f"{where}: tensor {name!r} has shape {shapes}")
+
+
+def _check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], where: str) -> None:
+    shapes, stored = ({name: tensor.shape for name, tensor in side.items()} for side in (expected, found))
+    _check_shapes(shapes, stored, where)
+    for name, tensor in expected.items():
+        if tensor.is_floating_point() and not found[name].is_floating_point():
+            raise CheckpointError(f"{where}: tensor {name!r} holds {found[name].dtype}, not numbers with a fraction")
         if tensor.is_floating_point() and not torch.isfinite(found[name]).all():
             raise CheckpointError(f"{where}: tensor {name!r} holds NaN or infinite values")
 
@@ -244,7 +297,14 @@ def _locate(dir_or_hub_id: str, name: str, download: dict[str, Any]) -> Path:
     if entry and download["revision"] is None:
         download = download | {"revision": entry.revision}
     try:
-        return Path(hf_hub_download(dir_or_hub_id, name, **download))
+        validate_repo_id(dir_or_hub_id)
+        with contextlib.suppress(LocalEntryNotFoundError):  # a commit's file that is in the cache asks no hub
+            if download["revision"] is not None and not download["force_download"]:
+                cached = download | {"local_files_only": True}
+                return Path(hf_hub_download(dir_or_hub_id, name, **cached))  # `download` has the revision  # nosec B615
+        if not download["local_files_only"] and not constants.HF_HUB_OFFLINE:
+            check_answers(constants.ENDPOINT, SECONDS_TO_ANSWER)
+        return Path(hf_hub_download(dir_or_hub_id, name, **download))  # it has the revision  # nosec B615
     except HFValidationError as error:
         raise FileNotFoundError(f"{dir_or_hub_id}: neither a folder nor a hub id of the form owner/name") from error
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:

@@ -104,32 +104,49 @@ class Attention(nn.Module):
         """Join heads [B, H, T, head_dim] and project them to [B, T, d]."""
         return self.resid_dropout(self.out_proj(x.transpose(1, 2).flatten(-2)))
 
-    def forward(self, query: Tensor, context: Tensor) -> Tensor:
-        """Attend causally from query [B, T, d] to context [B, T, d]: position i to the context up to i."""
+    def forward(self, query: Tensor, context: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Attend causally from query [B, T, d] to context [B, T, d]: position i to the context up to i.
+
+        padding_mask: bool [B, T], true where a position is padding, which no other position attends to.
+        """
         q, k, v = self.heads(self.q_proj(query)), self.heads(self.k_proj(context)), self.heads(self.v_proj(context))
         cos, sin = self.rotary.table(context.shape[1])
         dropout_p = self.attn_dropout_p if self.training else 0.0
-        return self.merge(_causal_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, dropout_p))
+        return self.merge(_causal_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, dropout_p, padding_mask))
 
-    def last_query(self, query: Tensor, context: Tensor, aligned: bool) -> Tensor:
-        """Attend from one query [B, 1, d] to the whole context [B, T, d].
+    def last_query(self, query: Tensor, context: Tensor, aligned: bool, padding_mask: Tensor | None = None) -> Tensor:
+        """Attend from one query [B, 1, d] to the whole context [B, T, d], but for padding.
 
-        aligned rotates the query by position T − 1 and the keys by 0 … T − 1, as in training; otherwise neither is
-        rotated, as in the published generation (its table has the query's length, 1).
+        aligned rotates the query by position T − 1, or by that of the last bar that is no padding, and the keys by
+        0 … T − 1, as in training; otherwise neither is rotated, as in the published generation (its table has the
+        query's length, 1).
         """
         q, k, v = self.heads(self.q_proj(query)), self.heads(self.k_proj(context)), self.heads(self.v_proj(context))
         if aligned:
             cos, sin = self.rotary.table(context.shape[1])
-            q, k = rotate(q, cos[-1:], sin[-1:]), rotate(k, cos, sin)
-        return self.merge(F.scaled_dot_product_attention(q, k, v))
+            last = slice(-1, None) if padding_mask is None else _last_unpadded(padding_mask)
+            q, k = rotate(q, cos[last], sin[last]), rotate(k, cos, sin)
+        seen = None if padding_mask is None else ~padding_mask[:, None, None, :]
+        return self.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=seen))
 
 
-def _causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
-    """Attend from each position of q [B, H, T, head_dim] to the positions of k and v up to its own."""
-    if not dropout_p or current_generator() is None:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+def _last_unpadded(padding_mask: Tensor) -> Tensor:
+    """Return the last position of each row that is no padding: int64 [B, 1, 1], to index a table of positions with."""
+    positions = torch.arange(padding_mask.shape[1], device=padding_mask.device)
+    return positions.masked_fill(padding_mask, 0).amax(-1)[:, None, None]
+
+
+def _causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, padding_mask: Tensor | None = None) -> Tensor:
+    """Attend from each position of q [B, H, T, head_dim] to the positions of k and v up to its own, but for padding."""
     length = q.shape[-2]
+    if padding_mask is None and (not dropout_p or current_generator() is None):
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
     future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+    if padding_mask is not None:  # a position always attends to itself, so that padding has numbers too
+        own = torch.eye(length, dtype=torch.bool, device=q.device)
+        future = future | (padding_mask[:, None, None, :] & ~own)
+        if not dropout_p or current_generator() is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=~future, dropout_p=dropout_p)
     logits = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
     return dropout(logits.masked_fill(future, float("-inf")).softmax(-1), dropout_p) @ v
 
@@ -166,9 +183,9 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(d_model)
         self.ffn = FeedForward(d_model, ff_dim, ffn_dropout_p)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         h = self.norm1(x)
-        x = x + self.self_attn(h, h)
+        x = x + self.self_attn(h, h, padding_mask)
         return x + self.ffn(self.norm2(x))
 
 

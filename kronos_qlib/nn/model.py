@@ -5,10 +5,9 @@ from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from kronos_qlib.nn.checkpoint import DropoutRate, HubModule
+from kronos_qlib.nn.checkpoint import Bits, DropoutRate, HubModule, Layers, Width
 from kronos_qlib.nn.dropout import Dropout
 from kronos_qlib.nn.layers import Attention, Block, RMSNorm, check_heads, initialise
 
@@ -95,17 +94,19 @@ class DualHead(nn.Module):
 class Kronos(HubModule):
     """Autoregressive model of K-line codes (Shi et al. 2025, arXiv 2508.02739).
 
-    Ids s1 and s2 are [B, T] int64; a stamp is [B, T, 5]: minute, hour, weekday (Monday 0), day, month of each bar.
+    Ids s1 and s2 are [B, T] int64; a stamp is [B, T, 5]: minute, hour, weekday (Monday 0), day, month of each bar; None
+    leaves the embedding of time out. A padding_mask is bool [B, T], true where a position is padding: what is said of
+    the others is then what the window without padding would have. Arguments are named and ordered as the authors'.
     """
 
     def __init__(
         self,
-        s1_bits: PositiveInt,
-        s2_bits: PositiveInt,
-        n_layers: PositiveInt,
-        d_model: PositiveInt,
-        n_heads: PositiveInt,
-        ff_dim: PositiveInt,
+        s1_bits: Bits,
+        s2_bits: Bits,
+        n_layers: Layers,
+        d_model: Width,
+        n_heads: Width,
+        ff_dim: Width,
         ffn_dropout_p: DropoutRate,
         attn_dropout_p: DropoutRate,
         resid_dropout_p: DropoutRate,
@@ -129,53 +130,68 @@ class Kronos(HubModule):
 
     def forward(
         self,
-        s1: Tensor,
-        s2: Tensor,
-        stamp: Tensor,
-        use_teacher_forcing: bool = False,
+        s1_ids: Tensor,
+        s2_ids: Tensor,
+        stamp: Tensor | None = None,
+        padding_mask: Tensor | bool | None = None,
+        use_teacher_forcing: bool | Tensor = False,
         s1_targets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return logits of the next s1 [B, T, 2^s1_bits] and of the next s2 [B, T, 2^s2_bits], both causal.
 
         The s2 query is the embedding of the next s1: s1_targets [B, T] with teacher forcing, otherwise a draw from
-        the s1 logits (torch's global random state), as the published fine-tuning does.
+        the s1 logits (torch's global random state), as the published fine-tuning does. Earlier versions had no
+        padding_mask: true or false in its place is taken for use_teacher_forcing, and what follows for s1_targets.
 
         Raises:
             ValueError: teacher forcing without s1_targets.
         """
-        s1_logits, context = self.decode_s1(s1, s2, stamp)
+        if isinstance(padding_mask, bool):
+            given = use_teacher_forcing if isinstance(use_teacher_forcing, Tensor) else s1_targets
+            padding_mask, use_teacher_forcing, s1_targets = None, padding_mask, given
+        s1_logits, context = self.decode_s1(s1_ids, s2_ids, stamp, padding_mask)
         if use_teacher_forcing:
             if s1_targets is None:
                 raise ValueError("Kronos: use_teacher_forcing needs s1_targets")
             next_s1 = s1_targets
         else:
             probabilities = s1_logits.detach().float().softmax(-1)
-            next_s1 = torch.multinomial(probabilities.flatten(0, -2), 1).view(s1.shape)
+            next_s1 = torch.multinomial(probabilities.flatten(0, -2), 1).view(s1_ids.shape)
         query = self.embedding.emb_s1(next_s1)
-        return s1_logits, self._s2_logits(context, self.dep_layer.cross_attn(query, context))
+        return s1_logits, self._s2_logits(context, self.dep_layer.cross_attn(query, context, padding_mask))
 
-    def decode_s1(self, s1: Tensor, s2: Tensor, stamp: Tensor) -> tuple[Tensor, Tensor]:
+    def decode_s1(
+        self, s1_ids: Tensor, s2_ids: Tensor, stamp: Tensor | None = None, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return logits of the next s1 [B, T, 2^s1_bits] and the context [B, T, d] that they are read from."""
-        h = self.token_drop(self.embedding(s1, s2) + self.time_emb(stamp))
+        h = self.embedding(s1_ids, s2_ids)
+        h = self.token_drop(h if stamp is None else h + self.time_emb(stamp))
         for block in self.transformer:
-            h = block(h)
+            h = block(h) if padding_mask is None else block(h, padding_mask)
         context = self.norm(h)
         return self.head.proj_s1(context), context
 
-    def decode_s2(self, context: Tensor, s1: Tensor, s2_rotation: S2Rotation = "reference") -> Tensor:
+    def decode_s2(
+        self,
+        context: Tensor,
+        s1_ids: Tensor,
+        padding_mask: Tensor | None = None,
+        *,
+        s2_rotation: S2Rotation = "reference",
+    ) -> Tensor:
         """Return logits of s2 [B, T, 2^s2_bits] given the context [B, T, d] and the next s1.
 
-        s1 [B, 1] is one query to the whole context, as in generation: only the last position's logits mean anything.
-        s1 [B, T] is one query a position, causal, as in training. s2_rotation is about the former: query and keys
-        unrotated as published ("reference") or rotated as in training ("aligned").
+        s1_ids [B, 1] is one query to the whole context, as in generation: only the last position's logits mean
+        anything. s1_ids [B, T] is one query a position, causal, as in training. s2_rotation is about the former: query
+        and keys unrotated as published ("reference") or rotated as in training ("aligned").
         """
         if s2_rotation not in get_args(S2Rotation):
             raise ValueError(f"Kronos: s2_rotation is {s2_rotation!r}; it must be one of {get_args(S2Rotation)}")
-        query = self.embedding.emb_s1(s1)
-        if s1.shape[1] == 1:
-            attended = self.dep_layer.cross_attn.last_query(query, context, aligned=s2_rotation == "aligned")
+        query, aligned = self.embedding.emb_s1(s1_ids), s2_rotation == "aligned"
+        if s1_ids.shape[1] == 1:
+            attended = self.dep_layer.cross_attn.last_query(query, context, aligned, padding_mask)
         else:
-            attended = self.dep_layer.cross_attn(query, context)
+            attended = self.dep_layer.cross_attn(query, context, padding_mask)
         return self._s2_logits(context, attended)
 
     def _s2_logits(self, context: Tensor, attended: Tensor) -> Tensor:

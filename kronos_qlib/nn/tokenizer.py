@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-from pydantic import FiniteFloat, PositiveInt
+from pydantic import FiniteFloat
 from torch import Tensor, nn
 
-from kronos_qlib.nn.checkpoint import DropoutRate, HubModule
+from kronos_qlib.nn.checkpoint import Bits, DropoutRate, HubModule, Layers, Width
 from kronos_qlib.nn.layers import Block, check_heads, initialise
 from kronos_qlib.nn.quantizer import MeanCode, SignQuantizer, ids_to_signs, signs_to_ids
 
@@ -21,22 +21,22 @@ class KronosTokenizer(HubModule):
 
     def __init__(
         self,
-        d_in: PositiveInt,
-        d_model: PositiveInt,
-        n_heads: PositiveInt,
-        ff_dim: PositiveInt,
-        n_enc_layers: PositiveInt,
-        n_dec_layers: PositiveInt,
+        d_in: Width,
+        d_model: Width,
+        n_heads: Width,
+        ff_dim: Width,
+        n_enc_layers: Layers,
+        n_dec_layers: Layers,
         ffn_dropout_p: DropoutRate,
         attn_dropout_p: DropoutRate,
         resid_dropout_p: DropoutRate,
-        s1_bits: PositiveInt,
-        s2_bits: PositiveInt,
+        s1_bits: Bits,
+        s2_bits: Bits,
         beta: FiniteFloat,
         gamma0: FiniteFloat,
         gamma: FiniteFloat,
         zeta: FiniteFloat,
-        group_size: PositiveInt,
+        group_size: Width,
     ) -> None:
         super().__init__()
         check_heads("KronosTokenizer", d_model, n_heads)

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from kronos_qlib import Kronos, KronosTokenizer
-from kronos_qlib.nn import zoo
+from kronos_qlib import Kronos, KronosTokenizer, addresses
+from kronos_qlib.nn import checkpoint, zoo
 from kronos_qlib.nn.checkpoint import CheckpointError
 
 
@@ -110,6 +111,41 @@ def test_an_unreachable_hub_says_what_to_do(monkeypatch, tmp_path):
         FileNotFoundError, match="not in the local cache and the hub cannot be reached: give a folder or"
     ):
         Kronos.from_pretrained("NeoQuasar/Kronos-small")
+
+
+def test_a_hub_that_does_not_answer_is_said_without_a_second_try(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(addresses, "getproxies", dict)
+    asked = []
+    monkeypatch.setattr(checkpoint, "hf_hub_download", lambda *given, **options: asked.append(options) or fail())
+
+    def fail():
+        raise LocalEntryNotFoundError("nothing in the cache")
+
+    with pytest.raises(FileNotFoundError, match="the hub cannot be reached"):
+        Kronos.from_pretrained("NeoQuasar/Kronos-small", cache_dir=tmp_path)
+    assert [options["local_files_only"] for options in asked] == [True], "the cache was asked, the hub was not"
+
+
+@pytest.mark.parametrize(("key", "value"), [("n_layers", 10**9), ("d_model", 10**9), ("s1_bits", 10**30)])
+def test_sizes_that_are_not_those_of_the_weights_are_refused_by_arithmetic(folder, key, value):
+    edit_config(folder, lambda config: config.update({key: value}))
+    with pytest.raises(CheckpointError, match=key):
+        Kronos.from_pretrained(folder)
+
+
+def test_a_new_network_that_cannot_fit_is_refused_before_its_memory_is_taken():
+    config = zoo.MODELS["nano"].config | {"d_model": 65_536, "ff_dim": 65_536, "n_layers": 30}
+    with pytest.raises(CheckpointError, match=r"a Kronos of this size needs [\d,]+ GiB of memory"):
+        Kronos.from_config(config, "here")
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.int8, torch.int64])
+def test_tensors_of_another_type_are_named(folder, kind):
+    edit_tensors(folder, lambda tensors: tensors.update({"norm.weight": tensors["norm.weight"].to(kind)}))
+    with pytest.raises(CheckpointError, match=f"tensor 'norm.weight' holds {kind}"):
+        Kronos.from_pretrained(folder)
 
 
 @pytest.fixture
@@ -235,7 +271,7 @@ def test_whatever_keeps_the_hub_away_is_told_as_such(monkeypatch, problem):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("n_layers", 0, "n_layers: .* greater than 0, not 0"),
+        ("n_layers", 0, "n_layers: .* greater than or equal to 1, not 0"),
         ("n_heads", 2.0, "n_heads: .* valid integer, not 2.0"),
         ("ff_dim", True, "ff_dim: .* valid integer, not True"),
         ("ffn_dropout_p", 1.0, "ffn_dropout_p: .* less than 1, not 1.0"),
