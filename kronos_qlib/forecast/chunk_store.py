@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from kronos_qlib.files import whole_file
+from kronos_qlib.files import is_draft, whole_file
 from kronos_qlib.forecast.forecaster import schema, to_arrow
 from kronos_qlib.forecast.task import DIGEST_BYTES, Task
 
@@ -134,7 +134,7 @@ class ChunkStore:
         """Remove the unfinished files of processes that were killed."""
         for draft in self.folder.glob(".*.tmp"):
             with contextlib.suppress(FileNotFoundError):
-                if time.time() - draft.stat().st_mtime > DRAFT_SECONDS:
+                if is_draft(draft) and time.time() - draft.stat().st_mtime > DRAFT_SECONDS:
                     draft.unlink()
 
     def _load(self, path: Path, digests: np.ndarray | None = None, columns: list[str] | None = None) -> pa.Table | None:
@@ -142,14 +142,20 @@ class ChunkStore:
 
         A chunk without paths is left alone where the task keeps paths.
         """
-        wanted = columns or schema(self.task).names
+        kinds = schema(self.task)
+        wanted = columns or kinds.names
         try:
-            names = pq.read_schema(path).names
-            if "paths" in wanted and "paths" not in names:
+            stored = pq.read_schema(path)
+            if "paths" in wanted and "paths" not in stored.names:
                 return None
-            lacking = [name for name in wanted if name not in names]
+            lacking = [name for name in wanted if name not in stored.names]
             if lacking:
                 self._discard(path, f"it has no column {lacking[0]!r}")
+                return None
+            other = [name for name in wanted if stored.field(name).type != kinds.field(name).type]
+            if other:
+                kind = f"{stored.field(other[0]).type}, not {kinds.field(other[0]).type}"
+                self._discard(path, f"its column {other[0]!r} holds {kind}")
                 return None
             table = pq.read_table(path, columns=wanted, page_checksum_verification=True, memory_map=False)
         except FileNotFoundError:

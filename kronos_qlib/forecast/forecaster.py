@@ -128,8 +128,10 @@ class Forecaster:
     def _columns(self, rows: np.ndarray, report: Callable[[int], object]) -> dict[str, np.ndarray]:
         task, count = self.task, len(rows)
         # The last window batch is filled up with copies of its last window: how a window is rounded may depend on the
-        # size of its batch, and without filling that size would depend on how many later dates there are.
-        rows = rows[np.minimum(np.arange(-(-count // self.batch_size) * self.batch_size), count - 1)]
+        # size of its batch, and without filling that size would depend on how many later dates there are. Where there
+        # are fewer windows than in a batch, it is only filled up to the next step of CPU_BATCH.
+        size = min(self.batch_size, -(-count // CPU_BATCH) * CPU_BATCH)
+        rows = rows[np.minimum(np.arange(-(-count // size) * size), count - 1)]
         batch = task.windows.normalised(rows)
         unreported, lock = count, threading.Lock()
 
@@ -147,7 +149,7 @@ class Forecaster:
             torch.from_numpy(task.horizon_stamps(rows)),
             task.sampling,
             task.windows.take(rows).keys,
-            batch_size=self.batch_size,
+            batch_size=size,
             report=report_batch,
             draw_paths=self._draw_paths,
         )

@@ -1,17 +1,22 @@
 """KronosPredictor: forecast bars in a DataFrame, as a drop-in for the published predictor."""
 
+import warnings
 from collections.abc import Sequence
-from typing import TypeAlias
+from hashlib import blake2b
+from typing import TypeAlias, get_args
 
 import numpy as np
 import pandas as pd
 import torch
 
+from kronos_qlib.data.checks import impossible_bars
+from kronos_qlib.data.columns import find_columns, is_rate, plain_name, unused_columns
+from kronos_qlib.data.dates import read_times
 from kronos_qlib.data.stamps import stamps
-from kronos_qlib.data.windows import COLUMNS, denormalise, normalise
+from kronos_qlib.data.windows import COLUMNS, Normalisation, denormalise, normalise
 from kronos_qlib.forecast.engine.generate import generate
-from kronos_qlib.forecast.engine.sampling import Sampling
-from kronos_qlib.forecast.engine.weights import NetworkWeights, check_pair, prepare_weights
+from kronos_qlib.forecast.engine.sampling import Sampling, is_number, is_whole
+from kronos_qlib.forecast.engine.weights import NetworkWeights, check_max_context, check_pair, prepare_weights
 from kronos_qlib.hardware.device import resolve_device, resolve_dtype
 from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.nn.model import S2Rotation
@@ -34,6 +39,11 @@ class KronosPredictor:
         clip: normalised bars are clipped to ± this.
         dtype: of the matrix products: None is float32; "bfloat16", "auto".
         s2_rotation: "reference" forecasts as published, "aligned" as trained.
+        normalisation: of small prices: "unit_free", whatever their unit, or with the absolute 1e-5 as "published"; see
+            `kronos_qlib.data.windows.normalise`.
+
+    Raises:
+        ValueError: networks that do not belong together or are in each other's place, an option out of range; one line.
     """
 
     def __init__(
@@ -46,13 +56,25 @@ class KronosPredictor:
         *,
         dtype: str | torch.dtype | None = None,
         s2_rotation: S2Rotation = "reference",
+        normalisation: Normalisation = "unit_free",
     ) -> None:
-        check_pair(tokenizer, model)
-        Sampling(s2_rotation=s2_rotation)  # an unknown one is an error here, not at the first forecast
+        try:
+            check_pair(tokenizer, model)
+            check_max_context(max_context, model)
+            Sampling(s2_rotation=s2_rotation)  # an unknown one is an error here, not at the first forecast
+        except ValueError as error:
+            raise ValueError(f"KronosPredictor: {error}") from None
+        if not is_number(clip) or clip <= 0:
+            raise ValueError(f"KronosPredictor: clip is {clip!r}; it must be a number above 0")
+        if normalisation not in get_args(Normalisation):
+            raise ValueError(
+                f"KronosPredictor: normalisation is {normalisation!r}; use {' or '.join(get_args(Normalisation))}"
+            )
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
         self.model, self.tokenizer = model.to(self.device).eval(), tokenizer.to(self.device).eval()
         self.max_context, self.clip, self.s2_rotation = max_context, clip, s2_rotation
+        self.normalisation: Normalisation = normalisation
         self._weights: NetworkWeights | None = None
         self._weights_key: tuple[object, ...] = ()
         self._weights_length = 0
@@ -73,18 +95,23 @@ class KronosPredictor:
         """Forecast the mean of `sample_count` sample paths.
 
         Args:
-            df: bars, oldest first: open, high, low, close, and volume and amount where known. Without volume both
-                are 0; without amount it is volume × mean(open, high, low, close).
-            x_timestamp: the bars' times [L]; y_timestamp: the times to forecast [pred_len].
+            df: bars, oldest first: open, high, low, close, and volume and amount where known, under the names of
+                `kronos_qlib.data.columns.NAMES`. An unknown volume is 0; an unknown amount is volume × mean(open, high,
+                low, close). A warning names columns that are not used and counts bars that are impossible.
+            x_timestamp: the bars' times [L]; y_timestamp: the times to forecast [pred_len]; see
+                `kronos_qlib.data.dates.read_times`. Both have a time zone or neither has; the stamps are of the clock
+                of the bars' zone.
             verbose: show a progress bar.
             seed: of the random numbers; None draws one from torch's global state, so that torch.manual_seed decides.
+                The numbers of a series depend on it, on the bars' times and on which bars rise and fall, so they are
+                the same alone and in a batch, and in every currency.
 
         Returns:
             pred_len rows indexed by y_timestamp, columns open, high, low, close, volume, amount.
 
         Raises:
-            ValueError: a missing column, NaN or infinite values, times that are not strictly increasing or whose
-                number does not fit.
+            ValueError: a missing column, NaN or infinite values, numbers that are no times, times that are not strictly
+                increasing, whose number does not fit or of which only one side has a time zone, an option out of range.
         """
         frames = self.predict_batch(
             [df], [x_timestamp], [y_timestamp], pred_len, T, top_k, top_p, sample_count, verbose, seed
@@ -107,11 +134,8 @@ class KronosPredictor:
         """Forecast several series of equal length in one pass; see `predict`."""
         seed = int(torch.randint(2**62, ())) if seed is None else seed
         sampling = Sampling(sample_count, T, top_k, top_p, seed, self.s2_rotation)
-        paths = self._paths(df_list, x_timestamp_list, y_timestamp_list, pred_len, sampling, verbose)
-        return [
-            pd.DataFrame(mean, columns=list(COLUMNS), index=pd.DatetimeIndex(y_timestamp))
-            for mean, y_timestamp in zip(paths.mean(1), y_timestamp_list, strict=True)
-        ]
+        paths, y_times = self._paths(df_list, x_timestamp_list, y_timestamp_list, pred_len, sampling, verbose)
+        return [pd.DataFrame(mean, times, list(COLUMNS)) for mean, times in zip(paths.mean(1), y_times)]
 
     def predict_paths(
         self,
@@ -128,7 +152,8 @@ class KronosPredictor:
     ) -> np.ndarray:
         """Return the sample paths themselves: float64 [sample_count, pred_len, 6], price units; see `predict`."""
         sampling = Sampling(sample_count, T, top_k, top_p, seed, self.s2_rotation)
-        return self._paths([df], [x_timestamp], [y_timestamp], pred_len, sampling, progress=False)[0]
+        paths, _ = self._paths([df], [x_timestamp], [y_timestamp], pred_len, sampling, progress=False)
+        return paths[0]
 
     def _paths(
         self,
@@ -138,23 +163,28 @@ class KronosPredictor:
         pred_len: int,
         sampling: Sampling,
         progress: bool,
-    ) -> np.ndarray:
-        """Paths [B, S, pred_len, 6] in price units."""
-        if not len(frames) == len(x_times) == len(y_times) or not len(frames):
-            raise ValueError("KronosPredictor: give one x_timestamp and one y_timestamp for each of at least one df")
-        if len({len(frame) for frame in frames}) > 1:
-            raise ValueError(f"KronosPredictor: a batch needs series of one length, not {[len(f) for f in frames]}")
-        rows = np.stack([_bars(frame, f"df {i}" if len(frames) > 1 else "df") for i, frame in enumerate(frames)])
-        x_index = [_times(times, rows.shape[1], "x_timestamp", "bars in df") for times in x_times]
-        y_index = [_times(times, pred_len, "y_timestamp", "pred_len") for times in y_times]
-        for x, y in zip(x_index, y_index, strict=True):
-            if y[0] <= x[-1]:
-                raise ValueError(f"KronosPredictor: y_timestamp starts at {y[0]}, not after the last bar ({x[-1]})")
-        x, mean, scale = normalise(rows, rows.shape[1], self.clip)
-        x_stamp, y_stamp = (torch.from_numpy(np.stack([stamps(t) for t in times])) for times in (x_index, y_index))
+    ) -> tuple[np.ndarray, list[pd.DatetimeIndex]]:
+        """Return paths [B, S, pred_len, 6] in price units and the times of each series' forecast."""
+        for name, values in (("df_list", frames), ("x_timestamp_list", x_times), ("y_timestamp_list", y_times)):
+            if not isinstance(values, (list, tuple)) or not values or len(values) != len(frames):
+                raise ValueError(f"KronosPredictor: {name} should be a list with one entry for each df, at least one")
+        if not is_whole(pred_len) or pred_len < 1:
+            raise ValueError(f"KronosPredictor: pred_len is {pred_len!r}; it must be a whole number, at least 1")
+        names = [f"df {i}" if len(frames) > 1 else "df" for i in range(len(frames))]
+        series = [_bars(frame, name) for frame, name in zip(frames, names)]
+        if len({len(rows) for rows in series}) > 1:
+            raise ValueError(
+                f"KronosPredictor: a batch needs series of one length, not {[len(rows) for rows in series]}"
+            )
+        rows = np.stack(series)
+        times = [_pair_of_times(x, y, rows.shape[1], pred_len) for x, y in zip(x_times, y_times)]
+        keys = [_key(bars, x) for bars, (x, _) in zip(rows, times)]
+        clocks = [(x, y if x.tz is None else y.tz_convert(x.tz)) for x, y in times]
+        x, mean, scale = normalise(rows, rows.shape[1], self.clip, self.normalisation)
+        x_stamp, y_stamp = (torch.from_numpy(np.stack([stamps(index) for index in side])) for side in zip(*clocks))
         weights = self._prepare_weights(rows.shape[1])
-        paths = generate(weights, torch.from_numpy(x), x_stamp, y_stamp, sampling, progress=progress)
-        return denormalise(paths.cpu().double().numpy(), mean[:, None], scale[:, None])
+        paths = generate(weights, torch.from_numpy(x), x_stamp, y_stamp, sampling, keys, progress=progress)
+        return denormalise(paths.cpu().double().numpy(), mean[:, None], scale[:, None]), [y for _, y in times]
 
     def _prepare_weights(self, length: int) -> NetworkWeights:
         """Return the weights for series of `length` bars, prepared anew where they changed or are for shorter ones."""
@@ -182,44 +212,105 @@ def _fingerprint(network: torch.nn.Module) -> tuple[object, ...]:
 
 def _bars(frame: pd.DataFrame, name: str) -> np.ndarray:
     """Return the six columns [L, 6] of a frame, the missing ones completed."""
+    if not isinstance(frame, pd.DataFrame):
+        raise ValueError(f"KronosPredictor: {name} should be a DataFrame of bars, not a {type(frame).__name__}")
+    if frame.columns.nlevels > 1:
+        raise ValueError(
+            f"KronosPredictor: {name} has columns of {frame.columns.nlevels} levels; select one instrument"
+        )
     if not frame.columns.is_unique:
         raise ValueError(f"KronosPredictor: {name} has a column twice: {list(frame.columns)}")
     if not len(frame):
         raise ValueError(f"KronosPredictor: {name} has no bars")
-    missing = [column for column in PRICES if column not in frame.columns]
+    try:
+        columns = find_columns(frame.columns)
+    except ValueError as error:
+        raise ValueError(f"KronosPredictor: {name}: {error}") from None
+    missing = [column for column in PRICES if column not in columns]
     if missing:
         raise ValueError(f"KronosPredictor: {name} has no column {missing[0]!r}; it needs {PRICES}")
-    frame = frame[[column for column in COLUMNS if column in frame.columns]]
-    text = [column for column in frame.columns if not pd.api.types.is_numeric_dtype(frame[column].convert_dtypes())]
-    if text:
-        raise ValueError(f"KronosPredictor: column {text[0]!r} of {name} does not hold numbers")
-    values = frame.to_numpy(np.float64)
+    every, labels = frame.columns, [columns[column] for column in COLUMNS if column in columns]
+    frame = frame[labels]
+    for label in labels:
+        if not _holds_numbers(frame[label]):
+            raise ValueError(f"KronosPredictor: column {label!r} of {name} does not hold numbers")
+    frame = frame.convert_dtypes()
+    values = frame.to_numpy(np.float64, na_value=np.nan)
     if not np.isfinite(values).all():
         row, column = np.argwhere(~np.isfinite(values))[0]
         where = f"column {frame.columns[column]!r}, row {frame.index[row]}"
         raise ValueError(
             f"KronosPredictor: {name} holds {values[row, column]} in {where}; fill or drop such bars first"
         )
-    if VOLUME not in frame.columns:
-        frame = frame[PRICES].assign(**{VOLUME: 0.0, AMOUNT: 0.0})
-    elif AMOUNT not in frame.columns:
-        frame = frame.assign(**{AMOUNT: frame[VOLUME] * frame[PRICES].mean(axis=1)})
-    return frame[list(COLUMNS)].to_numpy(np.float64)
+    bars = pd.DataFrame(values, columns=[column for column in COLUMNS if column in columns])
+    if plain_name(columns.get(AMOUNT, "")) == "turnover" and is_rate(bars[AMOUNT], bars["close"], bars.get(VOLUME)):
+        del bars[AMOUNT], columns[AMOUNT]
+    unused = unused_columns(every, columns)
+    if unused:
+        _warn(f"{name} has columns that are not used: {', '.join(map(repr, unused))}")
+    impossible = impossible_bars(bars[PRICES].to_numpy())
+    if impossible.any():
+        first = frame.index[int(np.argmax(impossible))]
+        _warn(
+            f"{name} has {impossible.sum()} bars whose open or close lies outside low … high, the first in row {first}"
+        )
+    if VOLUME not in bars:
+        bars[VOLUME] = 0.0
+    if AMOUNT not in bars:
+        bars[AMOUNT] = bars[VOLUME] * bars[PRICES].mean(axis=1)
+    return bars[list(COLUMNS)].to_numpy(np.float64)
+
+
+def _holds_numbers(column: pd.Series) -> bool:
+    """Return whether a column holds real numbers, or objects that are; truth values are none."""
+    try:
+        dtype = column.convert_dtypes().dtype
+    except (TypeError, ValueError):  # complex numbers
+        return False
+    return pd.api.types.is_any_real_numeric_dtype(dtype) and not pd.api.types.is_bool_dtype(dtype)
+
+
+def _pair_of_times(
+    x: Timestamps, y: Timestamps, length: int, pred_len: int
+) -> tuple[pd.DatetimeIndex, pd.DatetimeIndex]:
+    """Return the times of the bars and of the forecast, checked; both have a time zone or neither has."""
+    x, y = _times(x, length, "x_timestamp", "the number of bars in df"), _times(y, pred_len, "y_timestamp", "pred_len")
+    if (x.tz is None) != (y.tz is None):
+        zoned, other = ("x_timestamp", "y_timestamp") if y.tz is None else ("y_timestamp", "x_timestamp")
+        raise ValueError(
+            f"KronosPredictor: {zoned} has the time zone {x.tz or y.tz} and {other} has none; "
+            "give a zone to both or to neither"
+        )
+    if y[0] <= x[-1]:
+        raise ValueError(f"KronosPredictor: y_timestamp starts at {y[0]}, not after the last bar ({x[-1]})")
+    return x, y
 
 
 def _times(times: Timestamps, length: int, name: str, counted: str) -> pd.DatetimeIndex:
     """Return times as an index, checked; `counted` says in an error what their number should be."""
     try:
-        index = pd.DatetimeIndex(times)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"KronosPredictor: {name} must be a Series or an index of times ({error})") from error
+        index = read_times(times, name)
+    except ValueError as error:
+        raise ValueError(f"KronosPredictor: {error}") from None
     if len(index) != length:
         raise ValueError(f"KronosPredictor: {name} holds {len(index)} times, but {counted} is {length}")
-    if index.hasnans:
-        raise ValueError(f"KronosPredictor: {name} holds NaT at position {int(np.argmax(index.isna()))}")
     if not (index.is_monotonic_increasing and index.is_unique):
         after = int(np.argmax(np.diff(index.asi8) <= 0)) + 1
         raise ValueError(
             f"KronosPredictor: {name} must be strictly increasing, but {index[after]} follows {index[after - 1]}"
         )
     return index
+
+
+def _key(bars: np.ndarray, times: pd.DatetimeIndex) -> int:
+    """Return the key of a series' random numbers: 63 bits of its times and of which of its values rise and fall.
+
+    Values themselves would make the numbers depend on the unit of the prices.
+    """
+    steps = np.sign(np.diff(bars, axis=0)).astype(np.int8)
+    digest = blake2b(times.as_unit("ns").asi8.tobytes() + steps.tobytes(), digest_size=8)
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"KronosPredictor: {message}", stacklevel=6)

@@ -76,6 +76,7 @@ class Task:
             "device": self.device.type,  # another kind of device rounds differently
             "lookback": windows.lookback,
             "clip": windows.clip,
+            "normalisation": windows.normalisation,
             "horizon": self.horizon,
         }
 

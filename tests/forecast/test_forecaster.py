@@ -44,6 +44,20 @@ def test_a_device_out_of_memory_is_given_half(monkeypatch, caplog, plain):
     assert close.mean() >= 0.99  # window batches of another size are rounded differently
 
 
+def test_few_windows_are_not_filled_up_to_a_large_batch(monkeypatch):
+    real, sizes = forecasters.generate, []
+
+    def counted(weights, x, *inputs, **options):
+        sizes.append(len(x))
+        return real(weights, x, *inputs, **options)
+
+    monkeypatch.setattr(forecasters, "generate", counted)
+    small, _ = run(make_task(make_windows(last=24)))
+    large, _ = run(make_task(make_windows(last=24), batch_size=4096))
+    assert sizes == [32, 32], "25 windows in batches of 8; in one"
+    np.testing.assert_allclose(large["mean_return"], small["mean_return"], rtol=1e-5)
+
+
 def test_a_window_batch_fits_the_memory(monkeypatch):
     def choose(memory):
         monkeypatch.setattr(forecasters.psutil, "virtual_memory", lambda: type("Memory", (), {"total": memory}))

@@ -44,7 +44,7 @@ def naive_paths(
         seen = stamp[:, : s1.shape[1]][:, -max_context:]
         logits, context = model.decode_s1(s1[:, -max_context:], s2[:, -max_context:], seen)
         new_s1 = draw(logits[:, -1:], u_s1, **filters, rank=ranks[0])
-        new_s2 = draw(model.decode_s2(context, new_s1, s2_rotation)[:, -1:], u_s2, **filters, rank=ranks[1])
+        new_s2 = draw(model.decode_s2(context, new_s1, s2_rotation=s2_rotation)[:, -1:], u_s2, **filters, rank=ranks[1])
         s1, s2 = torch.cat([s1, new_s1], 1), torch.cat([s2, new_s2], 1)
     bars = tokenizer.decode([s1[:, -max_context:], s2[:, -max_context:]], half=True)[:, -horizon:]
     return bars.unflatten(0, (len(x), sample_count))

@@ -1,9 +1,14 @@
 """KronosPredictor forecasts as published, in price units, and refuses what it cannot forecast."""
 
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import make_networks
 
 from kronos_qlib import KronosPredictor
 from kronos_qlib.data.windows import COLUMNS
@@ -154,3 +159,143 @@ def test_weights_are_prepared_once_and_again_when_they_change(predictor, small, 
     flipped = predict(predictor)
     assert not np.array_equal(flipped, changed)
     np.testing.assert_array_equal(flipped, predict(KronosPredictor(small.model, small.tokenizer, device="cpu")))
+
+
+# What stands for what
+
+
+def forecast(predictor, frame, x_times, y_times, **options):
+    options = {"sample_count": 3, "seed": 4} | options
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return predictor.predict_paths(frame, x_times, y_times, len(y_times), **options)
+
+
+def same(one, other):
+    return np.array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"volume": "vol", "amount": "amt"},
+        {"open": "Open", "high": "High", "low": "Low", "close": "Close", "volume": "Volume", "amount": "Turnover"},
+        {"open": "开盘", "high": "最高", "low": "最低", "close": "收盘", "volume": "成交量", "amount": "成交额"},
+        {"volume": "<VOL>", "amount": "quote_volume"},
+    ],
+)
+def test_columns_under_their_usual_names_are_the_same_bars(predictor, small, names):
+    frames, x_times, y_times = series(small)
+    expected = forecast(predictor, frames[0], x_times, y_times)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = predictor.predict_paths(
+            frames[0].rename(columns=names), x_times, y_times, len(y_times), sample_count=3, seed=4
+        )
+    assert same(found, expected)
+    assert not same(forecast(predictor, frames[0].drop(columns=["volume", "amount"]), x_times, y_times), expected)
+
+
+def test_columns_that_are_not_used_and_bars_that_are_impossible_are_named_once(predictor, small):
+    frames, x_times, y_times = series(small)
+    frame = frames[0].assign(vwap=1.0, symbol="X")
+    frame.loc[2, "high"] = frame.loc[2, "close"] / 2
+    with pytest.warns(UserWarning) as warned:
+        predictor.predict_paths(frame, x_times, y_times, len(y_times))
+    messages = [str(warning.message) for warning in warned]
+    assert len(messages) == 2
+    assert "columns that are not used: 'vwap'" in messages[0] and "symbol" not in messages[0]
+    assert "1 bars whose open or close lies outside low … high, the first in row 2" in messages[1]
+    assert all(warning.filename == __file__ for warning in warned), "a warning points to the user's line"
+
+
+def test_a_turnover_that_is_a_rate_is_no_amount(predictor, small):
+    frames, x_times, y_times = series(small)
+    without = frames[0].drop(columns="amount")
+    rate = without.assign(turnover=without["volume"] / 1e9)
+    assert same(forecast(predictor, rate, x_times, y_times), forecast(predictor, without, x_times, y_times))
+    money = without.assign(turnover=frames[0]["amount"])
+    assert same(forecast(predictor, money, x_times, y_times), forecast(predictor, frames[0], x_times, y_times))
+
+
+def test_times_with_a_zone_are_compared_in_utc_and_stamped_in_the_bars_own_local_time(predictor, small):
+    frames, x_times, y_times = series(small)
+    plain = forecast(predictor, frames[0], x_times, y_times, top_k=1)
+    x_zone, y_zone = (times.dt.tz_localize("Asia/Shanghai") for times in (x_times, y_times))
+    assert same(forecast(predictor, frames[0], x_zone, y_zone, top_k=1), plain)
+    assert same(forecast(predictor, frames[0], x_zone, y_zone.dt.tz_convert("UTC"), top_k=1), plain)
+    utc = forecast(predictor, frames[0], x_zone.dt.tz_convert("UTC"), y_zone, top_k=1)
+    assert not same(utc, plain), "in UTC the bars are of other hours"
+    for x, y, message in (
+        (x_zone, y_times, "x_timestamp has the time zone Asia/Shanghai and y_timestamp has none"),
+        (x_times, y_zone, "y_timestamp has the time zone Asia/Shanghai and x_timestamp has none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            forecast(predictor, frames[0], x, y)
+
+
+def test_the_index_of_a_forecast_is_as_the_user_gave_it(predictor, small):
+    frames, x_times, y_times = series(small)
+    zoned = [times.dt.tz_localize("Asia/Shanghai") for times in (x_times, y_times)]
+    found = predictor.predict(frames[0], zoned[0], zoned[1].dt.tz_convert("UTC"), len(y_times), verbose=False)
+    assert found.index.tz is not None and list(found.index) == list(zoned[1])
+
+
+# Draws and units
+
+
+def test_a_series_has_the_same_draws_alone_and_in_a_batch(predictor, small):
+    frames, x_times, y_times = series(small)
+    frames = [frames[0], frames[0] * 1.5, frames[0].iloc[::-1].reset_index(drop=True)]
+    count = len(frames)
+    options = {"sample_count": 4, "seed": 3, "verbose": False}
+    together = predictor.predict_batch(frames, [x_times] * count, [y_times] * count, len(y_times), **options)
+    for frame, expected in zip(frames, together):
+        alone = predictor.predict(frame, x_times, y_times, len(y_times), **options)
+        np.testing.assert_allclose(alone.to_numpy(), expected.to_numpy(), rtol=1e-6)
+    assert not np.allclose(together[2], together[0])
+
+
+def walk(seed, length):
+    """Bars at ordinary prices, which move by 2 % a bar."""
+    rng = np.random.default_rng(seed)
+    close = 30 * np.exp(np.cumsum(rng.normal(0, 0.02, length)))
+    opened = np.concatenate([[30], close[:-1]])
+    high, low = np.maximum(opened, close) * 1.004, np.minimum(opened, close) * 0.996
+    bars = {"open": opened, "high": high, "low": low, "close": close, "volume": rng.lognormal(10, 0.4, length)}
+    return pd.DataFrame(bars)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), power=st.integers(-9, 6), rate=st.floats(1, 9.9))
+def test_a_forecast_is_the_same_in_every_currency(tiny, seed, power, rate):
+    """Prices × 10^k: returns, which scores are made of, stay equal to 1e-5."""
+    times = pd.bdate_range("2024-01-02", periods=63)
+    frame, unit = walk(seed, 60), rate * 10.0**power
+    scaled = frame.assign(**{name: frame[name] * unit for name in ("open", "high", "low", "close")})
+    x_times, y_times = times[:60], times[60:]
+    one, other = (forecast(tiny, bars, x_times, y_times)[..., 3] for bars in (frame, scaled))
+    returns, scaled_returns = one / frame["close"].iloc[-1] - 1, other / scaled["close"].iloc[-1] - 1
+    np.testing.assert_allclose(scaled_returns, returns, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    tokenizer, model = make_networks()
+    return KronosPredictor(model, tokenizer, device="cpu", s2_rotation="aligned")
+
+
+def test_published_normalisation_is_there_by_option_and_differs_for_small_prices_only(tiny):
+    published = KronosPredictor(
+        tiny.model, tiny.tokenizer, device="cpu", s2_rotation="aligned", normalisation="published"
+    )
+    times, frame = pd.bdate_range("2024-01-02", periods=63), walk(0, 60)
+    for unit, equal in ((1.0, True), (1e-6, False)):
+        bars = frame.assign(**{name: frame[name] * unit for name in ("open", "high", "low", "close")})
+        one, other = (forecast(predictor, bars, times[:60], times[60:]) for predictor in (tiny, published))
+        assert same(one[..., :5], other[..., :5]) == equal
+
+
+def test_networks_in_each_other_s_place_are_said_in_the_constructor(small):
+    with pytest.raises(ValueError, match="tokenizer and model are in each other's place"):
+        KronosPredictor(small.tokenizer, small.model)

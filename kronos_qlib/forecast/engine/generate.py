@@ -16,14 +16,16 @@ from tqdm.auto import tqdm
 from kronos_qlib.forecast.engine.attention import CacheLayout, extend, prefill
 from kronos_qlib.forecast.engine.context import Context, SharedContext, SlidingContext
 from kronos_qlib.forecast.engine.sampling import SampleKind, Sampling, draw, uniforms
-from kronos_qlib.forecast.engine.weights import NetworkWeights, TokenizerWeights, prepare_weights
+from kronos_qlib.forecast.engine.weights import NetworkWeights, TokenizerWeights, check_pair, prepare_weights
 from kronos_qlib.hardware.cpu import core_pool
-from kronos_qlib.hardware.device import resolve_dtype
+from kronos_qlib.hardware.device import check_memory, resolve_dtype
 from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.nn.model import TIME_TABLES, S2Rotation
 from kronos_qlib.nn.quantizer import signs_to_ids
 
 CPU_BATCH = 32  # windows in a window batch of one thread: more leave its caches, fewer make narrow products
+BYTES_PER_BAR = 64  # of a path while it is drawn: its random numbers, and six float32 columns twice
+CPU = torch.device("cpu")
 DrawPaths = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """From x [B, L, D], x_stamp [B, L, 5], y_stamp [B, P, 5] and uniform numbers [P, 2, B, S] to paths [B, S, P, D]."""
 
@@ -64,10 +66,16 @@ def sample_paths(
         float32 [B, sample_count, P, d_in], normalised units, on x's device.
 
     Raises:
-        ValueError: shapes that do not fit together, NaN in x, an option out of range, networks of different bits.
+        ValueError: shapes that do not fit together, stamps that are no whole numbers, NaN in x, an option out of range,
+            networks of different bits, more samples than fit into memory.
     """
     settings = Sampling(sample_count, temperature, top_k, top_p, seed, s2_rotation, sampling)
-    x, x_stamp, y_stamp = (torch.as_tensor(values) for values in (x, x_stamp, y_stamp))
+    check_pair(tokenizer, model)
+    x, x_stamp, y_stamp = (
+        _as_tensor(values, name) for values, name in ((x, "x"), (x_stamp, "x_stamp"), (y_stamp, "y_stamp"))
+    )
+    if x.ndim != 3:
+        raise ValueError(f"x has shape {list(x.shape)}; expected [B, L, {tokenizer.d_in}]")
     device = next(model.parameters()).device
     weights = prepare_weights(tokenizer, model, max_context, resolve_dtype(dtype, device), x.shape[1])
     paths = generate(weights, x, x_stamp, y_stamp, settings, keys)
@@ -101,6 +109,8 @@ def generate(
     """
     _check_shapes(weights, x, x_stamp, y_stamp)
     windows, horizon = x.shape[0], y_stamp.shape[1]
+    drawn = windows * sampling.sample_count * horizon * BYTES_PER_BAR
+    check_memory(f"sample_count {sampling.sample_count} ({windows} windows, {horizon} bars)", drawn, CPU)
     keys = np.arange(windows) if keys is None else _as_integers(keys, windows)
     stratified = sampling.sampling == "stratified"
     uniform = torch.from_numpy(uniforms(sampling.seed, keys, sampling.sample_count, horizon, stratified))
@@ -192,6 +202,17 @@ def _draw_paths(
     return paths.unflatten(0, (windows, -1)).transpose(2, 3).flatten(1, 2)[:, :samples]
 
 
+def _as_tensor(values: object, name: str) -> Tensor:
+    """Return an argument of `sample_paths` as a tensor whose values can be read."""
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} should be a tensor or an array of numbers ({error})") from None
+    if tensor.is_meta or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"{name} should hold numbers, not {'nothing' if tensor.is_meta else tensor.dtype}")
+    return tensor
+
+
 def _check_shapes(weights: NetworkWeights, x: Tensor, x_stamp: Tensor, y_stamp: Tensor) -> None:
     if x.ndim != 3 or x.shape[-1] != weights.tokenizer.embed.weight.shape[1] or x.shape[1] == 0:
         raise ValueError(f"x has shape {list(x.shape)}; expected [B, L, {weights.tokenizer.embed.weight.shape[1]}]")
@@ -204,6 +225,8 @@ def _check_shapes(weights: NetworkWeights, x: Tensor, x_stamp: Tensor, y_stamp: 
     if not torch.isfinite(x).all():
         raise ValueError("x holds NaN or infinite values")
     for name, stamp in (("x_stamp", x_stamp), ("y_stamp", y_stamp)):
+        if stamp.is_floating_point():
+            raise ValueError(f"{name} should hold whole numbers, not {stamp.dtype}")
         for field, (table, column) in zip(TIME_TABLES, zip(weights.model.time, stamp.unbind(-1))):
             if not ((column >= 0) & (column < len(table))).all():
                 raise ValueError(f"{name} has a {field} outside 0 … {len(table) - 1}")

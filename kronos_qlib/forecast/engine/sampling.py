@@ -4,6 +4,8 @@ Each random number is a function of (seed, key, sample, step) alone, by a counte
 neither on the batch nor on the process it is made in.
 """
 
+import math
+import numbers
 import operator
 from dataclasses import dataclass
 from typing import Literal
@@ -40,16 +42,30 @@ class Sampling:
 
     def __post_init__(self) -> None:
         checks = {
-            "sample_count": (self.sample_count >= 1, "at least 1"),
-            "temperature": (self.temperature > 0, "above 0 (for the likeliest path use top_k=1)"),
-            "top_k": (self.top_k >= 0, "0 (keep all) or more"),
-            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+            "sample_count": (is_whole(self.sample_count) and self.sample_count >= 1, "a whole number, at least 1"),
+            "temperature": (
+                is_number(self.temperature) and self.temperature > 0,
+                "a number above 0 (for the likeliest path use top_k=1)",
+            ),
+            "top_k": (is_whole(self.top_k) and self.top_k >= 0, "a whole number: 0 (keep all) or more"),
+            "top_p": (is_number(self.top_p) and 0 < self.top_p <= 1, "a number in (0, 1]"),
+            "seed": (is_whole(self.seed), "a whole number"),
             "sampling": (self.sampling in ("independent", "stratified"), "'independent' or 'stratified'"),
             "s2_rotation": (self.s2_rotation in ("reference", "aligned"), "'reference' or 'aligned'"),
         }
         for name, (valid, rule) in checks.items():
             if not valid:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {rule}")
+
+
+def is_whole(value: object) -> bool:
+    """Return whether a value is a whole number, of Python or numpy; true and false are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Return whether a value is a finite number, of Python or numpy; true and false are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def draw(

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kronos_qlib.data.windows import CLOSE
+from kronos_qlib.forecast.engine.sampling import is_whole
+from kronos_qlib.hardware.device import check_memory
 from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.nn.layers import Attention, Block, RMSNorm
 from kronos_qlib.nn.quantizer import ids_to_signs
@@ -180,8 +182,12 @@ def prepare_weights(
             changes tokens, and scores agree less with those of float32 (benchmarks/draws.py measures how well they
             do). Everything else is float32, but for keys and values.
         length: the longest sequence that will be encoded, in bars.
+
+    Raises:
+        ValueError: the networks do not belong together, or max_context is below 2 or needs more memory than there is.
     """
     check_pair(tokenizer, model)
+    check_max_context(max_context, model)
     return NetworkWeights(
         _tokenizer_weights(tokenizer, dtype, max(length, max_context)),
         _model_weights(model, dtype, max_context),
@@ -190,12 +196,29 @@ def prepare_weights(
     )
 
 
-def check_pair(tokenizer: KronosTokenizer, model: Kronos) -> None:
-    """Refuse a tokenizer and a model with different codes.
+def check_max_context(max_context: int, model: Kronos) -> None:
+    """Refuse a max_context that is no whole number of at least 2, or whose rotary angles would not fit into memory.
 
     Raises:
-        ValueError: their s1_bits or s2_bits differ.
+        ValueError: one line that names it.
     """
+    if not is_whole(max_context) or max_context < 2:
+        raise ValueError(f"max_context is {max_context!r}; it must be a whole number, at least 2")
+    angles = 12 * model.d_model  # bytes a position, of the layers and of the cross-attention
+    check_memory(f"max_context {max_context}", max_context * angles, torch.device("cpu"))
+
+
+def check_pair(tokenizer: KronosTokenizer, model: Kronos) -> None:
+    """Refuse what is no tokenizer and model, or has different codes.
+
+    Raises:
+        ValueError: one of them is something else, they are in each other's place, or their s1_bits or s2_bits differ.
+    """
+    if isinstance(tokenizer, Kronos) and isinstance(model, KronosTokenizer):
+        raise ValueError("tokenizer and model are in each other's place: the tokenizer is a Kronos")
+    for name, network, kind in (("tokenizer", tokenizer, KronosTokenizer), ("model", model, Kronos)):
+        if not isinstance(network, kind):
+            raise ValueError(f"{name} should be a {kind.__name__}, not {network!r:.80}")
     theirs, ours = (tokenizer.s1_bits, tokenizer.s2_bits), (model.s1_bits, model.s2_bits)
     if theirs != ours:
         raise ValueError(f"tokenizer and model do not belong together: (s1_bits, s2_bits) are {theirs} and {ours}")
