@@ -4,26 +4,31 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
 from pathlib import Path
+from typing import Any, ClassVar
 
+from pydantic import ConfigDict, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import AdamW
 
-from kronos_qlib.files import whole_file
+from kronos_qlib.files import digest_of_file, whole_file
 from kronos_qlib.nn.checkpoint import WEIGHTS_FILE, CheckpointError, HubModule
 
 logger = logging.getLogger("qlib.KronosTrainer")
 KEPT = 2
 CHECKPOINTS = "checkpoints"
 OPTIMIZER_FILE, PROGRESS_FILE = "optimizer.safetensors", "progress.json"
-_DRAFT_SUFFIX = ".tmp"
+RESULT_FILE = "result.json"  # of a stage that has ended, beside its checkpoints' folder
+_NAME, _DRAFT_SUFFIX = re.compile(r"step-\d{8,}"), ".tmp"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -34,13 +39,22 @@ class Progress:
     step: optimiser steps done; with the seed it decides the place in the epoch and every random number to come.
     best: the best validation loss. stale: epochs since. losses: those of the steps since the last row of the history.
     micro_batch_size: windows that go through the network at a time; another size would round differently.
+    history: the rows of history.csv up to the step; None in checkpoints of earlier versions.
+    checksums: of the checkpoint's other files, by name; none in those of earlier versions.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")
 
     step: int = 0
     best: float = float("inf")
     stale: int = 0
     losses: list[float] = field(default_factory=list)
     micro_batch_size: int = 0
+    history: list[dict[str, float | int | str]] | None = None
+    checksums: dict[str, str] = field(default_factory=dict)
+
+
+_PROGRESS = TypeAdapter(Progress)
 
 
 def save_checkpoint(folder: Path, network: HubModule, optimizer: AdamW, progress: Progress) -> None:
@@ -57,14 +71,23 @@ def save_checkpoint(folder: Path, network: HubModule, optimizer: AdamW, progress
             network.save_pretrained(draft_folder)
             with whole_file(draft_folder / OPTIMIZER_FILE) as draft:
                 save_file(_optimizer_tensors(optimizer), draft)
+            checksums = {path.name: digest_of_file(path) for path in sorted(draft_folder.iterdir())}
+            values = asdict(progress) | {"checksums": checksums}
             with whole_file(draft_folder / PROGRESS_FILE) as draft:
-                draft.write_text(json.dumps(asdict(progress)))
+                draft.write_text(json.dumps(values | {"checksum": _checksum(values)}))
             shutil.rmtree(folder / name, ignore_errors=True)
             os.replace(draft_folder, folder / name)
         finally:
             shutil.rmtree(draft_folder, ignore_errors=True)
     for old in whole_checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)  # the new one is there: a file that somebody has open is no error
+
+
+def remove_drafts(folder: Path) -> None:
+    """Remove the unfinished checkpoints that a killed training has left."""
+    for draft in folder.glob(f"step-*{_DRAFT_SUFFIX}"):
+        if _NAME.fullmatch(draft.stem) and draft.is_dir() and not draft.is_symlink():
+            shutil.rmtree(draft)
 
 
 def load_checkpoint(folder: Path, network: HubModule, optimizer: AdamW) -> Progress:
@@ -75,6 +98,9 @@ def load_checkpoint(folder: Path, network: HubModule, optimizer: AdamW) -> Progr
     """
     progress = read_progress(folder)
     try:
+        for name, checksum in progress.checksums.items():
+            if digest_of_file(folder / name) != checksum:
+                raise ValueError(f"{name} is not as it was written")
         network.load_weights(folder / WEIGHTS_FILE)
         _load_optimizer(optimizer, load_file(folder / OPTIMIZER_FILE))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
@@ -116,9 +142,17 @@ def read_progress(folder: Path) -> Progress:
         progress.pop("schedule", None)  # once written too, though it follows from the step
         if "part_size" in progress:  # the former name
             progress["micro_batch_size"] = progress.pop("part_size")
-        return Progress(**progress)
+        if "checksum" in progress and progress.pop("checksum") != _checksum(progress):  # earlier versions wrote none
+            raise ValueError(f"{PROGRESS_FILE} is not as it was written")
+        if "step" not in progress:
+            raise ValueError(f"{PROGRESS_FILE} has no step")
+        return _PROGRESS.validate_json(json.dumps(progress))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder} is damaged ({error})") from error
+        raise CheckpointError(f"{folder} is damaged ({' '.join(str(error).split())})") from error
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    return blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def newest_progress(folder: Path) -> Progress | None:
@@ -151,7 +185,7 @@ def newest_undamaged(folder: Path, network: HubModule, optimizer: AdamW) -> Path
 
 def whole_checkpoints(folder: Path) -> list[Path]:
     """List the checkpoints that were written to their end, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if not path.name.endswith(_DRAFT_SUFFIX))
+    return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
 
 
 @contextmanager

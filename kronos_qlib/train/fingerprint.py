@@ -3,16 +3,21 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from kronos_qlib.data.windows import Windows
 from kronos_qlib.files import whole_file
 from kronos_qlib.nn.checkpoint import digest_of_weights
-from kronos_qlib.train.checkpoints import CHECKPOINTS, whole_checkpoints
+from kronos_qlib.train.checkpoints import CHECKPOINTS, RESULT_FILE, newest_progress, whole_checkpoints
 from kronos_qlib.train.stages import StageSpecification
 
 FILE = "identity.json"
+DATES = "dates"  # of the windows, for people and for `read_dates`: the digests below tell trainings apart
+NEEDLESS = ("settings.log_every", DATES)  # change no weight and no choice of weights
+EPOCHS, VALID_WINDOWS = "settings.epochs", "settings.valid_windows"
+CONTINUED = "continued"  # of a training whose epochs were raised: those before, and the step at which it went on
 BARS_AT_ONCE = 65_536
 
 
@@ -32,39 +37,116 @@ def fingerprint(specification: StageSpecification) -> dict[str, object]:
         values["tokenizer weights"] = digest_of_weights(stage.frozen_tokenizer)
     for name, windows in (("training windows", specification.train), ("validation windows", specification.valid)):
         values[name] = f"{len(windows)} × ({windows.lookback} + {windows.future}) {digest_of_windows(windows)}"
+    values[DATES] = describe_dates(specification.train, specification.valid)
     if specification.draw_weights is not None:
         digest = hashlib.blake2b(specification.draw_weights.tobytes(), digest_size=16)
         values["window weights (half_life_days, reweighter)"] = digest.hexdigest()
     return json.loads(json.dumps(values, default=str))
 
 
-def claim_folder(folder: Path, values: dict[str, object]) -> None:
+def claim_folder(folder: Path, values: dict[str, object]) -> list[str]:
     """Write a training's fingerprint into its folder; one without a checkpoint has nothing to lose and is taken over.
+
+    A training in the folder is the same if it differs only in `log_every`; in `valid_windows` after its end; or in
+    `epochs`, of which there are now more: then it goes on from its last checkpoint.
+
+    Returns:
+        Such changes in words.
 
     Raises:
         ValueError: the folder holds another training; the message names every key that differs. Or it has checkpoints
-            and no fingerprint.
+            and no fingerprint, or more epochs would change the tokenizer of a training beside it.
     """
-    differences, begun = describe_differences(folder, values), whole_checkpoints(folder / CHECKPOINTS)
-    if differences is None and begun:
-        raise ValueError(f"{folder} has checkpoints but no {FILE} to say of what training; choose another output_dir")
-    if differences and begun:
-        raise ValueError(
-            f"{folder} holds another training ({differences}); choose another output_dir or remove that one"
-        )
-    if differences != "":
+    differences, changes = compare(folder, values)
+    if whole_checkpoints(folder / CHECKPOINTS):
+        if differences is None:
+            raise ValueError(
+                f"{folder} has checkpoints but no {FILE} to say of what training; choose another output_dir"
+            )
+        if differences:
+            raise ValueError(
+                f"{folder} holds another training ({differences}); choose another output_dir or remove that one"
+            )
+        if EPOCHS in changes:
+            values = values | {CONTINUED: _go_on(folder, values)}
+    if differences != "" or changes:
         with whole_file(folder / FILE) as draft:
             draft.write_text(json.dumps(values, indent=2) + "\n")
+    return list(changes.values())
 
 
-def describe_differences(folder: Path, values: dict[str, object]) -> str | None:
-    """Name the keys in which a folder's training differs: "" for none, None if the folder has no fingerprint."""
+def compare(folder: Path, values: dict[str, object]) -> tuple[str | None, dict[str, str]]:
+    """Compare a training with the one in a folder.
+
+    Returns:
+        The keys in which it is another training, with their values: "" for none, None if the folder has no fingerprint.
+        And the changes by key, in words, with which it is the same.
+
+    Raises:
+        ValueError: the folder has checkpoints and its fingerprint is damaged.
+    """
+    theirs = _read(folder)
+    if theirs is None:
+        return None, {}
+    differing = [key for key in {**values, **theirs} if values.get(key) != theirs.get(key)]
+    pairs = {
+        key: f"{key}: {theirs.get(key)!r} there, {values.get(key)!r} now"
+        for key in differing
+        if key not in (*NEEDLESS, CONTINUED)
+    }
+    changes = {}
+    if VALID_WINDOWS in pairs and EPOCHS not in pairs and (folder / RESULT_FILE).exists():
+        changes[VALID_WINDOWS] = pairs.pop(VALID_WINDOWS)
+    if EPOCHS in pairs and isinstance(theirs.get(EPOCHS), int) and values[EPOCHS] > theirs[EPOCHS]:
+        changes[EPOCHS] = pairs.pop(EPOCHS)
+    return "; ".join([*pairs.values(), *(changes.values() if pairs else ())]), changes
+
+
+def describe_dates(train: Windows, valid: Windows) -> dict[str, list[str]]:
+    """Return the first and the last score date of the training and of the validation windows."""
+    return {
+        name: [str(np.datetime_as_string(date, "D")) for date in (windows.dates.min(), windows.dates.max())]
+        for name, windows in (("train", train), ("valid", valid))
+    }
+
+
+def read_dates(folder: Path) -> dict[str, list[str]] | None:
+    """Read the dates of the training whose checkpoints are in a stage's folder; None without one, or without dates."""
+    return (_read(folder) or {}).get(DATES) if whole_checkpoints(folder / CHECKPOINTS) else None
+
+
+def _go_on(folder: Path, values: dict[str, object]) -> list[list[int]]:
+    """Take back that a training has ended, and return at which steps, after how many epochs, it has gone on."""
+    theirs = _read(folder) or {}
+    for path in folder.parent.glob(f"*/{FILE}"):
+        follows = "tokenizer weights" in (_read(path.parent) or {}) and "tokenizer weights" not in values
+        if follows and whole_checkpoints(path.parent / CHECKPOINTS):
+            raise ValueError(
+                f"{folder}: epochs {theirs[EPOCHS]} → {values[EPOCHS]} would change the tokenizer, and {path.parent} "
+                "holds a training on the former one; choose another output_dir or remove that one"
+            )
+    (folder / RESULT_FILE).unlink(missing_ok=True)
+    progress = newest_progress(folder / CHECKPOINTS)
+    return [*theirs.get(CONTINUED, []), [theirs[EPOCHS], progress.step if progress else 0]]
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    """Read a folder's fingerprint; one that is damaged is none if the folder has no checkpoints to lose."""
     path = folder / FILE
     if not path.exists():
         return None
-    theirs = json.loads(path.read_text())
-    differing = [key for key in {**values, **theirs} if values.get(key) != theirs.get(key)]
-    return "; ".join(f"{key}: {theirs.get(key)!r} there, {values.get(key)!r} now" for key in differing)
+    try:
+        values = json.loads(path.read_text())
+        if isinstance(values, dict):
+            return values
+        problem = "it holds no mapping"
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    if whole_checkpoints(folder / CHECKPOINTS):
+        raise ValueError(
+            f"{path}: damaged ({problem}): it says of what training the checkpoints are; choose another output_dir"
+        )
+    return None
 
 
 def digest_of_windows(windows: Windows) -> str:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ from filelock import FileLock, Timeout
 
 from kronos_qlib.data.windows import Windows
 from kronos_qlib.data.windows_on_disk import map_windows, save_windows
-from kronos_qlib.files import save_array, scratch_folder, whole_file
+from kronos_qlib.files import is_draft, save_array, scratch_folder, whole_file
 from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.nn.checkpoint import WEIGHTS_FILE
-from kronos_qlib.train.checkpoints import CHECKPOINTS, explain_full_disk, whole_checkpoints
+from kronos_qlib.train.checkpoints import CHECKPOINTS, RESULT_FILE, explain_full_disk, remove_drafts, whole_checkpoints
 from kronos_qlib.train.distributed import SINGLE_PROCESS, Group
-from kronos_qlib.train.loop import RESULT, train_stage
+from kronos_qlib.train.loop import train_stage
 from kronos_qlib.train.metrics import Log, guarded_log, recorder_log
 from kronos_qlib.train.settings import FinetuneSettings
 from kronos_qlib.train.stages import PredictorStage, Stage, StageSpecification, TokenizerStage
@@ -122,7 +121,7 @@ class Job:
 
     def results(self) -> dict[str, dict[str, float]]:
         """Read the validation metrics of the best weights of every stage that was trained, by the stage's name."""
-        return {name: json.loads((self.folder / name / RESULT).read_text()) for name in self.stage_names}
+        return {name: json.loads((self.folder / name / RESULT_FILE).read_text()) for name in self.stage_names}
 
     def newest_checkpoint(self) -> Path | None:
         """Find the newest checkpoint of the last stage that has one."""
@@ -208,7 +207,10 @@ def _folder_lock(folder: Path, group: Group) -> Iterator[None]:
 
         for name in (*STAGES, EXTRA_DATA):
             for draft in [*(folder / name).glob("**/*.tmp")]:  # of a training that was killed while it wrote
-                shutil.rmtree(draft) if draft.is_dir() else draft.unlink(missing_ok=True)
+                if is_draft(draft):
+                    draft.unlink(missing_ok=True)
+        for name in STAGES:
+            remove_drafts(folder / name / CHECKPOINTS)
 
     group.run_on_first(acquire)
     try:

@@ -20,10 +20,12 @@ from tqdm.auto import tqdm
 from kronos_qlib.data.windows import Windows
 from kronos_qlib.files import whole_file
 from kronos_qlib.nn.checkpoint import WEIGHTS_FILE, HubModule
+from kronos_qlib.text import csv_cell
 from kronos_qlib.train.adapters import add_lora, freeze_blocks, merge_lora, merged_copy
 from kronos_qlib.train.batches import BatchLoader, BatchSampler, SampledBatch, load_examples
 from kronos_qlib.train.checkpoints import (
     CHECKPOINTS,
+    RESULT_FILE,
     Progress,
     explain_full_disk,
     load_checkpoint,
@@ -35,14 +37,13 @@ from kronos_qlib.train.code_cache import CodeCache, encode_windows
 from kronos_qlib.train.distributed import SINGLE_PROCESS, Compute, Group, open_compute
 from kronos_qlib.train.fingerprint import claim_folder, digest_of_weights, digest_of_windows, fingerprint
 from kronos_qlib.train.memory_estimate import bytes_per_window, estimate_micro_batch_size, windows_that_fit
-from kronos_qlib.train.metrics import History, Log
+from kronos_qlib.train.metrics import History, Log, read_history
 from kronos_qlib.train.settings import StageSettings
 from kronos_qlib.train.signals import StopRequest, TrainingStopped, catch_stop_signals
 from kronos_qlib.train.stages import Stage, StageSpecification
 from kronos_qlib.train.step import Diverged, TrainingStep, derive_seed
 
 logger = logging.getLogger("qlib.KronosTrainer")  # Qlib's own, without importing Qlib into every training process
-RESULT = "result.json"
 VALIDATION_BATCH, VALIDATION_BATCH_ON_CPU = 64, 16  # windows, in whichever process
 
 
@@ -80,7 +81,7 @@ def train_stage(
         catch_stop_signals(launcher) as stop,
         explain_full_disk(folder / CHECKPOINTS),
     ):
-        group.run_on_first(lambda: claim_folder(folder, fingerprint(specification)))
+        changes = group.run_on_first(lambda: claim_folder(folder, fingerprint(specification)))
         micro_batch_size, keep_latents = _fit_into_memory(specification, folder, compute)
         _log_start(stage, sampler, len(valid), micro_batch_size, compute)
         code_cache = _open_code_cache(specification, folder, compute, stop)
@@ -89,7 +90,7 @@ def train_stage(
             training_step = TrainingStep(
                 stage, sampler.steps, seed, compute, keep_latents=keep_latents, compile=specification.compile
             )
-            _Loop(specification, folder, loader, training_step, valid, log, stop).run()
+            _Loop(specification, folder, loader, training_step, valid, log, stop, changes).run()
         network.load_weights(folder / "best" / WEIGHTS_FILE)
         best = validate(stage, valid, compute)
         if group.is_first:
@@ -114,6 +115,7 @@ class _Loop:
     valid: Windows
     log: Log
     stop: StopRequest
+    changes: list[str]
 
     def __post_init__(self) -> None:
         self.stage, self.sampler = self.specification.stage, self.loader.sampler
@@ -122,7 +124,9 @@ class _Loop:
     def run(self) -> None:
         """Take the steps, with a row of the history, validation and a checkpoint where one is due."""
         self.progress = self._resume()
-        self.history = History(self.folder / "history.csv", self.progress.step)
+        if self.progress.history is None:
+            self.progress.history = read_history(self.folder / "history.csv", self.progress.step)
+        self.history = History(self.folder / "history.csv", self.progress.history)
         self.since = time.perf_counter(), self.progress.step
         if self._is_out_of_patience():
             return
@@ -166,6 +170,10 @@ class _Loop:
         self.training_step.resume(progress.step)
         if self.group.is_first:
             logger.info(f"{self.folder}: resumed after step {progress.step:,} of {self.sampler.steps:,}")
+            if self.changes:
+                rest = f", and follows the schedule of all {self.sampler.steps:,} steps from here: learning rate "
+                rest = f"{rest}{self.training_step.lr:.3g}" if progress.step < self.sampler.steps else ""
+                logger.info(f"{self.stage.name}: goes on with other settings ({'; '.join(self.changes)}){rest}")
         return progress
 
     def _log_metrics(self, batch: SampledBatch, lr: float, epoch_ended: bool) -> None:
@@ -229,7 +237,7 @@ class _Loop:
         """Describe a batch whose loss is not finite, and write all its windows to diverged.csv."""
         windows, path = self.loader.windows, self.folder / "diverged.csv"
         names, dates = windows.instruments[batch.rows], np.datetime_as_string(windows.dates[batch.rows], unit="m")
-        lines = [f"{name},{date}" for name, date in zip(names, dates, strict=True)]
+        lines = [f"{csv_cell(name)},{date}" for name, date in zip(names, dates, strict=True)]
         if self.group.is_first:
             with whole_file(path) as draft:
                 draft.write_text("\n".join(["instrument,datetime", *lines]) + "\n")
@@ -344,5 +352,5 @@ def _open_code_cache(
 
 
 def _write_result(folder: Path, best: dict[str, float]) -> None:
-    with whole_file(folder / RESULT) as draft:
+    with whole_file(folder / RESULT_FILE) as draft:
         draft.write_text(json.dumps(best, indent=2) + "\n")

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
 from kronos_qlib.data.windows import Windows
 from kronos_qlib.hardware.cpu import cores
+from kronos_qlib.hardware.device import total_memory
 from kronos_qlib.train.batches import load_examples
 from kronos_qlib.train.distributed import Compute
 from kronos_qlib.train.stages import Examples, Stage
@@ -54,13 +54,6 @@ def bytes_of_state(stage: Stage, compute: Compute) -> int:
     """Return what weights, gradients, AdamW's two moments, the micro-batches' gradients and their sum take."""
     values = 4 + (2 + MIN_MICRO_BATCHES if compute.device.type == "cpu" else 2)
     return stage.network.n_parameters * 4 * values
-
-
-def total_memory(device: torch.device) -> int:
-    """Return the bytes of memory of a GPU, or of this machine."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().total
 
 
 def _bytes_kept(run: Callable[[Examples], Tensor], stage: Stage, windows: Windows, count: int, compute: Compute) -> int:

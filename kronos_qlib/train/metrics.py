@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from kronos_qlib.files import whole_file
 
@@ -29,14 +29,11 @@ class History:
     """The rows of history.csv, one per logging step; the file is rewritten whole, so that a kill leaves no half row.
 
     Args:
-        step: rows after it are of steps that the resumed training takes again; they are dropped.
+        rows: those of the checkpoint that the training goes on from.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
-        self.path, self.rows = path, []
-        if step and path.exists():
-            with path.open(newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+    def __init__(self, path: Path, rows: list[dict[str, Any]]) -> None:
+        self.path, self.rows = path, rows
 
     def append(self, row: dict[str, float]) -> None:
         """Add a row; columns that it lacks stay empty."""
@@ -48,6 +45,21 @@ class History:
             writer = csv.DictWriter(file, HISTORY_COLUMNS)
             writer.writeheader()
             writer.writerows(self.rows)
+
+
+def read_history(path: Path, step: int) -> list[dict[str, Any]]:
+    """Read the rows up to a step, of a training whose checkpoints do not hold them; those after it are taken again.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not step or not path.exists():
+        return []
+    try:
+        with path.open(newline="") as file:
+            return [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise ValueError(f"{path}: damaged ({error}); remove it to go on without the rows so far") from error
 
 
 def guarded_log(log: Log) -> Log:

@@ -9,7 +9,7 @@ from kronos_qlib.hardware.cpu import MIB
 from kronos_qlib.train.batches import BatchSampler, load_examples
 from kronos_qlib.train.checkpoints import CHECKPOINTS, whole_checkpoints
 from kronos_qlib.train.distributed import Compute, Group, open_compute
-from kronos_qlib.train.fingerprint import describe_differences, fingerprint
+from kronos_qlib.train.fingerprint import compare, fingerprint
 from kronos_qlib.train.job import Job
 from kronos_qlib.train.loop import validation_windows
 from kronos_qlib.train.memory_estimate import (
@@ -125,7 +125,7 @@ def _folder_state(specification: StageSpecification, folder: Path) -> str:
     """Describe whether a training in the folder would be resumed."""
     if not whole_checkpoints(folder / CHECKPOINTS):
         return f"{folder} holds no training yet"
-    differences = describe_differences(folder, fingerprint(specification))
+    differences, changes = compare(folder, fingerprint(specification))
     if differences:
         return f"REFUSED: {folder} holds another training ({differences})"
-    return f"goes on with the training in {folder}"
+    return f"goes on with the training in {folder}{''.join(f'; {change}' for change in changes.values())}"

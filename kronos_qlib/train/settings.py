@@ -79,7 +79,7 @@ class PredictorSettings(StageSettings):
 class FinetuneSettings(Settings):
     """The keys of a workflow's `finetune` mapping that a training knows; `extra_data` is the workflow's own."""
 
-    output_dir: str = Field(min_length=1)
+    output_dir: str = Field(min_length=1, pattern=r"^[^\x00]+$")
     """Gets tokenizer/ and predictor/, each with history.csv, checkpoints/ and best/ (hub format)."""
     checkpoint_every: int = Field(default=200, ge=1)
     """Steps between two checkpoints; the last two are kept."""

@@ -17,10 +17,12 @@ from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.train import Job
 from kronos_qlib.train.adapters import check_freeze, require_peft
 from kronos_qlib.train.batches import recency_weights
+from kronos_qlib.train.fingerprint import describe_dates, read_dates
 from kronos_qlib.train.job import EXTRA_DATA, STAGES
 from kronos_qlib.train.launch import launch
 from kronos_qlib.train.loop import evenly_spaced
 from kronos_qlib.train.signals import TrainingStopped
+from kronos_qlib.workflow.findings import segment_overlap
 from kronos_qlib.workflow.recording import (
     active_recorder,
     end_as_failed,
@@ -67,7 +69,8 @@ def training_job(
     """Return the job of `finetune`: networks, windows and settings, ready to run.
 
     Args:
-        output_dir: where to; by default the settings'.
+        output_dir: where to; by default the settings'. Where it holds a training on other dates, as when Qlib rolls a
+            task on, a folder in it that is named by these dates, with a warning.
         extra_dir: where the windows of other stores are left; by default in `output_dir`.
 
     Raises:
@@ -76,10 +79,13 @@ def training_job(
     finetune, device = settings.finetune, resolve_device(settings.device)
     if finetune is None:
         raise ValueError("KronosModel: finetune is null in the settings: there is nothing to train")
-    folder = output_dir or Path(finetune.output_dir)
     own, valid = dataset.training_windows("train"), dataset.training_windows("valid")
+    folder = _folder_by_dates(output_dir or Path(finetune.output_dir), own, valid)
     dataset.warn_of_left_out(own)
     dataset.warn_of_left_out(valid)
+    overlap = segment_overlap(dataset, "train", "valid")
+    if overlap:
+        raise ValueError(f"KronosModel: {overlap}: the weights would be chosen on what they were trained on")
     if "test" in dataset.segments:  # what is wrong with it is an error now, not after the training
         test = dataset.score_windows("test")
         dataset.warn_of_left_out(test)
@@ -99,6 +105,21 @@ def training_job(
         draw_weights=_draw_weights(train, finetune, reweighter),
         recorder=active_recorder(),
     )
+
+
+def _folder_by_dates(folder: Path, train: Windows, valid: Windows) -> Path:
+    """Return the folder, or one in it where it holds a training on other dates already."""
+    dates = describe_dates(train, valid)
+    for stage in STAGES:
+        theirs = read_dates(folder / stage)
+        if theirs is not None and theirs != dates:
+            own = folder / "_".join(dates["train"])
+            logger.warning(
+                f"KronosModel: {folder} holds a training on {' … '.join(theirs['train'])}; this one, on "
+                f"{' … '.join(dates['train'])}, goes into {own}"
+            )
+            return own
+    return folder
 
 
 def run_job(job: Job) -> None:

@@ -52,7 +52,7 @@ def run(network):
     if isinstance(network, KronosTokenizer):
         return list(network(bars())[0])
     s1, s2, stamp = codes()
-    return list(network(s1, s2, stamp, True, s1.roll(-1, 1)))
+    return list(network(s1, s2, stamp, use_teacher_forcing=True, s1_targets=s1.roll(-1, 1)))
 
 
 @torch.no_grad()

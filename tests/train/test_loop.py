@@ -1,6 +1,7 @@
 """Training learns, is judged causally on fixed windows, repeats itself, and goes on where it was cut off."""
 
 import functools
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,44 @@ def test_a_folder_with_another_training_is_refused(trained, tmp_path, settings, 
         run(tokenizer_stage(**settings), folder, **options)
 
 
+@pytest.mark.parametrize("settings", [{"log_every": 5}, {"valid_windows": 7}, {"log_every": 2, "valid_windows": 9}])
+def test_a_finished_training_is_the_same_with_other_rows_and_another_validation(trained, tmp_path, settings):
+    first, second = trained(tokenizer_stage), tokenizer_stage(**settings)
+    folder = shutil.copytree(first.folder, tmp_path / "copy")
+    best = run(second, folder, checkpoint_every=3, log=lambda metrics, step: pytest.fail("a step was taken"))
+    assert_same_weights(weights(first.stage), weights(second))
+    assert (best == first.best) == ("valid_windows" not in settings), "the figures are of the windows asked for"
+
+
+def test_more_epochs_go_on_from_the_last_checkpoint_and_the_schedule_is_said(trained, tmp_path, caplog):
+    first, longer, again = trained(tokenizer_stage), tokenizer_stage(epochs=5), tokenizer_stage(epochs=5)
+    folder = shutil.copytree(first.folder, tmp_path / "copy")
+    steps = []
+    with caplog.at_level("INFO"):
+        run(longer, folder, log=lambda metrics, step: steps.append(step))
+    assert steps[0] > 21 and max(steps) == 35, "no step is taken again"
+    assert [row["step"] for row in history(folder)][:9] == [row["step"] for row in first.history]
+    rate = next(float(row["lr"]) for row in history(folder) if int(row["step"]) == 24)
+    assert "settings.epochs: 3 there, 5 now" in caplog.text and "the schedule of all 35 steps from here" in caplog.text
+    assert 0 < rate < 5e-3
+    run(again, folder, log=lambda metrics, step: pytest.fail("a step was taken"))
+    assert_same_weights(weights(longer), weights(again))
+    assert json.loads((folder / "identity.json").read_text())["continued"] == [[3, 21]]
+    with pytest.raises(ValueError, match="settings.epochs: 5 there, 4 now"):
+        run(tokenizer_stage(epochs=4), folder)
+
+
+def test_more_epochs_of_the_tokenizer_are_refused_beside_a_training_on_the_former_one(trained, tmp_path):
+    shutil.copytree(trained(tokenizer_stage).folder, tmp_path / "tokenizer")
+    shutil.copytree(trained(predictor_stage).folder, tmp_path / "predictor")
+    with pytest.raises(ValueError, match="epochs 3 → 4 would change the tokenizer, and .*predictor holds a training"):
+        run(tokenizer_stage(epochs=4), tmp_path / "tokenizer")
+    assert_same_weights(
+        weights(trained(tokenizer_stage).stage),
+        KronosTokenizer.from_pretrained(tmp_path / "tokenizer" / "best").state_dict(),
+    )
+
+
 def test_only_the_last_two_checkpoints_are_kept(trained):
     folder = trained(tokenizer_stage).folder / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000020", "step-00000021"]
@@ -168,9 +207,10 @@ def test_validation_of_stage_two_is_causal():
     x, stamp = torch.from_numpy(batch.x), torch.from_numpy(batch.stamp)
     stage.network.eval()
     s1, s2 = stage.frozen_tokenizer.encode(x, half=True)
-    seen = stage.network(s1[:, :-1], s2[:, :-1], stamp[:, :-1], True, s1[:, 1:])
+    seen = stage.network(s1[:, :-1], s2[:, :-1], stamp[:, :-1], use_teacher_forcing=True, s1_targets=s1[:, 1:])
     cut = 10
-    short = stage.network(s1[:, :cut], s2[:, :cut], stamp[:, :cut], True, s1[:, 1 : cut + 1])
+    targets = s1[:, 1 : cut + 1]
+    short = stage.network(s1[:, :cut], s2[:, :cut], stamp[:, :cut], use_teacher_forcing=True, s1_targets=targets)
     for whole, part in zip(seen, short):
         torch.testing.assert_close(whole[:, :cut], part)
 

@@ -3,6 +3,7 @@
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -280,16 +281,44 @@ def test_a_job_that_was_interrupted_goes_on_when_it_is_run_again(whole, tmp_path
     assert_same_results(tmp_path, whole)
 
 
-@pytest.mark.parametrize("file", ["progress.json", "optimizer.safetensors", "model.safetensors"])
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_taken(whole, tmp_path, monkeypatch, caplog, file):
-    run_until(13, job(tmp_path, predictor=None), monkeypatch)
-    assert checkpoints(tmp_path, "tokenizer") == [5, 10]
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A training of stage 1 that was stopped at step 13, with checkpoints of steps 5 and 10."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        run_until(13, job(folder, predictor=None), patch)
+    assert checkpoints(folder, "tokenizer") == [5, 10]
+    return folder
+
+
+@pytest.mark.parametrize("damage", ["cut short", "a bit turned"])
+@pytest.mark.parametrize("file", ["progress.json", "optimizer.safetensors", "model.safetensors", "config.json"])
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_taken(whole, interrupted, tmp_path, caplog, file, damage):
+    shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
     newest = tmp_path / "tokenizer" / "checkpoints" / "step-00000010" / file
-    newest.write_bytes(newest.read_bytes()[:20])
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content if damage == "a bit turned" else content[:20])
     job(tmp_path, predictor=None).run()
     assert "step-00000010 is damaged" in caplog.text and "the one before is tried" in caplog.text
     expected = {name: content for name, content in results(whole).items() if name.startswith("tokenizer")}
     assert results(tmp_path) == expected
+
+
+def test_a_history_that_was_damaged_or_removed_is_written_anew(whole, interrupted, tmp_path):
+    """Its rows are in the checkpoints."""
+    shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer" / "history.csv").write_bytes(b"\xfe\x00nothing")
+    job(tmp_path, predictor=None).run()
+    assert results(tmp_path)["tokenizer/history.csv"] == results(whole)["tokenizer/history.csv"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\xff", ""])
+def test_checkpoints_whose_identity_is_damaged_are_refused_with_its_name(interrupted, tmp_path, content):
+    shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer" / "identity.json").write_bytes(content.encode("latin1"))
+    with pytest.raises(ValueError, match="identity.json: damaged .*choose another output_dir"):
+        job(tmp_path, predictor=None).run()
 
 
 def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path):
