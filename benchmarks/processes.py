@@ -26,7 +26,7 @@ from trained import WORKFLOW
 
 from kronos_qlib.train.distributed import open_compute
 from kronos_qlib.train.memory_estimate import bytes_of_state
-from kronos_qlib.workflow.finetune import read_workflow
+from kronos_qlib.workflow.workflow_file import read_workflow
 
 MIB = 2**20
 SIZES = {"resident": "rss", "proportional": "pss", "own": "uss"}  # psutil's names

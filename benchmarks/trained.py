@@ -12,7 +12,7 @@ from kronos_qlib.data.windows import Windows
 from kronos_qlib.forecast.engine.sampling import Sampling
 from kronos_qlib.forecast.forecaster import choose_batch_size
 from kronos_qlib.forecast.task import Task, future_stamps
-from kronos_qlib.workflow.finetune import read_workflow
+from kronos_qlib.workflow.workflow_file import read_workflow
 
 WORKFLOW = Path(__file__).parents[1] / "workflows" / "kronos_csi300_nano.yaml"
 RUN = Path("runs/kronos_csi300_nano")  # the workflow's output_dir

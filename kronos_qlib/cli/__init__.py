@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from textwrap import dedent
 
-from kronos_qlib.cli import compare, demo_data, finetune
+from kronos_qlib.cli import check, compare, demo_data, finetune
 
 _EPILOG = """\
     A first round, on simulated bars:
       kronos-qlib demo-data runs/demo/market
+      kronos-qlib check workflows/kronos_demo.yaml
       qrun workflows/lightgbm_demo.yaml
       qrun workflows/kronos_demo.yaml
       kronos-qlib compare kronos_demo lightgbm_demo --out runs/demo
@@ -34,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (demo_data, finetune, compare):
+    for command in (demo_data, check, finetune, compare):
         command.add_command(commands)
     return parser
 

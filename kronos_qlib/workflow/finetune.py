@@ -3,23 +3,26 @@
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-import qlib
-from qlib.cli.run import render_template, sys_config
 from qlib.config import C
 from qlib.data.dataset.weight import Reweighter
-from qlib.utils import init_instance_by_config
-from qlib.utils.data import update_config
+from qlib.log import get_module_logger
 from qlib.workflow import R
-from ruamel.yaml import YAML, YAMLError
 
 from kronos_qlib.data.dataset import KLineDataset
 from kronos_qlib.hardware.device import process_count
 from kronos_qlib.train.job import Job
 from kronos_qlib.train.preview import preview, titled_line
+from kronos_qlib.workflow.check import WorkflowCheck
 from kronos_qlib.workflow.model import KronosModel
 from kronos_qlib.workflow.recording import end_as_failed, record_run
+
+logger = get_module_logger("KronosModel")
+# What an error in makes a training impossible; other errors are of what comes after it.
+_NEEDED = (
+    *("file", "qlib_init", "recorder", "task.model", "task.dataset", "task.reweighter", "train", "valid", "finetune"),
+    "finetune.output_dir",
+)
 
 
 class Finetuning:
@@ -31,17 +34,20 @@ class Finetuning:
     """
 
     def __init__(self, workflow: Path) -> None:
-        config = read_workflow(workflow)
-        self.name = config.get("experiment_name", workflow.stem)
-        qlib.init(**config["qlib_init"])
-        self.model = init_instance_by_config(config["task"]["model"], accept_types=KronosModel)
-        if not isinstance(self.model, KronosModel):
-            raise ValueError(f"{workflow}: task.model is a {type(self.model).__name__}, not a KronosModel")
-        if self.model.settings.finetune is None:
+        check = WorkflowCheck(workflow)
+        for finding in check.findings():
+            if finding.level == "error" and finding.subject in _NEEDED:
+                raise ValueError(finding.text)
+            if finding.level != "ok":  # `qrun` would meet it after the training
+                logger.warning(f"{finding.subject}: {finding.text}")
+        self.name = check.config.get("experiment_name", workflow.stem)
+        if not isinstance(check.model, KronosModel):
+            raise ValueError(f"{workflow}: task.model is a {type(check.model).__name__}, not a KronosModel")
+        if check.model.settings.finetune is None:
             raise ValueError(f"{workflow}: finetune is null: there is nothing to train")
-        self.dataset: KLineDataset = init_instance_by_config(config["task"]["dataset"])
-        reweighter = config["task"].get("reweighter")
-        self.reweighter = reweighter and init_instance_by_config(reweighter, accept_types=Reweighter)
+        self.model: KronosModel = check.model
+        self.dataset: KLineDataset = check.dataset
+        self.reweighter: Reweighter | None = check.reweighter
         self._recording, self._saved = ExitStack(), ExitStack()
         self._job: Job | None = None
 
@@ -91,30 +97,3 @@ class Finetuning:
             job = self.model.job(dataset, self.reweighter, extra_dir=Path(scratch))
             processes = process_count("finetune", job.settings.processes, job.device)
             return "\n".join([*lines, *preview(job, processes)])
-
-
-def read_workflow(path: Path) -> dict[str, Any]:
-    """Read a workflow file as `qrun` does: templates filled from the environment, laid over its BASE_CONFIG_PATH.
-
-    Raises:
-        FileNotFoundError: there is no such file, or not the base that it names. ValueError: it is no workflow.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such workflow file")
-    yaml = YAML(typ="safe", pure=True)
-    try:
-        config = yaml.load(render_template(str(path)))
-        base = config.get("BASE_CONFIG_PATH") if isinstance(config, dict) else None
-        if base is not None:
-            places = [Path(base), path.absolute().parent / base]
-            found = next((place for place in places if place.is_file()), None)
-            if found is None:
-                raise FileNotFoundError(f"{path}: BASE_CONFIG_PATH {base} is neither here nor beside the workflow")
-            config = update_config(yaml.load(found.read_text()), config)
-    except YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML ({error})") from error
-    task = config.get("task") if isinstance(config, dict) else None
-    if not isinstance(task, dict) or not {"model", "dataset"} <= task.keys() or "qlib_init" not in config:
-        raise ValueError(f"{path}: no workflow: it needs qlib_init, task.model and task.dataset")
-    sys_config(config, str(path))
-    return config

@@ -13,17 +13,17 @@ from qlib.model.base import ModelFT
 
 from kronos_qlib.data.dataset import KLineDataset, window_index
 from kronos_qlib.data.windows import COLUMNS, Windows
-from kronos_qlib.forecast.engine.weights import check_pair
+from kronos_qlib.forecast.engine.weights import check_max_context, check_pair
 from kronos_qlib.forecast.forecaster import quantile_columns
 from kronos_qlib.forecast.scores import SCORES
 from kronos_qlib.hardware.device import resolve_device, resolve_dtype
 from kronos_qlib.nn import Kronos, KronosTokenizer, zoo
 from kronos_qlib.nn.checkpoint import HubModule
-from kronos_qlib.settings import read_settings
+from kronos_qlib.settings import MISSING, read_settings
 from kronos_qlib.train import Job
 from kronos_qlib.workflow.forecast_job import forecast_windows, resolve_execution
 from kronos_qlib.workflow.neutralise import factor_ranks, neutralise
-from kronos_qlib.workflow.recording import record_run, warn_of_pretraining_overlap
+from kronos_qlib.workflow.recording import record_run, task_findings, warn_of_pretraining_overlap
 from kronos_qlib.workflow.settings import ModelSettings
 from kronos_qlib.workflow.training_job import (
     check_finetune,
@@ -58,8 +58,8 @@ class KronosModel(ModelFT):
 
     def __init__(
         self,
-        tokenizer: str | Mapping[str, Any],
-        model: str | Mapping[str, Any],
+        tokenizer: str | Mapping[str, Any] = MISSING,
+        model: str | Mapping[str, Any] = MISSING,
         max_context: int = 512,
         finetune: Mapping[str, Any] | None = None,
         forecast: Mapping[str, Any] | None = None,
@@ -75,7 +75,7 @@ class KronosModel(ModelFT):
             "model": model,
             "max_context": max_context,
             "finetune": finetune,
-            "forecast": forecast or {},
+            "forecast": {} if forecast is None else forecast,
             "score": score,
             "neutralise": list(neutralise) if isinstance(neutralise, (list, tuple)) else neutralise,
             "device": device,
@@ -88,6 +88,7 @@ class KronosModel(ModelFT):
         self.tokenizer = _make_network(KronosTokenizer, "tokenizer", self.settings.tokenizer, seed)
         self.model = _make_network(Kronos, "model", self.settings.model, seed)
         check_pair(self.tokenizer, self.model)
+        check_max_context(self.settings.max_context, self.model)
         resolve_execution(self.settings)  # what cannot be done is an error now, not after the training
         check_finetune(self.tokenizer, self.model, self.settings)
         if self.tokenizer.d_in != len(COLUMNS):
@@ -110,6 +111,8 @@ class KronosModel(ModelFT):
                 `finetune` is null.
             FloatingPointError: the loss is not finite. OSError: the disk is full. RuntimeError: processes died.
         """
+        for finding in task_findings():
+            logger.warning(f"{finding.subject}: {finding.text}")
         if self.settings.finetune is None:
             self._check(dataset)
             if reweighter is not None:

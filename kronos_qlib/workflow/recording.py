@@ -21,12 +21,24 @@ from kronos_qlib.data.demo_market import is_synthetic
 from kronos_qlib.data.windows import Windows
 from kronos_qlib.nn import zoo
 from kronos_qlib.nn.checkpoint import HubModule
+from kronos_qlib.workflow.findings import Finding, record_findings
 from kronos_qlib.workflow.settings import ModelSettings
 
 PACKAGES = ("kronos-qlib", "pyqlib", "torch", "numpy", "pandas", "mlflow", "safetensors", "huggingface_hub")
 RECORD = "kronos_run.json"
 logger = get_module_logger("KronosModel")
 _recorded: dict[str, str] = {}  # by recorder id, what its kronos_run.json holds; of this process
+
+
+def task_findings() -> list[Finding]:
+    """Return what is wrong with the records of the task that Qlib's trainer has left in the active recorder."""
+    if not _recording():
+        return []
+    try:
+        task = R.get_recorder().load_object("task")
+    except Exception:  # not started by Qlib's trainer, which is no fault; what is raised depends on MLflow's store
+        return []
+    return [finding for finding in record_findings(task) if finding.level != "ok"]
 
 
 def record_run(settings: ModelSettings, dataset: KLineDataset) -> None:

@@ -39,7 +39,7 @@ class WorkflowFinetuneSettings(FinetuneSettings):
 class ForecastSettings(Settings):
     """The `forecast` mapping of a workflow."""
 
-    sample_count: int = Field(default=5, ge=1)
+    sample_count: int = Field(default=5, ge=1, le=1_000_000)
     """Sample paths of a window."""
     temperature: float = Field(default=0.6, gt=0)
     """Divides the logits before a code is drawn: below 1 the likely codes are drawn more often."""
@@ -58,7 +58,7 @@ class ForecastSettings(Settings):
     """Processes on this machine; `auto` is one for each GPU, one on a CPU."""
     engine: Literal["local", "ray"] = "local"
     """`local`, or `ray`: the cluster that Ray is connected to (extra `ray`)."""
-    cache_dir: str | None = None
+    cache_dir: Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")] | None = None
     """Folder of the finished chunks, Parquet files; a chunk that is there is not computed again."""
     keep_paths: bool = False
     """Keep the sample paths in `cache_dir` too, not only scores and quantiles."""

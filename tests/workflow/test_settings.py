@@ -309,7 +309,7 @@ def test_a_test_segment_without_windows_is_refused_before_training(store, tmp_pa
 
 
 def test_training_on_dates_to_be_scored_is_warned_of(store, tmp_path, warnings_logged):
-    segments = SEGMENTS | {"train": ["2018-01-02", "2018-07-10"]}
+    segments = SEGMENTS | {"valid": ["2018-05-01", "2018-07-10"]}
     make_model(finetune=finetune(tmp_path / "out", predictor=None)).fit(make_dataset(segments=segments))
-    assert "the train segment has bars to 2018-07-10 and the test segment starts on 2018-06-18" in warnings_logged.text
-    assert "the valid segment" not in warnings_logged.text
+    assert "the valid segment has bars to 2018-07-10 and the test segment starts on 2018-06-18" in warnings_logged.text
+    assert "the train segment" not in warnings_logged.text
