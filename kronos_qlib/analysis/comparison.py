@@ -25,6 +25,7 @@ from kronos_qlib.analysis.signals import (
 from kronos_qlib.analysis.significance import bootstrap_interval, holm, newey_west
 from kronos_qlib.data.factors import FACTORS
 from kronos_qlib.files import whole_file
+from kronos_qlib.text import csv_cell
 
 TABLE_COLUMNS = [
     *("ic", "icir", "rank_ic", "rank_icir", "rank_ic_t", "rank_ic_p", "rank_ic_p_holm", "rank_ic_low", "rank_ic_high"),
@@ -278,6 +279,7 @@ def write_tables(comparison: Comparison, folder: Path) -> list[Path]:
     )
     written = {folder / "comparison.csv": runs, folder / "pairs.csv": comparison.pairs}
     for path, table in written.items():
+        names = table.index.to_frame().map(csv_cell)
         with whole_file(path) as draft:
-            table.to_csv(draft)
+            table.set_index([names[name] for name in names]).to_csv(draft)
     return list(written)

@@ -44,15 +44,16 @@ def plot_excess_return(runs: Sequence[RunResult], path: Path) -> None:
     margins = {"top": 0.845, "left": 0.075, "right": 0.975, "bottom": 0.07}
     upper, lower = figure.subplots(2, sharex=True, gridspec_kw={"height_ratios": (3, 1), "hspace": 0.08} | margins)
     for number, run in enumerate(runs):
-        _draw_run(upper, lower, run, SERIES[number % len(SERIES)])
+        if len(run.report):
+            _draw_run(upper, lower, run, SERIES[number % len(SERIES)])
     _style(upper, "excess return")
     _style(lower, "drawdown")
     lower.yaxis.set_major_locator(MaxNLocator(3))
     style_dates(lower)
     _draw_cost_legend(upper)
-    first = min(run.report.index[0] for run in runs)
-    last = max(run.report.index[-1] for run in runs)
-    subtitle = f"daily returns less the benchmark's, summed · {first:%d %b %Y} to {last:%d %b %Y}"
+    days = [day for run in runs if len(run.report) for day in run.report.index[[0, -1]]]
+    span = f"{min(days):%d %b %Y} to {max(days):%d %b %Y}" if days else "no run has a backtest"
+    subtitle = f"returns less the benchmark's, summed · {span}"
     _draw_title(figure, runs, "Cumulative excess return over the benchmark", subtitle)
     save_figure(figure, path)
 

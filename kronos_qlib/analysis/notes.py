@@ -39,14 +39,25 @@ def reservations(
 
 
 def _backtest_notes(runs: Sequence[RunResult]) -> list[str]:
+    without = [run.name for run in runs if run.report.empty]
+    missing = [f"n/a for turnover, returns and capacity: no backtest is recorded of {', '.join(without)}."] * bool(
+        without
+    )
+    runs = [run for run in runs if not run.report.empty]
+    if not runs:
+        return missing
     periods = {run.name: backtest_period(run) for run in runs}
     rules = _backtest_rules(runs)
     differ = sorted(key for key in set().union(*rules.values()) if len({held.get(key) for held in rules.values()}) > 1)
     settings = [f"CAUTION: the backtests differ in {', '.join(differ)}: their rows do not compare."] if differ else []
+    if len({run.freq for run in runs}) > 1:
+        freqs = "; ".join(f"{run.name}: {run.freq}" for run in runs)
+        settings.append(f"CAUTION: the backtests are of different frequencies: {freqs}.")
     if len(set(periods.values())) == 1:
         period = next(iter(periods.values()))
-        return [*settings, f"Backtest {period}; it holds what each run scored, common to all or not."]
+        return [*missing, *settings, f"Backtest {period}; it holds what each run scored, common to all or not."]
     return [
+        *missing,
         *settings,
         "CAUTION: the backtests cover different dates, so their rows do not compare: "
         + "; ".join(f"{name}: {period}" for name, period in periods.items())
@@ -145,9 +156,12 @@ def _market_notes(runs: Sequence[RunResult]) -> list[str]:
 
 
 def backtest_period(run: RunResult) -> str:
-    """Format first and last day and number of days of the backtest."""
+    """Format first and last day and number of days, or of steps of another frequency, of the backtest."""
+    if run.report.empty:
+        return "none recorded"
     first, last = run.report.index[0], run.report.index[-1]
-    return f"{first:%Y-%m-%d} … {last:%Y-%m-%d}, {len(run.report)} days"
+    steps = "days" if run.freq == "1day" else f"steps of {run.freq}"
+    return f"{first:%Y-%m-%d} … {last:%Y-%m-%d}, {len(run.report)} {steps}"
 
 
 def synthetic_note(runs: Sequence[RunResult]) -> str:

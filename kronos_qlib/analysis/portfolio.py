@@ -9,13 +9,13 @@ _QUANTILE = 0.05
 
 
 def mean_turnover(report: pd.DataFrame) -> float:
-    """Average the daily turnover, as Qlib reports it: bought plus sold over the account's value, a ratio."""
-    return float(report["turnover"].mean())
+    """Average the turnover of a day, as Qlib reports it: bought plus sold over the account's value, a ratio."""
+    return float(report["turnover"].groupby(report.index.normalize()).sum().mean())
 
 
 def cost_a_year(report: pd.DataFrame) -> float:
     """Annualise the costs over the account's value, a ratio a year of 238 days, summed as in Qlib's risk analysis."""
-    return float(report["cost"].mean() * DAYS_A_YEAR)
+    return float(report["cost"].groupby(report.index.normalize()).sum().mean() * DAYS_A_YEAR)
 
 
 def capacity(trades: pd.Series, amounts: pd.Series, report: pd.DataFrame) -> float:

@@ -1,9 +1,9 @@
 """Finished runs read from Qlib's recorders: metrics, scores, labels, backtest, whether the market is synthetic."""
 
 import json
+import math
 import os
-import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,10 +11,15 @@ from typing import Any
 
 import pandas as pd
 
+from kronos_qlib.addresses import check_answers
 from kronos_qlib.analysis import DEFAULT_URI
+from kronos_qlib.analysis.pickles import read_plain, read_table
 from kronos_qlib.data.demo_market import BENCHMARK, is_synthetic
 
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # read by mlflow; files here are small and local
+# Read by mlflow: files here are small and local, and a server that does not answer is not asked again and again.
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
 
 from mlflow.entities import Experiment
 from mlflow.entities import Run as MlflowRun
@@ -22,17 +27,17 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
-_REPORT = "portfolio_analysis/report_normal_1day.pkl"
-_TRADES = "portfolio_analysis/indicators_normal_1day_obj.pkl"
-_METRICS = {
-    "ic": "IC",
-    "icir": "ICIR",
-    "rank_ic": "Rank IC",
-    "rank_icir": "Rank ICIR",
-    "excess_return": "1day.excess_return_without_cost.annualized_return",
-    "excess_return_with_cost": "1day.excess_return_with_cost.annualized_return",
-    "information_ratio": "1day.excess_return_with_cost.information_ratio",
-    "max_drawdown": "1day.excess_return_with_cost.max_drawdown",
+SECONDS_TO_ANSWER = 5.0
+_SQLITE = b"SQLite format 3\0"
+_BACKTEST = "portfolio_analysis"
+_REPORT, _TRADES = "report_normal_{freq}.pkl", "indicators_normal_{freq}_obj.pkl"
+_REPORT_COLUMNS = ("account", "return", "bench", "cost", "turnover")
+_SIGNAL_METRICS = {"ic": "IC", "icir": "ICIR", "rank_ic": "Rank IC", "rank_icir": "Rank ICIR"}
+_BACKTEST_METRICS = {
+    "excess_return": "{freq}.excess_return_without_cost.annualized_return",
+    "excess_return_with_cost": "{freq}.excess_return_with_cost.annualized_return",
+    "information_ratio": "{freq}.excess_return_with_cost.information_ratio",
+    "max_drawdown": "{freq}.excess_return_with_cost.max_drawdown",
 }
 
 
@@ -46,8 +51,10 @@ class RunResult:
 
     name: the experiment's name, with the recorder id after it where a recorder was asked for.
     metrics: as Qlib's SigAnaRecord and PortAnaRecord stored them, by this package's names; IC as such, returns as
-        ratios a year.
-    report: Qlib's `report_normal_1day.pkl`, one row per backtest day with return, bench, cost, turnover as ratios.
+        ratios a year. NaN: not recorded, as those of the backtest in a run without one.
+    report: Qlib's `report_normal_….pkl`, one row per step of the backtest with return, bench, cost, turnover as ratios;
+        without a row if the run has no backtest.
+    freq: the backtest's frequency as Qlib writes it, such as 1day or 30minute; "" if the run has none.
     scores, labels: `pred.pkl` and the first column of `label.pkl`, index (datetime, instrument), sorted.
     trades: value of each trade of the backtest, index (datetime, instrument); None if not recorded.
     provider_uri: the Qlib store as the workflow named it; None if not recorded.
@@ -64,6 +71,7 @@ class RunResult:
     run_id: str
     metrics: dict[str, float]
     report: pd.DataFrame
+    freq: str
     scores: pd.Series
     labels: pd.Series
     trades: pd.Series | None
@@ -82,13 +90,14 @@ def load_runs(names: Sequence[str], uri: str = DEFAULT_URI) -> list[RunResult]:
     """Load the newest finished run of each experiment in `names`, or the run itself where a name is a recorder id.
 
     Raises ResultsError if `uri` cannot be read, a name is unknown, has no finished run, or a run lacks its scores,
-    labels, signal analysis or backtest. Artifacts are pickles: read only stores whose runs you trust.
+    labels or signal analysis, or an artifact is damaged or holds something else.
     """
+    _check_reachable(uri)
     database = _database(uri)
     try:
         client = MlflowClient(tracking_uri=uri)
         experiments = client.search_experiments()
-    except (MlflowException, SQLAlchemyError) as error:
+    except (MlflowException, SQLAlchemyError, ImportError, OSError, ValueError) as error:
         raise ResultsError(f"the MLflow store {uri} cannot be read: {str(error).splitlines()[0]}") from error
     folder = database.parent if database else Path.cwd()
     found: dict[str, tuple[str, MlflowRun]] = {}
@@ -98,15 +107,32 @@ def load_runs(names: Sequence[str], uri: str = DEFAULT_URI) -> list[RunResult]:
     return [_load_run(client, name, run, folder) for name, run in found.values()]
 
 
+def _check_reachable(uri: str) -> None:
+    """Refuse a uri that names no store, and a server that does not answer: MLflow itself would try for minutes."""
+    if not uri.strip():
+        raise ResultsError(f"--uri is empty; name an MLflow store, such as {DEFAULT_URI}")
+    try:
+        check_answers(uri, SECONDS_TO_ANSWER)
+    except (ValueError, OSError) as error:
+        raise ResultsError(f"the MLflow store {uri} cannot be read: {error}") from None
+
+
 def _database(uri: str) -> Path | None:
     """Find the file of an SQLite uri. It must exist: MLflow would make an empty one, and 'no experiments' misleads."""
     if not uri.startswith("sqlite:///"):
         return None
-    database = Path(uri.removeprefix("sqlite:///")).resolve()
-    if not database.is_file():
-        raise ResultsError(
-            f"there is no MLflow database {database}; run a workflow with qrun first, or name another by --uri"
-        )
+    try:
+        database = Path(uri.removeprefix("sqlite:///")).resolve()
+        if not database.is_file():
+            raise ResultsError(
+                f"there is no MLflow database {database}; run a workflow with qrun first, or name another by --uri"
+            )
+        with database.open("rb") as file:
+            begins = file.read(len(_SQLITE))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ResultsError(f"the MLflow database of --uri {uri!r} cannot be read: {error}") from None
+    if begins != _SQLITE:
+        raise ResultsError(f"{database} cannot be read: it is no SQLite database, and so no MLflow store")
     return database
 
 
@@ -144,21 +170,22 @@ def _known(client: MlflowClient, experiments: list[Experiment]) -> str:
 
 
 def _load_run(client: MlflowClient, name: str, run: MlflowRun, folder: Path) -> RunResult:
-    missing = [stored for stored in _METRICS.values() if stored not in run.data.metrics]
+    missing = [stored for stored in _SIGNAL_METRICS.values() if stored not in run.data.metrics]
     if missing:
-        record = (
-            "PortAnaRecord (the backtest)" if missing[0].startswith("1day") else "SigAnaRecord (the signal's analysis)"
+        raise ResultsError(
+            f"{name}: run {run.info.run_id} has no {missing[0]!r}; its workflow needs Qlib's SigAnaRecord (the "
+            "signal's analysis)"
         )
-        raise ResultsError(f"{name}: run {run.info.run_id} has no {missing[0]!r}; its workflow needs Qlib's {record}")
     with TemporaryDirectory() as scratch:
         files = _Artifacts(client, name, run.info.run_id, scratch)
-        report = files.frame(_REPORT, "PortAnaRecord")
-        scores = _rows(files.frame("pred.pkl", "SignalRecord"), name, "pred.pkl")
-        labels = _rows(files.frame("label.pkl", "SignalRecord"), name, "label.pkl")
-        traded, saved, kronos = files.path(_TRADES), files.path("config"), files.path("kronos_run.json")
-        trades = _trades(pd.read_pickle(traded)) if traded else None
-        config = _plain_pickle(saved) if saved else {}  # only qrun saves it
-        kronos_run = json.loads(kronos.read_text()) if kronos else {}
+        freq = files.backtest_freq()
+        report = files.read(f"{_BACKTEST}/{_REPORT}".format(freq=freq), _report, "PortAnaRecord") if freq else _report()
+        scores = files.read("pred.pkl", _rows, "SignalRecord")
+        labels = files.read("label.pkl", _rows, "SignalRecord")
+        trades = files.read(f"{_BACKTEST}/{_TRADES}".format(freq=freq), _trades) if freq else None
+        config = files.read("config", dict, reader=read_plain) or {}  # only qrun saves it
+        kronos_run = files.read("kronos_run.json", _mapping, reader=_read_json) or {}
+    metrics = _SIGNAL_METRICS | {own: stored.format(freq=freq) for own, stored in _BACKTEST_METRICS.items()}
     recorded = kronos_run.get("data", {}).get("provider_uri")
     provider_uri = config.get("qlib_init", {}).get("provider_uri") or recorded
     stores = [*_stores(recorded, folder), *_stores(provider_uri, folder)]
@@ -166,8 +193,9 @@ def _load_run(client: MlflowClient, name: str, run: MlflowRun, folder: Path) -> 
     return RunResult(
         name=name,
         run_id=run.info.run_id,
-        metrics={own: run.data.metrics[stored] for own, stored in _METRICS.items()},
+        metrics={own: run.data.metrics.get(stored, math.nan) for own, stored in metrics.items()},
         report=report,
+        freq=freq,
         scores=scores,
         labels=labels,
         trades=trades,
@@ -198,29 +226,82 @@ class _Artifacts:
         except (MlflowException, OSError):
             return None
 
-    def frame(self, artifact: str, record: str) -> Any:
+    def backtest_freq(self) -> str:
+        """Return the frequency of the recorded backtest, the daily one of several; "" if there is none."""
+        try:
+            names = [Path(file.path).name for file in self.client.list_artifacts(self.run_id, _BACKTEST)]
+        except (MlflowException, OSError):
+            return ""
+        before, _, after = _REPORT.partition("{freq}")
+        freqs = [name[len(before) : -len(after)] for name in names if name.startswith(before) and name.endswith(after)]
+        return min(freqs, key=lambda freq: (freq != "1day", freq), default="")
+
+    def read(
+        self,
+        artifact: str,
+        check: Callable[[Any], Any],
+        record: str = "",
+        reader: Callable[[Path], Any] = read_table,
+    ) -> Any:
+        """Read an artifact and pass it through `check`, which raises ValueError for what it should not hold.
+
+        One that is not there is None, or an error if a `record` of Qlib's should have written it.
+        """
         path = self.path(artifact)
-        if path is None:
-            raise ResultsError(
-                f"{self.name}: {artifact} of run {self.run_id} cannot be read; its workflow needs Qlib's {record}"
-            )
-        return pd.read_pickle(path)
+        if path is None and not record:
+            return None
+        try:
+            if path is None:
+                raise ValueError(f"cannot be read; its workflow needs Qlib's {record}")
+            return check(reader(path))
+        except (ValueError, OSError) as error:
+            raise ResultsError(f"{self.name}: {artifact} of run {self.run_id} {error}") from error
 
 
-def _rows(table: pd.DataFrame | pd.Series | None, name: str, artifact: str) -> pd.Series:
-    """Take the first column, by (datetime, instrument)."""
+def _rows(table: Any) -> pd.Series:
+    """Take the first column of scores or labels, by (datetime, instrument)."""
     column = table.iloc[:, 0] if isinstance(table, pd.DataFrame) and table.shape[1] else table
     if not isinstance(column, pd.Series) or set(column.index.names) != {"datetime", "instrument"}:
-        raise ResultsError(f"{name}: {artifact} holds no column by datetime and instrument")
+        raise ValueError("holds no column by datetime and instrument")
+    if not pd.api.types.is_numeric_dtype(column):
+        raise ValueError(f"holds {column.dtype} values, not numbers")
     rows = column.reorder_levels(["datetime", "instrument"]).sort_index().astype(float)
     if rows.index.has_duplicates:
-        raise ResultsError(f"{name}: {artifact} has {rows.index.duplicated().sum()} rows twice")
+        raise ValueError(f"has {rows.index.duplicated().sum()} rows twice")
     return rows
+
+
+def _report(table: Any = None) -> pd.DataFrame:
+    """Check Qlib's report of a backtest; without one, return a report without rows."""
+    if table is None:
+        return pd.DataFrame(columns=list(_REPORT_COLUMNS), index=pd.DatetimeIndex([]), dtype=float)
+    if not isinstance(table, pd.DataFrame) or not isinstance(table.index, pd.DatetimeIndex) or table.empty:
+        raise ValueError("holds no report of a backtest by datetime")
+    lacking = [column for column in _REPORT_COLUMNS if column not in table]
+    if lacking:
+        raise ValueError(f"has no column {lacking[0]!r}")
+    return table
+
+
+def _mapping(values: Any) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ValueError("holds no mapping")
+    return values
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is no JSON ({error})") from None
 
 
 def _trades(indicator: Any) -> pd.Series:
     """Compute the value of each trade, from Qlib's Indicator of the backtest."""
-    found = {day: orders.data.get("trade_value") for day, orders in indicator.order_indicator_his.items()}
+    try:
+        found = {day: orders.data.get("trade_value") for day, orders in indicator.order_indicator_his.items()}
+    except AttributeError:
+        raise ValueError("holds no indicator of a backtest") from None
     # not Qlib's to_series, which fails with pandas 3
     days = {
         day: pd.Series(values.data, index=pd.Index(values.index.tolist(), name="instrument")).abs()
@@ -249,28 +330,3 @@ def _strings(config: Any) -> Iterator[str]:
     elif isinstance(config, (Mapping, list, tuple)):
         for value in config.values() if isinstance(config, Mapping) else config:
             yield from _strings(value)
-
-
-class _Unread:
-    """Stands for any object in a pickle that is not plain data."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-    def __setstate__(self, state: Any) -> None: ...
-    def __setitem__(self, key: Any, value: Any) -> None: ...
-    def append(self, value: Any) -> None: ...
-    def extend(self, values: Any) -> None: ...
-    def add(self, value: Any) -> None: ...
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads mappings, lists, text, numbers, dates and paths; anything else becomes `_Unread`."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        return super().find_class(module, name) if module in ("datetime", "collections", "pathlib") else _Unread
-
-
-def _plain_pickle(path: Path) -> dict[str, Any]:
-    """Read qrun's `config`, into which Qlib has filled the trained model and the dataset; neither is wanted here."""
-    with path.open("rb") as file:
-        config = _PlainUnpickler(file).load()
-    return config if isinstance(config, dict) else {}

@@ -9,6 +9,7 @@ import pandas as pd
 from kronos_qlib.analysis.comparison import Comparison
 from kronos_qlib.analysis.signals import LONGEST_LAG
 from kronos_qlib.analysis.verdicts import verdicts
+from kronos_qlib.text import printable
 
 WIDTH = 100
 _LONGEST_NAME = 26
@@ -28,7 +29,7 @@ def terminal_text(comparison: Comparison) -> str:
         _list("Verdict", verdicts(comparison)),
         _list("Notes", [*LEGEND, *comparison.notes]),
     ]
-    return "\n\n".join(block for block in blocks if block)
+    return printable("\n\n".join(block for block in blocks if block))
 
 
 def _number(column: str, layout: str) -> Cell:

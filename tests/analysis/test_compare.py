@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.image import imread
+from mlflow.tracking import MlflowClient
 from scipy.stats import spearmanr
 
 from kronos_qlib.analysis.comparison import PAIR_COLUMNS, TABLE_COLUMNS, Comparison, compare_runs
@@ -342,7 +344,6 @@ def test_demo_market_is_recognised_by_benchmark_or_mark(recorded: Recorded, tmp_
     [
         ("nobody", "no experiment or recorder 'nobody'"),
         ("failed", "experiment 'failed' .* has no finished run"),
-        ("no_backtest", r"no_backtest: run \w+ has no '1day\..*PortAnaRecord"),
         ("no_signal", r"no_signal: run \w+ has no 'IC'.*SigAnaRecord"),
     ],
 )
@@ -415,3 +416,112 @@ def test_metric_that_is_no_number_is_shown_as_such(recorded: Recorded) -> None:
         if line.startswith("reversal") and "%" in line and "…" not in line
     ][-1:]
     assert row.split().count("n/a") == 2, "and the capacity, without a store"
+
+
+# Runs of other kinds, and damaged ones
+
+
+@pytest.fixture
+def clone(recorded: Recorded, tmp_path: Path):
+    """A function that adds the newest run of `reversal` to a copy of the database, with other artifacts; its uri."""
+    shutil.copy(recorded.folder / "mlflow.db", tmp_path / "mlflow.db")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+
+    def add(name: str, artifacts: dict[str, bytes | None], freq: str = "1day") -> str:
+        client = MlflowClient(uri)
+        source = client.get_run(recorded.ids["newest"])
+        experiment = client.create_experiment(name, artifact_location=str(tmp_path / name))
+        run = client.create_run(experiment)
+        for key, value in source.data.metrics.items():
+            client.log_metric(run.info.run_id, key.replace("1day", freq), value)
+        files = tmp_path / "files"
+        shutil.copytree(client.download_artifacts(source.info.run_id, ""), files, dirs_exist_ok=True)
+        for path in files.glob("portfolio_analysis/*1day*"):
+            path.rename(path.with_name(path.name.replace("1day", freq)))
+        for artifact, content in artifacts.items():
+            (files / artifact).unlink() if content is None else (files / artifact).write_bytes(content)
+        client.log_artifacts(run.info.run_id, str(files))
+        client.set_terminated(run.info.run_id)
+        return uri
+
+    return add
+
+
+def test_a_run_without_a_backtest_is_compared_and_that_is_said_once(
+    recorded: Recorded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare", "reversal", "no_backtest", "--uri", recorded.uri, "--out", str(tmp_path)]
+    assert main(command) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("no backtest is recorded of no_backtest") == 1
+    table = pd.read_csv(tmp_path / "comparison.csv", index_col="run")
+    backtest = ["turnover", "cost", "excess_return", "excess_return_with_cost", "max_drawdown", "information_ratio"]
+    assert table.loc["no_backtest", [*backtest, "capacity"]].isna().all()
+    assert table.loc["reversal", backtest].notna().all()
+    assert table.loc["no_backtest", "rank_ic"] == pytest.approx(table.loc["reversal", "rank_ic"])
+    assert main(["compare", "no_backtest", "--uri", recorded.uri, "--out", str(tmp_path)]) == 0, "alone as well"
+
+
+def test_a_backtest_of_another_frequency_is_compared_by_the_day(recorded: Recorded, clone) -> None:
+    (run,) = load_runs(["reversal"], recorded.uri)
+    half = run.report.assign(**{column: run.report[column] / 2 for column in ("return", "cost", "bench", "turnover")})
+    bars = pd.concat([half.shift(freq="11h"), half.shift(freq="15h")]).sort_index()
+    uri = clone("intraday", {"portfolio_analysis/report_normal_30minute.pkl": pickle.dumps(bars)}, "30minute")
+    runs = load_runs(["reversal", "intraday"], uri)
+    assert [run.freq for run in runs] == ["1day", "30minute"]
+    compared = compare_runs(runs)
+    for column in ("turnover", "cost", "excess_return", "max_drawdown"):
+        assert compared.table.loc["intraday", column] == pytest.approx(compared.table.loc["reversal", column])
+    told = terminal_text(compared)
+    assert "different frequencies: reversal: 1day; intraday: 30minute" in " ".join(told.split())
+    assert f"{len(bars)} steps of 30minute" in " ".join(told.split())
+
+
+ARTIFACTS = ["pred.pkl", "label.pkl", "config"] + [
+    f"portfolio_analysis/{name}" for name in ("report_normal_1day.pkl", "indicators_normal_1day_obj.pkl")
+]
+UNREADABLE = [b"", b"OK", b"\x80\x04\x95\xff"]
+CRAFTED = b"cposix\nsystem\n(Vtouch gotcha\ntR."  # runs a command where pickles are loaded as they are
+
+
+@pytest.mark.parametrize("artifact", ARTIFACTS)
+@pytest.mark.parametrize(
+    "content",
+    [*UNREADABLE, pickle.dumps(5), pickle.dumps([1]), pickle.dumps(pd.DataFrame({"a": ["x"]})), CRAFTED],
+    ids=["nothing", "text", "cut", "a number", "a list", "another table", "crafted"],
+)  # fmt: skip
+def test_a_damaged_artifact_is_one_line_that_names_it(
+    clone, artifact: str, content: bytes, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    uri = clone("damaged", {artifact: content})
+    status = main(["compare", "damaged", "--uri", uri])
+    told = capsys.readouterr()
+    if artifact != "config" or content in UNREADABLE:  # a config of no use is as none
+        assert status == 2 and told.err.count("\n") == 1
+        assert f"damaged: {artifact} of run" in told.err
+    assert not Path("gotcha").exists()
+
+
+@pytest.mark.parametrize("uri", ["", "mysql://u:p@127.0.0.1/x", "http://127.0.0.1:9", "http://[bad", "sqlite:///a\0b"])
+def test_a_store_that_cannot_be_read_is_one_line(uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "reversal", "--uri", uri]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and ("uri" in told or "MLflow store" in told)
+
+
+def test_names_are_harmless_in_a_terminal_and_a_spreadsheet(
+    clone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "=cmd|' /C calc'!A0 \x1b[31mred"
+    assert main(["compare", name, "--uri", clone(name, {}), "--out", str(tmp_path / "out")]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+    for path in (tmp_path / "out").glob("*.csv"):
+        assert "\x1b" not in path.read_text() and "\n=" not in path.read_text()
+
+
+def test_an_unwritable_out_is_named(recorded: Recorded, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").write_text("a file")
+    assert main(["compare", "reversal", "--uri", recorded.uri, "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and str(tmp_path / "out") in told

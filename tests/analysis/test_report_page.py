@@ -44,6 +44,7 @@ def _run(name: str, days: pd.DatetimeIndex, instruments: list[str], seed: int) -
         run_id=f"{seed:032d}",
         metrics=dict.fromkeys(("excess_return", "excess_return_with_cost", "information_ratio", "max_drawdown"), 0.1),
         report=report,
+        freq="1day",
         scores=(0.1 * labels + pd.Series(random.normal(0, 0.02, len(index)), index)).rename("score"),
         labels=labels.rename("label"),
         trades=None,
