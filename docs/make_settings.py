@@ -8,7 +8,7 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pandas as pd
 from pydantic.fields import FieldInfo
@@ -112,6 +112,8 @@ def type_text(annotation: Any, bounds: str) -> str:
         return ", ".join(f"`{argument}`" for argument in arguments)
     if origin in (Union, UnionType):
         return " or ".join(filter(None, (type_text(argument, bounds) for argument in arguments)))
+    if origin is Annotated:
+        return type_text(arguments[0], bounds)
     if origin in (list, dict):
         return NAMES[origin]
     if isinstance(annotation, type) and issubclass(annotation, Settings):
