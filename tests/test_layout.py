@@ -11,6 +11,7 @@ import pytest
 import kronos_qlib
 
 PACKAGE = Path(__file__).parents[1] / "kronos_qlib"
+GOLDEN = Path(__file__).parent / "golden" / "small-bits"
 # In order: a room imports from itself and from the rooms before it. A new room has to be given its place here.
 ROOMS = (
     "text addresses files settings hardware nn data forecast train evaluation workflow analysis cli __main__".split()
@@ -88,8 +89,13 @@ for name in {names}:
     import_module(name)
     heavy = {{"pandas", "qlib", "mlflow", "matplotlib", "tensorflow", "peft", "transformers"}} & sys.modules.keys()
     assert not heavy, f"{{name}} imports {{heavy}}"
+golden = {str(GOLDEN)!r}
+Kronos.from_pretrained(golden + "/model"), KronosTokenizer.from_pretrained(golden + "/tokenizer")
+assert "torch._dynamo" not in sys.modules, "to load a network imports torch's compiler"
 import kronos_qlib.evaluation.training_report  # of the process that trains without others
 assert "matplotlib" not in sys.modules, "a training draws when it has ended, not before"
+from kronos_qlib import KronosPredictor
+assert "qlib" not in sys.modules, "a forecast of a DataFrame needs no Qlib"
 """
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from qlib.utils import code_to_fname
 
 from kronos_qlib.data.windows import COLUMNS, Bars
 
@@ -52,6 +51,8 @@ def check_bins(folder: Path, freq: str, names: Iterable[str], fields: Iterable[s
     Raises:
         ValueError: a file that is cut short or begins with no row of the calendar; it is named.
     """
+    from qlib.utils import code_to_fname  # here, as KronosPredictor, which checks bars too, needs no Qlib
+
     fields, sessions, beyond = list(fields), check_calendar_file(calendar), []
     for name in names:
         for field in fields:

@@ -1,7 +1,7 @@
 """Kronos: the decoder-only transformer that continues a sequence of (s1, s2) codes."""
 
 import math
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -127,6 +127,11 @@ class Kronos(HubModule):
         self.dep_layer = DependencyLayer(d_model)
         self.head = DualHead(s1_bits, s2_bits, d_model)
         initialise(self, d_model)
+
+    @classmethod
+    def _least_parameters(cls, config: dict[str, Any]) -> int:
+        codes = 2 ** config["s1_bits"] + 2 ** config["s2_bits"]
+        return super()._least_parameters(config) + 2 * codes * config["d_model"]
 
     def forward(
         self,

@@ -279,7 +279,7 @@ def test_whatever_keeps_the_hub_away_is_told_as_such(monkeypatch, problem):
         ("token_dropout_p", float("nan"), "token_dropout_p: .*, not nan"),
         ("resid_dropout_p", "0.1", "resid_dropout_p: .* valid number, not '0.1'"),
         ("learn_te", "no", "learn_te: .* valid boolean, not 'no'"),
-        ("d_model", 50, r"d_model \(50\) must be a positive multiple of 2 × n_heads"),
+        ("n_heads", 5, r"d_model \(48\) must be a positive multiple of 2 × n_heads"),
     ],
 )
 def test_an_impossible_constructor_argument_is_named(folder, small, key, value, message):
