@@ -1,0 +1,1 @@
+"""Users' files → bars. There is no Kronos in this room."""

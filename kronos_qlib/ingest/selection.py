@@ -1,0 +1,85 @@
+"""The bars of one instrument, from a user's file or straight from the files of a Qlib store."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from kronos_qlib.data.windows import COLUMNS
+from kronos_qlib.ingest.bars import PRICES, read_bars
+from kronos_qlib.ingest.symbols import instrument_name
+from kronos_qlib.ingest.tables import SourceError
+
+
+@dataclass(frozen=True)
+class InstrumentBars:
+    """Bars of one instrument, index time, columns open, high, low, close and volume, amount where known; and findings.
+
+    zone: the time zone of the times' clock, or None.
+    """
+
+    instrument: str
+    bars: pd.DataFrame
+    findings: list[str]
+    zone: str | None = None
+
+
+def read_instrument(source: str, columns: Mapping[str, str] | None = None) -> InstrumentBars:
+    """Read the bars of one instrument.
+
+    Args:
+        source: a file, a file and one of its instruments after a colon, or a store and an instrument.
+        columns: see `read_bars`.
+
+    Raises:
+        SourceError: there are no such bars; one line that names the file.
+    """
+    path, instrument = Path(source), ""
+    if not path.exists() and ":" in source:
+        before, _, instrument = source.rpartition(":")
+        path = Path(before)
+    if path.is_dir():
+        return _of_store(path, instrument)
+    read = read_bars(path, columns)
+    names = read.bars["instrument"].unique().tolist()
+    wanted = instrument_name(instrument) if instrument else names[0]
+    if wanted not in names or (not instrument and len(names) > 1):
+        shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+        raise SourceError(f"{path}: holds {len(names)} instruments; name one as {path}:NAME, of {shown}")
+    bars = read.bars[read.bars["instrument"] == wanted].set_index("time").drop(columns="instrument")
+    findings = list(read.findings)
+    if len(read.rejected):
+        first = read.rejected.iloc[0]
+        findings.append(f"{len(read.rejected)} rows are no bars, line {first['line']} first: {first['reason']}")
+    return InstrumentBars(wanted, bars, findings, read.zone)
+
+
+def _of_store(folder: Path, instrument: str) -> InstrumentBars:
+    """Read an instrument of a Qlib store, of its finest frequency; Qlib itself, which takes seconds, is not needed."""
+    calendars = sorted(path for path in folder.glob("calendars/*.txt") if not path.stem.endswith("_future"))
+    if not calendars:
+        raise SourceError(f"{folder}: no file of bars and no Qlib store, which has calendars/")
+    if not instrument:
+        raise SourceError(f"{folder}: a Qlib store; name an instrument of it as {folder}:INSTRUMENT")
+    home = folder / "features" / instrument.lower()
+    freqs = [path.stem for path in calendars if (home / f"close.{path.stem}.bin").is_file()]
+    if not freqs:
+        raise SourceError(f"{folder}: the store has no bars of {instrument}")
+    freq = min(freqs, key=lambda name: (name == "day", name))
+    times = pd.DatetimeIndex((folder / "calendars" / f"{freq}.txt").read_text().split("\n")[:-1])
+    columns = {}
+    for column in COLUMNS:
+        path = home / f"{column}.{freq}.bin"
+        if path.is_file():
+            first, *_ = values = np.fromfile(path, "<f4")
+            columns[column] = pd.Series(values[1:], times[int(first) : int(first) + len(values) - 1], dtype=float)
+    bars = pd.DataFrame(columns)
+    lacking = [column for column in PRICES if column not in bars]
+    if lacking:
+        raise SourceError(f"{home}: no {lacking[0]}.{freq}.bin")
+    if "volume" in bars and bars["volume"].gt(0).any():
+        bars = bars[bars["volume"] > 0]  # a suspended day is no bar
+    bars = bars[bars[PRICES].notna().all(axis=1)]
+    return InstrumentBars(instrument.upper(), bars, [f"{len(bars):,} bars of {freq} from the store {folder}"])
