@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 from kronos_qlib.analysis.comparison import Comparison
 from kronos_qlib.analysis.fans import Fan
 from kronos_qlib.analysis.results import RunResult
-from kronos_qlib.evaluation.style import DARK, DARK_SERIES, GRID, INK, QUIET, SERIES
+from kronos_qlib.evaluation.palette import DARK, DARK_SERIES, GRID, INK, QUIET, SERIES
 
 ROLLING_DAYS, TURNOVER_DAYS = 60, 20
 MOST_POINTS = 600  # of a line: ten years of seven runs would make the page too large

@@ -13,10 +13,9 @@ from kronos_qlib.analysis.charts import ROLLING_DAYS
 from kronos_qlib.analysis.comparison import Comparison
 from kronos_qlib.analysis.notes import synthetic_note
 from kronos_qlib.analysis.results import RunResult
+from kronos_qlib.evaluation.palette import QUIET, SERIES
 from kronos_qlib.evaluation.style import (
     DASHED,
-    QUIET,
-    SERIES,
     draw_legend,
     draw_title,
     new_figure,

@@ -19,7 +19,7 @@ from kronos_qlib.analysis.fans import Fan, FansError, load_fans
 from kronos_qlib.analysis.notes import backtest_period, synthetic_note
 from kronos_qlib.analysis.results import RunResult
 from kronos_qlib.analysis.verdicts import pair_verdict, residual_verdict, run_verdict
-from kronos_qlib.evaluation.style import DARK, LIGHT
+from kronos_qlib.evaluation.palette import DARK, LIGHT
 from kronos_qlib.files import whole_file
 
 _HERE = Path(__file__).parent

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from textwrap import dedent
 
-from kronos_qlib.cli import check, compare, demo_data, finetune
+from kronos_qlib.cli import check, compare, demo_data, finetune, forecast, ingest
 
 _EPILOG = """\
     A first round, on simulated bars:
@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (demo_data, check, finetune, compare):
+    for command in (forecast, ingest, demo_data, check, finetune, compare):
         command.add_command(commands)
     return parser
 

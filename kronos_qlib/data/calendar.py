@@ -6,8 +6,6 @@ from collections import Counter
 
 import numpy as np
 import pandas as pd
-from qlib.config import C
-from qlib.data.data import Cal
 
 from kronos_qlib.data.stamps import stamps
 
@@ -202,8 +200,29 @@ def check_exchange(exchange: str) -> None:
         raise ValueError(f"unknown exchange {exchange!r}; exchange_calendars knows {known}")
 
 
+def sessions_after_bars(times: pd.DatetimeIndex, horizon: int, exchange: str | None = None) -> pd.DatetimeIndex:
+    """Return the sessions that follow the last of some bars: those of an exchange, or of the bars' own pattern.
+
+    Bars a week or a month apart are followed by bars as far apart, and so are those of a market that never closes.
+    """
+    distance = pd.Series(times).diff().median() if len(times) > 1 else pd.Timedelta(days=1)
+    if distance >= pd.Timedelta(days=6):
+        step = pd.DateOffset(months=round(distance.days / 30.4)) if distance.days > 27 else distance
+        return pd.DatetimeIndex([times[-1] + step * number for number in range(1, horizon + 1)])
+    if exchange == "24/7":
+        return pd.DatetimeIndex([times[-1] + distance * number for number in range(1, horizon + 1)])
+    freq = "day" if distance >= pd.Timedelta(hours=20) and (times == times.normalize()).all() else "1min"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # weekdays without holidays are what a pattern is
+        calendar = SessionCalendar(times, exchange, "", freq, "the bars")
+        return pd.DatetimeIndex(calendar.sessions_after(times[-1:], horizon)[0])
+
+
 def store_calendar(freq: str, exchange: str | None = None) -> SessionCalendar:
     """Return the calendar of the Qlib store in use, with its future sessions if the store has a file of them."""
+    from qlib.config import C  # here, as a forecast of a file needs no Qlib, whose import takes seconds
+    from qlib.data.data import Cal
+
     path = C.dpm.get_data_uri(freq) / "calendars" / f"{freq}_future.txt"
     future = path.exists()  # asking Qlib for a file that is not there costs the user two warnings
     source = f"calendar {path if future else path.with_name(f'{freq}.txt')}"

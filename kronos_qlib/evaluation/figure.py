@@ -9,18 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from kronos_qlib.evaluation.measures import BANDS, perfect_coverage
-from kronos_qlib.evaluation.style import (
-    DASHED,
-    INK,
-    KRONOS,
-    LAST_VALUE,
-    QUIET,
-    VOLATILITY,
-    draw_legend_below,
-    draw_title,
-    new_figure,
-    style_axes,
-)
+from kronos_qlib.evaluation.palette import INK, KRONOS, LAST_VALUE, QUIET, VOLATILITY
+from kronos_qlib.evaluation.style import DASHED, draw_legend_below, draw_title, new_figure, style_axes
 
 _NAMES = {"volatility": "historical volatility", "last_value": "last value"}
 

@@ -9,16 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from kronos_qlib.evaluation.style import (
-    BEHIND_TEXT,
-    INK,
-    QUIET,
-    SERIES,
-    draw_legend,
-    draw_title,
-    new_figure,
-    style_axes,
-)
+from kronos_qlib.evaluation.palette import INK, QUIET, SERIES
+from kronos_qlib.evaluation.style import BEHIND_TEXT, draw_legend, draw_title, new_figure, style_axes
 
 if TYPE_CHECKING:
     from kronos_qlib.evaluation.training_report import TrainingReport

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import TypeAlias, get_args
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 import pandas as pd
@@ -155,6 +155,79 @@ class KronosPredictor:
         paths, _ = self._paths([df], [x_timestamp], [y_timestamp], pred_len, sampling, progress=False)
         return paths[0]
 
+    def predict_df(
+        self,
+        df: pd.DataFrame,
+        future_df: pd.DataFrame | None = None,
+        *,
+        prediction_length: int | None = None,
+        id_column: str = "item_id",
+        timestamp_column: str = "timestamp",
+        target: str | Sequence[str] = "close",
+        quantile_levels: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+        exchange: str | None = None,
+        T: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        sample_count: int = 100,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Forecast the quantiles of many series at once: one long frame in, one out, as chronos-forecasting does.
+
+        Args:
+            df: bars of all series, a row each, with their series and their times; other columns as of `predict`.
+            future_df: series and times to forecast; without it they are the `prediction_length` sessions that follow
+                each series: those of `exchange`, or of the pattern of its bars (`kronos_qlib.data.calendar`).
+            target: the columns of a bar whose quantiles are returned.
+            T, top_k, top_p, sample_count, seed: see `predict`. All tokens are drawn from by default: quantiles are to
+                be calibrated, which a mean need not be.
+
+        Returns:
+            A row for each series, time and target, in the order of `df`: id_column, timestamp_column, target_name,
+            predictions (the median), and a column for each level, such as "0.1". Bars are possible, see
+            `kronos_qlib.forecast.possible_bars`.
+
+        Raises:
+            ValueError: a column is missing, neither future_df nor prediction_length is given, or what `predict` raises.
+        """
+        columns = [target] if isinstance(target, str) else list(target)
+        unknown = [column for column in columns if column not in COLUMNS]
+        levels = [float(level) for level in quantile_levels]
+        if unknown or not columns or not levels or not all(0 < level < 1 for level in levels):
+            raise ValueError(
+                f"KronosPredictor: target should name columns of {list(COLUMNS)}, and quantile_levels lie within 0 … 1"
+            )
+        if (future_df is None) == (prediction_length is None):
+            raise ValueError("KronosPredictor: give either future_df or prediction_length")
+        series = _split(df, "df", id_column, timestamp_column)
+        if future_df is None:
+            futures = {
+                name: _sessions_after(part[timestamp_column], prediction_length, exchange)
+                for name, part in series.items()
+            }
+        else:
+            parts = _split(future_df, "future_df", id_column, timestamp_column)
+            lacking = [name for name in series if name not in parts]
+            if lacking:
+                raise ValueError(f"KronosPredictor: future_df has no times of {id_column} {lacking[0]!r}")
+            futures = {name: parts[name][timestamp_column] for name in series}
+        sampling = Sampling(sample_count, T, top_k, top_p, seed, self.s2_rotation)
+        rows: dict[object, pd.DataFrame] = {}
+        groups: dict[tuple[int, int], list[object]] = {}
+        for name, part in series.items():
+            groups.setdefault((len(part), len(futures[name])), []).append(name)
+        for (_, horizon), names in groups.items():
+            frames = [series[name].drop(columns=[id_column, timestamp_column]) for name in names]
+            x_times = [series[name][timestamp_column] for name in names]
+            paths, y_times = self._paths(
+                frames, x_times, [futures[name] for name in names], horizon, sampling, progress=False
+            )
+            for name, own, times in zip(names, possible_bars(paths), y_times):
+                rows[name] = _quantile_rows(own, times, columns, levels).assign(**{id_column: name})
+        first = {"time": timestamp_column}
+        found = pd.concat([rows[name] for name in series], ignore_index=True).rename(columns=first)
+        return found[[id_column, timestamp_column, *(c for c in found if c not in (id_column, timestamp_column))]]
+
     def _paths(
         self,
         frames: Sequence[pd.DataFrame],
@@ -194,6 +267,53 @@ class KronosPredictor:
             self._weights = prepare_weights(*networks, self.max_context, self.dtype, length)
             self._weights_key, self._weights_length = key, length
         return self._weights
+
+
+def possible_bars(paths: np.ndarray) -> np.ndarray:
+    """Return paths [..., 6] whose bars are possible; the close is unchanged.
+
+    The high is raised to the larger of open and close, the low lowered to the smaller, and a negative volume or amount
+    becomes 0: the network draws the six columns of a bar freely.
+    """
+    bars = paths.copy()
+    bars[..., 1] = paths[..., [0, 1, 3]].max(axis=-1)
+    bars[..., 2] = paths[..., [0, 2, 3]].min(axis=-1)
+    bars[..., 4:] = np.maximum(paths[..., 4:], 0)
+    return bars
+
+
+def _split(frame: pd.DataFrame, name: str, id_column: str, timestamp_column: str) -> dict[object, pd.DataFrame]:
+    """Divide a long frame by series, in their order."""
+    if not isinstance(frame, pd.DataFrame):
+        raise ValueError(f"KronosPredictor: {name} should be a DataFrame, not a {type(frame).__name__}")
+    for column in (id_column, timestamp_column):
+        if column not in frame.columns:
+            raise ValueError(f"KronosPredictor: {name} has no column {column!r}; it has {list(frame.columns)}")
+    return dict(iter(frame.groupby(id_column, sort=False, dropna=False)))
+
+
+def _sessions_after(times: Any, horizon: int | None, exchange: str | None) -> pd.DatetimeIndex:
+    """Return the sessions that follow a series' last bar, with its time zone."""
+    from kronos_qlib.data.calendar import sessions_after_bars
+
+    if not is_whole(horizon) or horizon is None or horizon < 1:
+        raise ValueError(f"KronosPredictor: prediction_length is {horizon!r}; it must be a whole number, at least 1")
+    index = _times(times, len(times), "timestamps", "the number of bars")
+    after = sessions_after_bars(index.tz_localize(None), horizon, exchange)
+    return after if index.tz is None else after.tz_localize(index.tz, nonexistent="shift_forward", ambiguous=False)
+
+
+def _quantile_rows(
+    paths: np.ndarray, times: pd.DatetimeIndex, columns: Sequence[str], levels: Sequence[float]
+) -> pd.DataFrame:
+    """Tabulate the quantiles of some columns of paths [S, P, 6], a row for each time and column."""
+    tables = []
+    for column in columns:
+        values = paths[..., COLUMNS.index(column)]
+        quantiles = np.quantile(values, [0.5, *levels], axis=0)
+        named = {"time": times, "target_name": column, "predictions": quantiles[0]}
+        tables.append(pd.DataFrame(named | {f"{level:g}": row for level, row in zip(levels, quantiles[1:])}))
+    return pd.concat(tables, ignore_index=True)
 
 
 def _fingerprint(network: torch.nn.Module) -> tuple[object, ...]:

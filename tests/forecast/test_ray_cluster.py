@@ -25,7 +25,11 @@ def cluster(monkeypatch):
     monkeypatch.setattr(runs, "CHUNK_WINDOWS", 32)
     monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    cluster = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False, "no_monitor": True})
+    head = NODE | {"include_dashboard": False, "no_monitor": True}
+    try:
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+    except Exception:  # Ray gives a node 30 seconds to start, which a busy machine may need: once more
+        cluster = Cluster(initialize_head=True, head_node_args=head)
     yield cluster
     ray.shutdown()
     cluster.shutdown()

@@ -1,0 +1,162 @@
+"""`kronos-qlib forecast`: forecast the bars that follow a file, or an instrument of a store."""
+
+import argparse
+from pathlib import Path
+from textwrap import dedent
+from typing import TYPE_CHECKING
+
+from kronos_qlib.cli.command import Commands, fail
+
+if TYPE_CHECKING:
+    from kronos_qlib.analysis.bar_forecast import BarForecast
+    from kronos_qlib.forecast.predictor import KronosPredictor
+
+_DESCRIPTION = """\
+    Read bars from a file (CSV of any delimiter and encoding, Parquet, Feather, zip, gz; columns by their usual names)
+    or from a Qlib store, draw sample paths of the bars that follow, print a table of the close (median, half and nine
+    tenths of the paths, the share that ends above the last close, median low and high) and write a CSV file and a page
+    with candles, fan and paths. Nothing has to be set up.
+
+    The times of the bars to come are the sessions of --exchange, of mainland China's or around the clock where the
+    symbol tells, or of the pattern of the bars. The bars forecast are possible ones: high and low are moved beyond open
+    and close, a volume below zero becomes 0; the close is as drawn.
+"""
+
+_EXAMPLES = """\
+    examples:
+      kronos-qlib forecast BTCUSDT-1h.csv --model small --horizon 48
+      kronos-qlib forecast prices.parquet:AAPL --model small --at 2024-06-28      from that day, and what came
+      kronos-qlib forecast runs/demo/market:DEMO0001 --model runs/demo/kronos      with what `make demo` has trained
+      kronos-qlib forecast mine.csv --model small --map close=Last --out mine.html
+"""
+
+
+def add_command(commands: Commands) -> None:
+    """Add the command to the parser of `kronos-qlib`."""
+    command = commands.add_parser(
+        "forecast",
+        help="forecast the bars that follow a file",
+        description=dedent(_DESCRIPTION),
+        epilog=dedent(_EXAMPLES),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("source", metavar="FILE|STORE:INSTRUMENT", help="bars; FILE:INSTRUMENT of a file with several")
+    command.add_argument("--horizon", type=int, default=24, metavar="N", help="bars to forecast (default: 24)")
+    command.add_argument("--lookback", type=int, default=400, metavar="N", help="bars seen at most (default: 400)")
+    command.add_argument(
+        "--model",
+        required=True,
+        metavar="NAME|DIR",
+        help="mini, small or base, as published (fetched once), or a folder: tokenizer/ and model/, or a training",
+    )
+    command.add_argument("--samples", type=int, default=100, metavar="N", help="sample paths (default: 100)")
+    command.add_argument("--at", metavar="DATE", help="forecast from the last bar up to then, and show what came")
+    command.add_argument("--exchange", metavar="NAME", help="whose sessions follow, such as XSHG, XNYS, 24/7")
+    command.add_argument(
+        "--map", action="append", default=[], metavar="COLUMN=NAME", help="a foreign column's name, close=Last"
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random numbers (default: 0)")
+    command.add_argument("--device", default="cpu", help="cpu, cuda, auto (default: cpu)")
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=Path("forecast.html"),
+        metavar="PAGE",
+        help="the page; the CSV file lies beside it (default: forecast.html)",
+    )
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command and return its exit status."""
+    import warnings
+
+    from kronos_qlib.analysis.bar_forecast import terminal_text, write_csv, write_page
+
+    warnings.filterwarnings("ignore")  # what was found is among the notes
+    try:
+        forecast = _forecast(options)
+        print(terminal_text(forecast))
+        written = [write_csv(forecast, options.out.with_suffix(".csv")), write_page(forecast, options.out)]
+    except (ValueError, OSError) as error:
+        return fail("forecast", error)
+    print(f"\nwritten: {', '.join(map(str, written))}")
+    return 0
+
+
+def _forecast(options: argparse.Namespace) -> "BarForecast":
+    import pandas as pd
+
+    from kronos_qlib.analysis.bar_forecast import BarForecast
+    from kronos_qlib.data.calendar import check_exchange, sessions_after_bars
+    from kronos_qlib.ingest.selection import read_instrument
+    from kronos_qlib.ingest.symbols import exchange_of
+
+    for name, least in (("horizon", 1), ("lookback", 2), ("samples", 1)):
+        if getattr(options, name) < least:
+            raise ValueError(f"--{name} is {getattr(options, name)}; it should be at least {least}")
+    if options.exchange:
+        check_exchange(options.exchange)
+    columns = dict(_pair(text) for text in options.map)
+    found = read_instrument(options.source, columns)
+    bars = found.bars
+    later = bars.iloc[:0]
+    if options.at:
+        try:
+            at = pd.Timestamp(options.at)
+        except ValueError:
+            raise ValueError(f"--at {options.at!r} is no date") from None
+        at = at + pd.Timedelta(days=1) - pd.Timedelta(1, "ns") if at == at.normalize() else at
+        bars, later = bars[bars.index <= at], bars[bars.index > at]
+    if len(bars) < 2:
+        raise ValueError(
+            f"{options.source}: {len(bars)} bars to forecast from{f' up to {options.at}' if options.at else ''}"
+        )
+    exchange = options.exchange or exchange_of(found.instrument)
+    times = sessions_after_bars(pd.DatetimeIndex(bars.index), options.horizon, exchange)
+    bars = bars.iloc[-options.lookback :]
+    predictor, note = _predictor(options.model, options.device)
+    from kronos_qlib.forecast.predictor import possible_bars
+
+    paths = possible_bars(
+        predictor.predict_paths(bars, bars.index, times, len(times), sample_count=options.samples, seed=options.seed)
+    )
+    came = later[later.index.isin(times)]
+    sessions = exchange or "the pattern of the bars, without holidays"
+    notes = [
+        note,
+        f"Sessions ahead: {sessions}. Sampled at temperature 1 from all tokens, seed {options.seed}.",
+        *found.findings,
+    ]
+    return BarForecast(found.instrument, bars, times, paths, came, notes)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    column, equals, name = text.partition("=")
+    if not (column and equals and name):
+        raise ValueError(f"--map {text!r} should be COLUMN=NAME, such as close=Last")
+    return column, name
+
+
+def _predictor(name: str, device: str) -> tuple["KronosPredictor", str]:
+    """Load the networks of a name of the zoo or of a folder, and say what they are."""
+    from kronos_qlib.forecast.predictor import KronosPredictor
+    from kronos_qlib.nn import Kronos, KronosTokenizer, zoo
+
+    entry = zoo.MODELS.get(name)
+    folder = Path(name)
+    if entry is not None and entry.hub_id is not None and entry.tokenizer is not None:
+        sources: tuple[str | Path, str | Path] = str(zoo.TOKENIZERS[entry.tokenizer].hub_id), entry.hub_id
+    elif folder.is_dir():
+        places = [(folder / "tokenizer", folder / "model"), (folder / "tokenizer/best", folder / "predictor/best")]
+        found = next((pair for pair in places if all(place.is_dir() for place in pair)), None)
+        if found is None:
+            raise ValueError(f"--model {name}: the folder has no tokenizer/ and model/, nor a training's best/ of both")
+        sources = found
+    else:
+        known = [known for known, entry in zoo.MODELS.items() if entry.hub_id is not None]
+        raise ValueError(f"--model {name!r} is neither a folder nor one of {', '.join(known)}")
+    tokenizer, model = KronosTokenizer.from_pretrained(sources[0]), Kronos.from_pretrained(sources[1])
+    note = f"Model: {name}, {model.n_parameters:,} parameters."
+    context = entry.max_context if entry is not None and entry.max_context else 512
+    return KronosPredictor(model, tokenizer, device, context, s2_rotation="aligned"), note
