@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from kronos_qlib.data.checks import impossible_bars
 from kronos_qlib.data.columns import find_columns, is_rate, plain_name
 from kronos_qlib.data.dates import read_times
 from kronos_qlib.data.windows import COLUMNS
@@ -111,7 +112,9 @@ def _table_bars(table: RawTable, given: Mapping[str, str]) -> SourceBars:
     faults.append((np.isnat(times), "no time"))
     instruments = _instruments(table, given, rows)
     faults.append((instruments == "", "no instrument"))
-    faults.append((np.min([values[column] for column in PRICES], axis=0) <= 0, "a price of zero or less"))
+    prices = np.stack([values[column] for column in PRICES], axis=1)
+    faults.append((prices.min(axis=1) <= 0, "a price of zero or less"))
+    faults.append((impossible_bars(prices), "open or close outside low … high"))
     bad = np.any([wrong for wrong, _ in faults], axis=0)
     findings.append(f"columns: {', '.join(f'{column} = {found[column]}' for column in found)}")
     frame = pd.DataFrame({"instrument": instruments, "time": times, **values}, copy=False)

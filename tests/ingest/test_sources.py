@@ -85,13 +85,14 @@ def test_rows_that_are_no_bars_are_kept_with_file_line_and_reason(tmp_path):
     lines[5] = ",".join(["", *lines[5].split(",")[1:]])
     lines[7] = lines[7] + ",1,2"
     lines[9] = lines[9].replace(lines[9].split(",")[4], "-3")
+    lines[11] = lines[11].replace(lines[11].split(",")[2], "1.5")  # the high
     (tmp_path / "A.csv").write_text("\n".join(lines) + "\n")
     summary = ingest([tmp_path / "A.csv"], tmp_path / "store")
     rejected = pd.read_csv(tmp_path / "store" / "rejected.csv").sort_values("line")
-    assert summary.bars + summary.rejected == len(TRUTH) and summary.rejected == 4
+    assert summary.bars + summary.rejected == len(TRUTH) and summary.rejected == 5
     assert rejected["file"].unique().tolist() == ["A.csv"]
-    assert rejected["line"].tolist() == [4, 6, 8, 10]
-    assert rejected["reason"].str.contains("open is no number|no time|cells, not|zero or less").all()
+    assert rejected["line"].tolist() == [4, 6, 8, 10, 12]
+    assert rejected["reason"].str.contains("open is no number|no time|cells, not|zero or less|outside low").all()
 
 
 def test_more_bars_are_added_and_a_changed_history_is_refused(tmp_path):
