@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import TypeAlias
 
 from kronos_qlib.text import printable
@@ -13,3 +14,14 @@ def fail(command: str, error: Exception, status: int = 2) -> int:
     """Print an error of a command in one line on stderr and return its exit status."""
     print(f"kronos-qlib {command}: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
     return status
+
+
+def parse_pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
+    """Divide the NAME=VALUE texts of an option. Raises ValueError, which names it, for another text."""
+    pairs = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if not (name and value):
+            raise ValueError(f"{option} {text!r} should be NAME=VALUE, such as close=Last")
+        pairs[name] = value
+    return pairs

@@ -5,7 +5,7 @@ from pathlib import Path
 from textwrap import dedent
 from typing import TYPE_CHECKING
 
-from kronos_qlib.cli.command import Commands, fail
+from kronos_qlib.cli.command import Commands, fail, parse_pairs
 
 if TYPE_CHECKING:
     from kronos_qlib.analysis.bar_forecast import BarForecast
@@ -97,7 +97,7 @@ def _forecast(options: argparse.Namespace) -> "BarForecast":
             raise ValueError(f"--{name} is {getattr(options, name)}; it should be at least {least}")
     if options.exchange:
         check_exchange(options.exchange)
-    columns = dict(_pair(text) for text in options.map)
+    columns = parse_pairs("--map", options.map)
     found = read_instrument(options.source, columns)
     bars = found.bars
     later = bars.iloc[:0]
@@ -129,13 +129,6 @@ def _forecast(options: argparse.Namespace) -> "BarForecast":
         *found.findings,
     ]
     return BarForecast(found.instrument, bars, times, paths, came, notes)
-
-
-def _pair(text: str) -> tuple[str, str]:
-    column, equals, name = text.partition("=")
-    if not (column and equals and name):
-        raise ValueError(f"--map {text!r} should be COLUMN=NAME, such as close=Last")
-    return column, name
 
 
 def _predictor(name: str, device: str) -> tuple["KronosPredictor", str]:

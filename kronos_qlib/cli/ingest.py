@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from textwrap import dedent
 
-from kronos_qlib.cli.command import Commands, fail
+from kronos_qlib.cli.command import Commands, fail, parse_pairs
 from kronos_qlib.text import printable
 
 _DESCRIPTION = """\
@@ -58,9 +58,8 @@ def run(options: argparse.Namespace) -> int:
     from kronos_qlib.ingest.store import ingest
 
     try:
-        columns, universes = (dict(_pair(option, text) for text in given) for option, given in (
-            ("--map", options.map), ("--universe", options.universe)
-        ))  # fmt: skip
+        columns = parse_pairs("--map", options.map)
+        universes = parse_pairs("--universe", options.universe)
         summary = ingest(
             options.sources,
             options.store,
@@ -82,10 +81,3 @@ def run(options: argparse.Namespace) -> int:
         f"{' (rejected.csv)' if summary.rejected else ''}"
     )
     return 0
-
-
-def _pair(option: str, text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not (name and equals and value):
-        raise ValueError(f"{option} {text!r} should be NAME=VALUE")
-    return name, value

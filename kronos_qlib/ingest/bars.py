@@ -19,6 +19,7 @@ from kronos_qlib.ingest.symbols import instrument_name
 from kronos_qlib.ingest.tables import MISSING, RawTable, SourceError, read_tables
 
 PRICES = list(COLUMNS[:4])
+RATE_BARS = 100  # by which it is decided whether a turnover is a rate
 _ISO = re.compile(r"\d{4}-\d\d-\d\d($|[ T]\d\d:)")
 # Of a bar's time, the surest first; a date and a time of day in two columns are put together.
 TIMES = (
@@ -125,8 +126,9 @@ def _table_bars(table: RawTable, given: Mapping[str, str]) -> SourceBars:
         lines = np.arange(rows + len(rejected)) + table.first_line
         own = pd.DataFrame({"line": np.setdiff1d(lines, rejected["line"])[bad], "reason": reasons})
         rejected = pd.concat([own, rejected], ignore_index=True)
+    first = frame.nsmallest(RATE_BARS, "time")  # no later bar decides what an earlier one means
     if plain_name(found.get("amount", "")) == "turnover" and is_rate(
-        frame["amount"], frame["close"], frame.get("volume")
+        first["amount"], first["close"], first.get("volume")
     ):
         findings.append("turnover is a rate, as its values are below price × volume: no amount")
         frame = frame.drop(columns="amount")

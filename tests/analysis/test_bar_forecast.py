@@ -87,7 +87,7 @@ def test_the_forecast_sees_nothing_of_what_came(networks, tmp_path):
         (["--horizon", "0"], "--horizon is 0"),
         (["--at", "someday"], "--at 'someday' is no date"),
         (["--at", "1990-01-01"], "0 bars to forecast from up to 1990-01-01"),
-        (["--map", "close"], "--map 'close' should be COLUMN=NAME"),
+        (["--map", "close"], "--map 'close' should be NAME=VALUE"),
         (["--map", "close=Last"], "no column 'Last' for close"),
         (["--exchange", "NOWHERE"], "unknown exchange 'NOWHERE'"),
         (["--model", "huge"], "--model 'huge' is neither a folder nor one of"),
