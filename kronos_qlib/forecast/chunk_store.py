@@ -1,6 +1,7 @@
 """Keep the finished chunks of a forecast on disk, and find them by the digests of what decides them."""
 
 import contextlib
+import io
 import json
 import logging
 import time
@@ -20,6 +21,8 @@ from kronos_qlib.forecast.task import DIGEST_BYTES, Task
 logger = logging.getLogger("qlib.KronosForecast")
 SETTINGS, CHUNKS = "forecast.json", "chunk-*.parquet"
 DRAFT_SECONDS = 3600  # an unfinished file that is older has no writer any more
+CHECKSUM, KIND = b"kronos_qlib.checksum", b"blake2b:"  # key and value in the file's metadata, followed by the digest
+NO_DIGEST = b"0" * 32
 
 
 def divide(missing: np.ndarray, size: int) -> list[np.ndarray]:
@@ -117,8 +120,14 @@ class ChunkStore:
         if not settings.exists():
             with whole_file(settings) as draft:
                 draft.write_text(json.dumps(self.task.identity, indent=2) + "\n")
+        file = io.BytesIO()
+        with pq.ParquetWriter(file, table.schema, compression="zstd", write_page_checksum=True) as writer:
+            writer.write_table(table)
+            writer.add_key_value_metadata({CHECKSUM: KIND + NO_DIGEST})
+        content, place = bytearray(file.getbuffer()), file.getvalue().rindex(KIND + NO_DIGEST) + len(KIND)
+        content[place : place + len(NO_DIGEST)] = _checksum(content)
         with whole_file(path) as draft:
-            pq.write_table(table, draft, compression="zstd", write_page_checksum=True)
+            draft.write_bytes(content)
         return path
 
     def path(self, digests: np.ndarray) -> Path:
@@ -145,7 +154,11 @@ class ChunkStore:
         kinds = schema(self.task)
         wanted = columns or kinds.names
         try:
-            stored = pq.read_schema(path)
+            file = pa.memory_map(str(path)) if columns else pa.BufferReader(content := path.read_bytes())
+            if columns is None and not is_whole(content):
+                self._discard(path, "its checksum is another")
+                return None
+            stored = pq.read_schema(file)
             if "paths" in wanted and "paths" not in stored.names:
                 return None
             lacking = [name for name in wanted if name not in stored.names]
@@ -157,7 +170,7 @@ class ChunkStore:
                 kind = f"{stored.field(other[0]).type}, not {kinds.field(other[0]).type}"
                 self._discard(path, f"its column {other[0]!r} holds {kind}")
                 return None
-            table = pq.read_table(path, columns=wanted, page_checksum_verification=True, memory_map=False)
+            table = pq.read_table(file, columns=wanted, page_checksum_verification=True)
         except FileNotFoundError:
             return None
         except (OSError, pa.ArrowException) as error:
@@ -174,6 +187,21 @@ class ChunkStore:
     def _discard(self, path: Path, why: str) -> None:
         logger.warning(f"{path} is damaged ({why}): its windows are computed again")
         path.unlink(missing_ok=True)
+
+
+def _checksum(content: bytearray) -> bytes:
+    """Return the digest of a file whose own digest is NO_DIGEST."""
+    return blake2b(content, digest_size=len(NO_DIGEST) // 2).hexdigest().encode()
+
+
+def is_whole(content: bytes) -> bool:
+    """Whether a file has the digest that it names, or names none: pages of earlier versions have checksums only."""
+    place = content.rfind(KIND) + len(KIND)
+    if place < len(KIND):
+        return CHECKSUM not in content
+    blank = bytearray(content)
+    found, blank[place : place + len(NO_DIGEST)] = content[place : place + len(NO_DIGEST)], NO_DIGEST
+    return found == _checksum(blank)
 
 
 def _digests(table: pa.Table) -> np.ndarray:

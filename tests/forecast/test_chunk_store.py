@@ -46,6 +46,13 @@ def test_a_damaged_chunk_is_reported_and_computed_again(plain, cache_dir, caplog
     assert path.exists() and path.read_bytes() != content
 
 
+def test_every_turned_bit_of_a_chunk_is_noticed(cache_dir):
+    content = chunks(cache_dir)[0].read_bytes()
+    assert stores.is_whole(content)
+    places = {*range(0, len(content), 97), *range(len(content) - 3000, len(content))}  # the metadata are at the end
+    assert not [at for at in places if stores.is_whole(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])]
+
+
 def test_a_file_that_cannot_be_read_now_is_not_taken_for_damaged(cache_dir, monkeypatch):
 
     def busy(*args, **options):
