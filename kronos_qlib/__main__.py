@@ -1,8 +1,6 @@
 """`python -m kronos_qlib …`: the command `kronos-qlib`, in a form that torchrun can start."""
 
-import sys
-
-from kronos_qlib.cli import main
+from kronos_qlib.cli import run_and_exit
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit()

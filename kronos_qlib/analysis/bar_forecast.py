@@ -1,24 +1,22 @@
 """The forecast of one series of bars for people: a table, a CSV file, and one page with candles, fan and paths."""
 
 import html
-import json
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from kronos_qlib.analysis.pages import chart_page
 from kronos_qlib.data.windows import CLOSE, COLUMNS
-from kronos_qlib.evaluation.palette import DARK, DARK_SERIES, LIGHT, SERIES
+from kronos_qlib.evaluation.palette import DARK_SERIES, SERIES
 from kronos_qlib.files import whole_file
 from kronos_qlib.text import csv_cell, printable
 
 QUANTILES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
 SHOWN_BARS, SHOWN_PATHS = 120, 20
 _RISE, _FALL = "#009E73", "#D55E00"
-_STYLE = Path(__file__).with_name("report.css")
 
 
 @dataclass(frozen=True)
@@ -86,47 +84,22 @@ def write_csv(forecast: BarForecast, path: Path) -> Path:
 
 def write_page(forecast: BarForecast, path: Path) -> Path:
     """Write one page that needs no network: candles and volume, fan, paths, table, notes."""
-    spec = find_spec("plotly")  # its folder only: to import it takes a second
-    assert spec is not None and spec.submodule_search_locations
-    script = (Path(spec.submodule_search_locations[0]) / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
-    figure = json.dumps(_figure(forecast)).replace("<", "\\u003c")
-    title = html.escape(printable(forecast.instrument))
-    last = forecast.bars.index[-1]
-    table = forecast.table()
+    table, last = forecast.table(), forecast.bars.index[-1]
+    daily = (forecast.times == forecast.times.normalize()).all()
     heads = "".join(f'<th scope="col">{name}</th>' for name in ["", *table.columns])
     body = "".join(
-        f'<tr><th scope="row">{time}</th>{"".join(_cell(name, value) for name, value in row.items())}</tr>'
+        f'<tr><th scope="row">{time.date() if daily else time}</th>'
+        f"{''.join(_cell(name, value) for name, value in row.items())}</tr>"
         for time, row in table.iterrows()
     )
     notes = "".join(f"<li>{html.escape(printable(note))}</li>" for note in forecast.notes)
-    style = "".join(
-        f"{before}:root {{ {' '.join(f'--{name}: {colour};' for name, colour in colours.items())} }}{after}"
-        for before, colours, after in (("", LIGHT, ""), ("@media (prefers-color-scheme: dark) {", DARK, "}"))
-    )
-    page = f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark"><title>{title}: forecast</title><link rel="icon" href="data:,">
-<style>{style}{_STYLE.read_text()}</style></head><body>
-<header><h1>{title}</h1><p class="quiet">{len(forecast.paths)} sample paths of {len(forecast.times)} bars
-after {last}, drawn from {len(forecast.bars)} bars by Kronos</p></header>
-<main><div id="chart" style="min-height: 620px"></div>
-<h2>Each bar</h2>
+    paths, steps, seen = len(forecast.paths), len(forecast.times), len(forecast.bars)
+    after = last.date() if daily else last
+    lead = f"{paths} sample paths of {steps} bars after {after}, drawn from {seen} bars by Kronos"
+    content = f"""<h2>Each bar</h2>
 <div class="scroll" tabindex="0"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>
-<h2>Notes</h2><ul class="notes">{notes}</ul></main>
-<script>{script}</script><script type="application/json" id="figure">{figure}</script>
-<script>
-const figure = JSON.parse(document.getElementById("figure").textContent);
-const style = getComputedStyle(document.documentElement), colour = name => style.getPropertyValue("--" + name).trim();
-const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-for (const trace of figure.data)
-  if (dark && trace.meta) trace[trace.meta[0]] = Object.assign({{}}, trace[trace.meta[0]], trace.meta[1]);
-const axis = {{gridcolor: colour("line"), linecolor: colour("line"), zerolinecolor: colour("line")}};
-for (const name of ["xaxis", "yaxis", "yaxis2"]) Object.assign(figure.layout[name], axis);
-const ground = {{paper_bgcolor: colour("ground"), plot_bgcolor: colour("ground")}};
-Object.assign(figure.layout, ground, {{font: {{color: colour("ink"), size: 13}}}});
-Plotly.newPlot("chart", figure.data, figure.layout, {{responsive: true, displaylogo: false}});
-</script></body></html>
-"""
+<h2>Notes</h2><ul class="notes">{notes}</ul>"""
+    page = chart_page(f"{forecast.instrument}: forecast", lead, _figure(forecast), content)
     with whole_file(path) as draft:
         draft.write_text(page, encoding="utf-8")
     return path
@@ -215,7 +188,7 @@ def _figure(forecast: BarForecast) -> dict[str, Any]:
         "height": 620,
         "margin": {"l": 60, "r": 16, "t": 16, "b": 40},
         "hovermode": "closest",
-        "legend": {"orientation": "h", "y": 1.06, "x": 0},
+        "legend": {"orientation": "h", "y": -0.1, "yanchor": "top", "x": 0},
         "xaxis": {
             "tickvals": ticks,
             "ticktext": [shown[tick][:16].removesuffix(" 00:00") for tick in ticks],

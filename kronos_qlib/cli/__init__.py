@@ -1,13 +1,23 @@
 """The command `kronos-qlib`, before and after Qlib's own `qrun workflows/X.yaml`. One file a command."""
 
 import argparse
+import gc
+import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from textwrap import dedent
+from typing import NoReturn
 
-from kronos_qlib.cli import check, compare, demo_data, finetune, forecast, ingest
+from kronos_qlib.cli import check, compare, demo_data, finetune, forecast, ingest, workflow
 
 _EPILOG = """\
+    With your own bars:
+      kronos-qlib forecast bars.csv                          the bars to come, at once, as a table and a page
+      kronos-qlib ingest bars.csv store                      a Qlib store of them
+      kronos-qlib workflow store --out mine.yaml             a workflow for it, and LightGBM's beside it
+      qrun mine.yaml && qrun mine_lightgbm.yaml
+      kronos-qlib compare mine mine_lightgbm
+
     A first round, on simulated bars:
       kronos-qlib demo-data runs/demo/market
       kronos-qlib check workflows/kronos_demo.yaml
@@ -26,6 +36,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return options.run(options)
 
 
+def run_and_exit() -> NoReturn:
+    """Run the command and end the process: what the shell calls.
+
+    What was imported is not collected before: for torch that alone takes a second.
+    """
+    status = main()
+    gc.freeze()
+    sys.exit(status)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kronos-qlib",
@@ -35,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (forecast, ingest, demo_data, check, finetune, compare):
+    for command in (forecast, ingest, demo_data, workflow, check, finetune, compare):
         command.add_command(commands)
     return parser
 

@@ -1,6 +1,7 @@
 """`kronos-qlib forecast`: forecast the bars that follow a file, or an instrument of a store."""
 
 import argparse
+import gc
 from pathlib import Path
 from textwrap import dedent
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ _DESCRIPTION = """\
 
 _EXAMPLES = """\
     examples:
-      kronos-qlib forecast BTCUSDT-1h.csv --model small --horizon 48
+      kronos-qlib forecast BTCUSDT-1h.csv --horizon 48                            with nano: small, offline, at once
       kronos-qlib forecast prices.parquet:AAPL --model small --at 2024-06-28      from that day, and what came
       kronos-qlib forecast runs/demo/market:DEMO0001 --model runs/demo/kronos      with what `make demo` has trained
       kronos-qlib forecast mine.csv --model small --map close=Last --out mine.html
@@ -45,9 +46,10 @@ def add_command(commands: Commands) -> None:
     command.add_argument("--lookback", type=int, default=400, metavar="N", help="bars seen at most (default: 400)")
     command.add_argument(
         "--model",
-        required=True,
+        default="nano",
         metavar="NAME|DIR",
-        help="mini, small or base, as published (fetched once), or a folder: tokenizer/ and model/, or a training",
+        help="nano, which comes with this package (default), mini, small or base as published (fetched once), or a "
+        "folder: tokenizer/ and model/, or a training",
     )
     command.add_argument("--samples", type=int, default=100, metavar="N", help="sample paths (default: 100)")
     command.add_argument("--at", metavar="DATE", help="forecast from the last bar up to then, and show what came")
@@ -55,6 +57,7 @@ def add_command(commands: Commands) -> None:
     command.add_argument(
         "--map", action="append", default=[], metavar="COLUMN=NAME", help="a foreign column's name, close=Last"
     )
+    command.add_argument("--symbols", action="append", default=[], metavar="SYMBOL=NAME", help="as in ingest")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random numbers (default: 0)")
     command.add_argument("--device", default="cpu", help="cpu, cuda, auto (default: cpu)")
     command.add_argument(
@@ -71,15 +74,20 @@ def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit status."""
     import warnings
 
-    from kronos_qlib.analysis.bar_forecast import terminal_text, write_csv, write_page
-
     warnings.filterwarnings("ignore")  # what was found is among the notes
+    collected = gc.isenabled()
+    gc.disable()  # half a second of the imports: there is no garbage among them
     try:
+        from kronos_qlib.analysis.bar_forecast import terminal_text, write_csv, write_page
+
         forecast = _forecast(options)
         print(terminal_text(forecast))
         written = [write_csv(forecast, options.out.with_suffix(".csv")), write_page(forecast, options.out)]
     except (ValueError, OSError) as error:
         return fail("forecast", error)
+    finally:
+        if collected:
+            gc.enable()
     print(f"\nwritten: {', '.join(map(str, written))}")
     return 0
 
@@ -97,8 +105,8 @@ def _forecast(options: argparse.Namespace) -> "BarForecast":
             raise ValueError(f"--{name} is {getattr(options, name)}; it should be at least {least}")
     if options.exchange:
         check_exchange(options.exchange)
-    columns = parse_pairs("--map", options.map)
-    found = read_instrument(options.source, columns)
+    columns, symbols = parse_pairs("--map", options.map), parse_pairs("--symbols", options.symbols)
+    found = read_instrument(options.source, columns, symbols)
     bars = found.bars
     later = bars.iloc[:0]
     if options.at:
@@ -136,10 +144,9 @@ def _predictor(name: str, device: str) -> tuple["KronosPredictor", str]:
     from kronos_qlib.forecast.predictor import KronosPredictor
     from kronos_qlib.nn import Kronos, KronosTokenizer, zoo
 
-    entry = zoo.MODELS.get(name)
-    folder = Path(name)
-    if entry is not None and entry.hub_id is not None and entry.tokenizer is not None:
-        sources: tuple[str | Path, str | Path] = str(zoo.TOKENIZERS[entry.tokenizer].hub_id), entry.hub_id
+    entry, folder = zoo.MODELS.get(name), Path(name)
+    if entry is not None and entry.tokenizer is not None and entry.trained_until is not None:
+        sources: tuple[str | Path, str | Path] = entry.tokenizer, name
     elif folder.is_dir():
         places = [(folder / "tokenizer", folder / "model"), (folder / "tokenizer/best", folder / "predictor/best")]
         found = next((pair for pair in places if all(place.is_dir() for place in pair)), None)
@@ -147,9 +154,13 @@ def _predictor(name: str, device: str) -> tuple["KronosPredictor", str]:
             raise ValueError(f"--model {name}: the folder has no tokenizer/ and model/, nor a training's best/ of both")
         sources = found
     else:
-        known = [known for known, entry in zoo.MODELS.items() if entry.hub_id is not None]
+        known = [known for known, entry in zoo.MODELS.items() if entry.trained_until is not None]
         raise ValueError(f"--model {name!r} is neither a folder nor one of {', '.join(known)}")
     tokenizer, model = KronosTokenizer.from_pretrained(sources[0]), Kronos.from_pretrained(sources[1])
     note = f"Model: {name}, {model.n_parameters:,} parameters."
+    if entry is not None and entry.trained_until is not None:
+        note += f" Trained on bars up to {entry.trained_until}: what it says of earlier days it may have seen."
+    if name == "nano":
+        note += f" {zoo.SHIPPED_NOTE}."
     context = entry.max_context if entry is not None and entry.max_context else 512
     return KronosPredictor(model, tokenizer, device, context, s2_rotation="aligned"), note

@@ -10,11 +10,14 @@ from kronos_qlib.text import printable
 _DESCRIPTION = """\
     Read files or folders of bars and write them as a Qlib store: CSV of any delimiter and encoding, Parquet, Feather,
     zip and gz of them; one file an instrument, or many instruments in a file; columns and symbols under the names that
-    usual sources give them. Units, adjustment and frequency are found from the figures, and each finding is printed
-    with the figure behind it. Rows that are no bars go to rejected.csv in the store, with file, line and reason.
+    usual sources give them. Units, adjustment, frequency and what a bar's time is (its start or its end; the store has
+    the start, as Qlib's have) are found from the figures, and each finding is printed with the figure behind it. Rows
+    that are no bars go to rejected.csv in the store, with file, line and reason.
 
     The store is written aside and moved into place: there is a whole one or none. An existing one is never changed
     but by --append, which adds bars and refuses a history that differs.
+
+    Then: kronos-qlib check STORE, kronos-qlib workflow STORE.
 """
 
 _EXAMPLES = """\
@@ -22,8 +25,9 @@ _EXAMPLES = """\
       kronos-qlib ingest downloads/ ~/.qlib/qlib_data/mine
       kronos-qlib ingest prices.csv store --map close=Last --map time=When
       kronos-qlib ingest today.csv store --append
-      kronos-qlib ingest bars/ store --universe csi300=members.txt --tz Asia/Shanghai
+      kronos-qlib ingest bars/ store --universe csi300=members.txt --benchmark index.csv --tz Asia/Shanghai
 """
+SHOWN = 40  # findings
 
 
 def add_command(commands: Commands) -> None:
@@ -42,7 +46,17 @@ def add_command(commands: Commands) -> None:
     command.add_argument("--unit", default="auto", help="shares, lots, lots,thousands or thousands (default: auto)")
     command.add_argument("--adjust", default="auto", help="none, adjusted_close or factor (default: auto)")
     command.add_argument("--freq", default="auto", help="day, or minutes such as 5min (default: auto)")
-    command.add_argument("--tz", help="time zone of the store's clock, for sources whose times have one")
+    command.add_argument("--label", default="auto", help="what a bar's time is: start or end (default: auto)")
+    command.add_argument(
+        "--tz", metavar="ZONE", help="time zone of the store's clock, for sources whose times have one"
+    )
+    command.add_argument(
+        "--symbols",
+        action="append",
+        default=[],
+        metavar="SYMBOL=NAME",
+        help="the name of a symbol's instrument, where its spelling does not tell: 000300=SH000300",
+    )
     command.add_argument(
         "--universe",
         action="append",
@@ -50,31 +64,45 @@ def add_command(commands: Commands) -> None:
         metavar="NAME=FILE",
         help="members: name, first and last date, by tabs",
     )
+    command.add_argument(
+        "--benchmark", metavar="FILE|NAME", help="an index: a file of its bars, or one of the instruments; not in all"
+    )
+    command.add_argument(
+        "--rebase", action="store_true", help="with --append: bring new bars to the base of the store's adjusted prices"
+    )
     command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit status."""
-    from kronos_qlib.ingest.store import ingest
+    from kronos_qlib.ingest.store import ABOUT, ingest
 
     try:
         columns = parse_pairs("--map", options.map)
         universes = parse_pairs("--universe", options.universe)
+        symbols = parse_pairs("--symbols", options.symbols)
         summary = ingest(
             options.sources,
             options.store,
             columns=columns,
+            symbols=symbols,
             unit=options.unit,
             adjust=options.adjust,
             freq=options.freq,
+            label=options.label,
             tz=options.tz,
             universes={name: Path(path) for name, path in universes.items()},
+            benchmark=options.benchmark,
             append=options.append,
+            rebase=options.rebase,
+            progress=True,
         )
     except (ValueError, OSError) as error:
         return fail("ingest", error)
-    for finding in summary.findings[:40]:
+    for finding in summary.findings[:SHOWN]:
         print(printable(finding))
+    if len(summary.findings) > SHOWN:
+        print(f"… and {len(summary.findings) - SHOWN:,} findings more, in {summary.store / ABOUT}")
     print(
         f"\n{summary.store}: {summary.instruments:,} instruments, {summary.bars:,} bars of {summary.freq}, "
         f"{summary.first} … {summary.last}, from {summary.files:,} files; {summary.rejected:,} rows rejected"

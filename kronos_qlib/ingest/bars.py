@@ -3,19 +3,20 @@
 import contextlib
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from pandas.api.types import union_categoricals
 
 from kronos_qlib.data.checks import impossible_bars
 from kronos_qlib.data.columns import find_columns, is_rate, plain_name
 from kronos_qlib.data.dates import read_times
 from kronos_qlib.data.windows import COLUMNS
-from kronos_qlib.ingest.symbols import instrument_name
+from kronos_qlib.ingest.symbols import ASKED, INDEX_PRICE, OFTEN_INDICES, SHARE_PRICE, instrument_name
 from kronos_qlib.ingest.tables import MISSING, RawTable, SourceError, read_tables
 
 PRICES = list(COLUMNS[:4])
@@ -26,10 +27,13 @@ TIMES = (
     *("datetime", "timestamp", "timestamps", "date", "trade_date", "tradedate", "day", "日期", "时间", "time"),
     *("open_time", "window_start", "index", "unnamed:_0", "column_1"),
 )
-EXTRAS = {  # of a bar, for its adjustment
+EXTRAS = {  # of a bar, for its adjustment and to check it
     "adjusted_close": ("adjclose", "adj_close", "adjusted_close"),
     "factor": ("factor", "adj_factor"),
+    "percent": ("pct_chg", "pctchg", "涨跌幅"),
+    "previous_close": ("pre_close", "preclose", "prev_close"),
 }
+LARGEST = float(np.finfo(np.float32).max)  # that a store holds
 SYMBOLS = ("symbol", "instrument", "ts_code", "order_book_id", "ticker", "code", "股票代码")
 
 
@@ -37,10 +41,11 @@ SYMBOLS = ("symbol", "instrument", "ts_code", "order_book_id", "ticker", "code",
 class SourceBars:
     """The bars of a file.
 
-    bars: columns instrument, time (datetime64[ns], the clock of the source), open, high, low, close, volume, amount as
-        far as the file has them, float64, and adjusted_close and factor likewise; sorted by instrument and time, each
-        pair once; prices whole.
-    rejected: file, line and reason of each row that is no bar.
+    bars: columns instrument (categorical), time (datetime64[ns], the clock of the source), open, high, low, close,
+        volume, amount as far as the file has them, float64, and likewise adjusted_close, factor and change (close to
+        close as the source says it, a ratio), file (categorical) and line; sorted by instrument and time, each pair
+        once; prices whole.
+    rejected: file, line and reason of each row that is no bar, or is followed by another bar of the same time.
     findings: what was found, in words, with the figure behind it.
     zone: the time zone of the clock, or None.
     """
@@ -51,33 +56,58 @@ class SourceBars:
     zone: str | None = None
 
 
-def read_bars(path: Path, columns: Mapping[str, str] | None = None) -> SourceBars:
+def read_bars(
+    path: Path,
+    columns: Mapping[str, str] | None = None,
+    tz: str | None = None,
+    symbols: Mapping[str, str] | None = None,
+) -> SourceBars:
     """Read the bars of a file.
 
     Args:
         columns: names in the file by column of a bar (`close`, `time`, `instrument` …), where they are foreign.
+        tz: the time zone to whose clock times with a zone are brought.
+        symbols: names of instruments by symbol, where a symbol's own spelling does not tell.
 
     Raises:
         SourceError: the file holds no bars; one line that names it.
     """
-    parts = [_table_bars(table, columns or {}) for table in read_tables(path)]
-    bars = pd.concat([part.bars for part in parts], ignore_index=True)
+    parts = [_table_bars(table, columns or {}, tz, symbols or {}) for table in read_tables(path)]
+    bars = concatenated([part.bars for part in parts])
     rejected = pd.concat([part.rejected for part in parts], ignore_index=True)
     if bars.empty:
         reason = f"; {len(rejected)} rows rejected, the first: {rejected['reason'].iloc[0]}" if len(rejected) else ""
         raise SourceError(f"{path}: no bars{reason}")
-    bars = bars.sort_values(["instrument", "time"], kind="stable")
-    twice = bars.duplicated(["instrument", "time"], keep="last")
     findings = list(dict.fromkeys(finding for part in parts for finding in part.findings))
-    if twice.any():
-        first = bars[twice].iloc[0]
-        findings.append(
-            f"{twice.sum()} bars stand twice, {first['instrument']} {first['time']} first; the last of each is taken"
-        )
-    return SourceBars(bars[~twice].reset_index(drop=True), rejected, findings, parts[0].zone)
+    bars, twice = once_each(bars)
+    if len(twice):
+        findings.append(f"{len(twice)} bars stand twice, the last of each is taken: {twice['reason'].iloc[0]} first")
+    return SourceBars(bars, pd.concat([rejected, twice], ignore_index=True), findings, parts[0].zone)
 
 
-def _table_bars(table: RawTable, given: Mapping[str, str]) -> SourceBars:
+def concatenated(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Put tables of bars one below the other; the categories of their columns are put together."""
+    if len(tables) == 1:
+        return tables[0]
+    names = [name for name in ("instrument", "file") if name in tables[0]]
+    whole = pd.concat([table.drop(columns=names) for table in tables], ignore_index=True)
+    for place, name in enumerate(names):
+        whole.insert(place, name, union_categoricals([table[name].array for table in tables]))
+    return whole
+
+
+def once_each(bars: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Sort bars by instrument and time and keep the last of each pair; the others are rejected: file, line, reason."""
+    bars = bars.assign(instrument=bars["instrument"].cat.reorder_categories(sorted(bars["instrument"].cat.categories)))
+    bars = bars.sort_values(["instrument", "time"], kind="stable", ignore_index=True)
+    twice = bars.duplicated(["instrument", "time"], keep="last").to_numpy()
+    others = bars[twice]
+    reasons = [f"{name} {time} stands again" for name, time in zip(others["instrument"], others["time"])]
+    rejected = pd.DataFrame({"file": others["file"].astype(str), "line": others["line"], "reason": reasons})
+    return (bars[~twice].reset_index(drop=True) if twice.any() else bars), rejected
+
+
+def _table_bars(table: RawTable, given: Mapping[str, str], tz: str | None, symbols: Mapping[str, str]) -> SourceBars:
     where = table.name if table.name == table.path.name else f"{table.path}:{table.name}"
     for column, name in given.items():
         if name not in table.columns:
@@ -109,28 +139,41 @@ def _table_bars(table: RawTable, given: Mapping[str, str]) -> SourceBars:
         label = next((named[name] for name in names if name in named), None)
         if label is not None:
             values[column], _ = _numbers(table.columns[label])
-    times, zone, findings = _times(table, given, where)
+    if "percent" in values or "previous_close" in values:
+        percent, previous = values.pop("percent", None), values.pop("previous_close", None)
+        values["change"] = percent / 100 if percent is not None else _change(values["close"], previous)
+    times, zone, findings = _times(table, given, where, tz)
     faults.append((np.isnat(times), "no time"))
-    instruments = _instruments(table, given, rows)
-    faults.append((instruments == "", "no instrument"))
+    instruments = _instruments(table, given, rows, symbols, values["close"], where, findings)
+    faults.append((np.asarray(instruments.isna() | (instruments == "")), "no instrument"))
     prices = np.stack([values[column] for column in PRICES], axis=1)
     faults.append((prices.min(axis=1) <= 0, "a price of zero or less"))
+    faults.append(
+        (np.any([values[column] > LARGEST for column in COLUMNS if column in values], axis=0), "beyond float32")
+    )
     faults.append((impossible_bars(prices), "open or close outside low … high"))
     bad = np.any([wrong for wrong, _ in faults], axis=0)
     findings.append(f"columns: {', '.join(f'{column} = {found[column]}' for column in found)}")
-    frame = pd.DataFrame({"instrument": instruments, "time": times, **values}, copy=False)
     rejected = pd.DataFrame(table.rejected, columns=["line", "reason"])
+    lines = np.arange(table.first_line, table.first_line + rows + len(rejected))
+    lines = np.setdiff1d(lines, rejected["line"]) if len(rejected) else lines
+    file = pd.Categorical.from_codes(np.zeros(rows, int), [where])
+    frame = pd.DataFrame({"instrument": instruments, "file": file, "time": times, **values}, copy=False)
+    frame["line"] = lines.astype(np.int32)
     if bad.any():
         frame = frame[~bad]
         reasons = np.select([wrong[bad] for wrong, _ in faults], [reason for _, reason in faults], "")
-        lines = np.arange(rows + len(rejected)) + table.first_line
-        own = pd.DataFrame({"line": np.setdiff1d(lines, rejected["line"])[bad], "reason": reasons})
+        own = pd.DataFrame({"line": lines[bad], "reason": reasons})
         rejected = pd.concat([own, rejected], ignore_index=True)
+    frame["instrument"] = frame["instrument"].cat.remove_unused_categories()
     first = frame.nsmallest(RATE_BARS, "time")  # no later bar decides what an earlier one means
     if plain_name(found.get("amount", "")) == "turnover" and is_rate(
         first["amount"], first["close"], first.get("volume")
     ):
         findings.append("turnover is a rate, as its values are below price × volume: no amount")
+        frame = frame.drop(columns="amount")
+    if "amount" in frame and "volume" in frame and not frame["amount"].any() and frame["volume"].any():
+        findings.append("amount is 0 throughout, beside a volume: not known")
         frame = frame.drop(columns="amount")
     rejected.insert(0, "file", where)
     return SourceBars(frame, rejected, findings, zone)
@@ -152,8 +195,20 @@ def _numbers(values: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     return numbers, np.isnan(numbers) & ~empty.to_numpy()
 
 
-def _times(table: RawTable, given: Mapping[str, str], where: str) -> tuple[np.ndarray, str | None, list[str]]:
-    """Return the bars' times on the clock of the source, NaT where there is none, its zone, and what was found."""
+def _change(close: np.ndarray, previous: np.ndarray | None) -> np.ndarray:
+    """Return the change from the close before, as the source knows it, NaN where it says none."""
+    assert previous is not None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(previous > 0, close / previous - 1, np.nan)
+
+
+def _times(
+    table: RawTable, given: Mapping[str, str], where: str, tz: str | None
+) -> tuple[np.ndarray, str | None, list[str]]:
+    """Return the bars' times on the clock of the source, NaT where there is none, its zone, and what was found.
+
+    Times with a zone are brought to the clock of `tz`, or to UTC where their own clock shows some times twice.
+    """
     names = {plain_name(column): column for column in reversed(table.columns)}
     chosen = given.get("time") or next((names[name] for name in TIMES if name in names), None)
     if chosen is None:
@@ -188,12 +243,19 @@ def _times(table: RawTable, given: Mapping[str, str], where: str) -> tuple[np.nd
             if bad.mean() > 0.5:
                 raise SourceError(str(error)) from None
             index = pd.DatetimeIndex(parsed[~bad])
+    findings = [str(warning.message) for warning in said]
+    if index.tz is not None:
+        own = str(index.tz)
+        index = index.tz_convert(tz or own)
+        if index.tz_localize(None).nunique() < index.nunique():
+            index = index.tz_convert("UTC")
+        kept = "the bars keep its clock" if str(index.tz) == own else f"the bars have the clock of {index.tz}"
+        if str(index.tz) not in (own, tz):
+            kept += f", as that of {tz or own} shows some times twice"
+        findings.append(f"{where}: {chosen} has the time zone {own}; {kept}")
     zone = str(index.tz) if index.tz is not None else None
     times = np.full(len(values), np.datetime64("NaT"), "datetime64[ns]")
     times[known.index[~bad]] = index.tz_localize(None).to_numpy("datetime64[ns]")
-    findings = [str(warning.message) for warning in said]
-    if zone:
-        findings.append(f"{where}: {chosen} has the time zone {zone}; the bars keep its clock")
     return times, zone, findings
 
 
@@ -218,14 +280,49 @@ def _clock(text: str) -> str:
     return ":".join(digits[place : place + 2] for place in range(0, len(digits), 2))
 
 
-def _instruments(table: RawTable, given: Mapping[str, str], rows: int) -> np.ndarray:
+def _instruments(
+    table: RawTable,
+    given: Mapping[str, str],
+    rows: int,
+    symbols: Mapping[str, str],
+    close: np.ndarray,
+    where: str,
+    findings: list[str],
+) -> pd.Series:
+    """Return the names of the rows' instruments, categorical; "" or NaN where a row has none."""
     names = {plain_name(column): column for column in reversed(table.columns)}
     chosen = given.get("instrument") or next((names[name] for name in SYMBOLS if name in names), None)
     if chosen is None:
-        return np.full(rows, instrument_name(_stem(table.name)), object)
-    text = table.columns[chosen].to_pandas().astype(str).str.strip()
-    known = {symbol: instrument_name(symbol) for symbol in text.unique()}
-    return text.map(known).to_numpy(object)
+        text = pd.Series(pd.Categorical.from_codes(np.zeros(rows, int), [_stem(table.name)]))
+    else:
+        text = table.columns[chosen].to_pandas().astype(str).str.strip()
+        text = text.where(~text.isin(MISSING), "").astype("category")
+    chinese = any(name in names for name in ("日期", "时间", "开盘", "ts_code"))
+    found = {}
+    for number, symbol in enumerate(text.cat.categories):
+        padded = symbol
+        if symbol.isdigit() and len(symbol) < 5 and chinese:  # as a spreadsheet leaves 000001
+            padded = symbol.zfill(6)
+            findings.append(f"{where}: symbol {symbol} is taken for {padded}, whose leading zeros were lost")
+        name = symbols.get(symbol)
+        if name is None and padded in OFTEN_INDICES:
+            name = _index_or_share(padded, close[np.asarray(text.cat.codes) == number], where, findings)
+        found[symbol] = name or instrument_name(padded)
+    codes, unique = pd.factorize(np.array([found[symbol] for symbol in text.cat.categories], object))
+    own = np.asarray(text.cat.codes)
+    return pd.Series(pd.Categorical.from_codes(np.where(own >= 0, codes[own], -1), unique))
+
+
+def _index_or_share(code: str, close: np.ndarray, where: str, findings: list[str]) -> str:
+    """Decide by its price whether a bare code is that of an index of Shanghai or of a share of Shenzhen."""
+    price = float(np.nanmedian(close)) if np.isfinite(close).any() else np.nan
+    if code in ASKED or not (price < SHARE_PRICE or price > INDEX_PRICE):
+        raise SourceError(
+            f"{where}: {code} is the index SH{code} or the share SZ{code}; say which by --symbols {code}=SH{code}"
+        )
+    name = f"{'SH' if price > INDEX_PRICE else 'SZ'}{code}"
+    findings.append(f"{where}: {code} is taken for {name} (median close {price:,.4g})")
+    return name
 
 
 def _stem(name: str) -> str:

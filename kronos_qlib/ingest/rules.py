@@ -1,9 +1,17 @@
-"""What a source does not say of its bars, found from their figures: units, adjustment, frequency."""
+"""What a source does not say of its bars, found from their figures: units, adjustment, frequency, label of the bar.
 
+Each rule takes the bars of one file. What was found in many files is said once, with how many they are.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
+
+from kronos_qlib.ingest.symbols import is_index
 
 UNITS = {  # by the median of amount / (unadjusted close × volume): what volume and amount are multiplied by
     "shares": (1.0, 1.0, 1.0, "shares and money"),
@@ -13,48 +21,111 @@ UNITS = {  # by the median of amount / (unadjusted close × volume): what volume
 }
 NEAR = 2.0  # a ratio within this factor of a unit's is that unit's
 ADJUST = ("auto", "none", "adjusted_close", "factor")
+LABELS = ("auto", "start", "end")
+DRIFT = 1.05  # by which amount / (close × volume) of the first and last bars differ if one side is adjusted only
+CONTRADICTION = 0.02  # of a close-to-close return and the change that the source says
+_OPENING = 570  # 9:30, in minutes: the first of the day in mainland China and in New York
+Value = TypeVar("Value", bound=Hashable)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A rule's answer, and the figure that led to it."""
+    """A rule's answer, in words with {} where the figure that led to it stands, and that figure."""
 
     value: str
     text: str
+    figure: float | None = None
+
+
+def summarise(findings: Sequence[Finding]) -> list[str]:
+    """Say once what was found in several files: with the median of their figures, and how many files they are."""
+    texts = []
+    for (value, text), count in Counter((finding.value, finding.text) for finding in findings).most_common():
+        own = [f.figure for f in findings if (f.value, f.text) == (value, text) and f.figure is not None]
+        said = text.replace("{}", f"{np.median(own):.4g}") if own else text
+        texts.append(f"{said}{f', in {count:,} of {len(findings):,} files' if len(findings) > 1 else ''}")
+    return texts
 
 
 def find_unit(bars: pd.DataFrame) -> Finding:
-    """Find the units of volume and amount.
+    """Find the units of volume and amount; the value is "" where there is nothing to find them by, "?" where none fits.
 
-    Raises:
-        ValueError: the figure fits no unit; it is named, with how to say the unit.
+    Prices that are adjusted while the volumes are not make the ratio drift; the unit is then that of its one end.
     """
     if "amount" not in bars or "volume" not in bars:
-        return Finding("shares", "units: as given, as there is no amount to compare the volume with")
+        return Finding("", "units: as given, as there is no amount to compare the volume with")
+    shares = bars["instrument"].map({name: not is_index(name) for name in bars["instrument"].cat.categories})
     money = bars["close"] * bars["volume"]
-    traded = (money > 0) & (bars["amount"] > 0)
+    traded = np.asarray((money > 0) & (bars["amount"] > 0) & shares.astype(bool))
     if not traded.any():
-        return Finding("shares", "units: as given, as no bar has a volume and an amount")
-    ratio = float(np.median(bars["amount"][traded] / money[traded]))
-    for name, (expected, _, _, words) in UNITS.items():
-        if expected / NEAR < ratio < expected * NEAR:
-            return Finding(name, f"units: {words} (median of amount / (close × volume) {ratio:.4g})")
-    raise ValueError(
-        f"units: the median of amount / (close × volume) is {ratio:.4g}, which fits none of {', '.join(UNITS)}; name "
-        "one by --unit"
-    )
+        return Finding("", "units: as given, as no bar of a share has a volume and an amount")
+    ratio = (bars["amount"] / money)[traded].to_numpy()
+    ordered = ratio[np.argsort(bars["time"].to_numpy()[traded], kind="stable")]
+    part = max(1, len(ordered) // 5)
+    middle, first, last = (float(np.median(some)) for some in (ratio, ordered[:part], ordered[-part:]))
+    drifts = len(ordered) >= 20 and not 1 / DRIFT < first / last < DRIFT
+    for figure in (last, first, middle) if drifts else (middle,):
+        for name, (expected, _, _, words) in UNITS.items():
+            if expected / NEAR < figure < expected * NEAR:
+                if not drifts:
+                    return Finding(name, f"units: {words} (median of amount / (close × volume) {{}})", figure)
+                text = (
+                    f"units: {words}; amount / (close × volume) of the first bars is {{}} times that of the last, as "
+                    "where prices are adjusted and volumes are not"
+                )
+                return Finding(name, text, first / last)
+    return Finding("?", "units: none fits", middle)
 
 
 def find_adjustment(bars: pd.DataFrame) -> Finding:
-    """Find whether the prices are to be adjusted, and by what."""
+    """Find by what the prices are to be adjusted: adjusted_close, factor or none.
+
+    "given": there is a factor, and prices are × it already, as the source's own change says where the factor changes.
+    "prices given": so are the prices, not the volumes: amount / (close × volume) drifts as the factor does.
+    """
     if "adjusted_close" in bars and bars["adjusted_close"].notna().any():
         ratio = (bars["adjusted_close"] / bars["close"]).dropna()
-        return Finding(
-            "adjusted_close", f"adjustment: by the adjusted close, {ratio.min():.4g} … {ratio.max():.4g} of the close"
-        )
-    if "factor" in bars and bars["factor"].notna().any():
-        return Finding("factor", f"adjustment: × factor, {bars['factor'].min():.4g} … {bars['factor'].max():.4g}")
-    return Finding("none", "adjustment: none known; prices are taken as given")
+        return Finding("adjusted_close", "adjustment: by the adjusted close, at least {} of the close", ratio.min())
+    if "factor" not in bars or not bars["factor"].notna().any():
+        return Finding("none", "adjustment: none known; prices are taken as given")
+    text, least = "adjustment: × factor, at least {}", float(bars["factor"].min())
+    same = bars["instrument"].to_numpy()[1:] == bars["instrument"].to_numpy()[:-1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        moves, steps = (np.diff(np.log(bars[name].to_numpy())) for name in ("close", "factor"))
+    changed = same & (np.abs(steps) > 0.01)
+    if not changed.any():
+        return Finding("factor", text, least)
+    if "change" in bars:
+        said = np.log1p(bars["change"].to_numpy()[1:])
+        as_given, multiplied = (np.nanmedian(np.abs(moves + more - said)[changed]) for more in (0, steps))
+        if as_given < multiplied:
+            said_so = "adjustment: prices are × factor already, as the source's own change says where it changes"
+            return Finding("given", said_so + " (at least {})", least)
+    if "amount" in bars and "volume" in bars:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.log(bars["amount"] / (bars["close"] * bars["volume"])).to_numpy()
+        slope = np.log(bars["factor"].to_numpy())
+        known = np.isfinite(ratio)
+        if known.any() and np.std((ratio + slope)[known]) < 0.5 * np.std(ratio[known]):
+            drifts = "adjustment: prices are × factor already and volumes are not, as amount / (close × volume) says"
+            return Finding("prices given", drifts + " (at least {})", least)
+    if np.abs(moves[changed]).sum() < np.abs(moves + steps)[changed].sum():
+        text += ", though the close does not jump where it changes: --adjust none, if it was adjusted already"
+    return Finding("factor", text, least)
+
+
+def find_contradictions(bars: pd.DataFrame) -> tuple[int, str]:
+    """Count bars whose close, adjusted, moves otherwise than the source's own change says; and describe the first."""
+    if "change" not in bars:
+        return 0, ""
+    returns = bars["close"].to_numpy()[1:] / bars["close"].to_numpy()[:-1] - 1
+    same = bars["instrument"].to_numpy()[1:] == bars["instrument"].to_numpy()[:-1]
+    said = bars["change"].to_numpy()[1:]
+    wrong = np.flatnonzero(same & (np.abs(returns - said) > CONTRADICTION))
+    if not len(wrong):
+        return 0, ""
+    row = bars.iloc[wrong[0] + 1]
+    return len(wrong), f"{row['instrument']} {row['time']} ({returns[wrong[0]]:+.1%}, the source {said[wrong[0]]:+.1%})"
 
 
 def find_frequency(bars: pd.DataFrame) -> Finding:
@@ -63,8 +134,9 @@ def find_frequency(bars: pd.DataFrame) -> Finding:
     Raises:
         ValueError: bars of a week or more apart, or of no whole minutes.
     """
-    distances = bars.groupby("instrument", sort=False)["time"].diff().dropna()
-    median = distances.median() if len(distances) else pd.Timedelta(days=1)
+    same = bars["instrument"].cat.codes.to_numpy()
+    distances = np.diff(bars["time"].to_numpy())[same[1:] == same[:-1]]
+    median = pd.Timedelta(np.median(distances)) if len(distances) else pd.Timedelta(days=1)
     if median >= pd.Timedelta(days=6):
         raise ValueError(f"frequency: bars are {median} apart; a store has days or minutes")
     if median >= pd.Timedelta(hours=20):
@@ -73,3 +145,30 @@ def find_frequency(bars: pd.DataFrame) -> Finding:
     if minutes != int(minutes) or minutes < 1:
         raise ValueError(f"frequency: bars are {median} apart; a store has days or whole minutes")
     return Finding(f"{int(minutes)}min", f"frequency: {int(minutes)}min (median distance of bars {median})")
+
+
+def find_label(bars: pd.DataFrame, freq: str) -> Finding:
+    """Find whether a bar's time is that of its start or of its end, by the first bar of most days; "" if that is open.
+
+    Sessions of mainland China and New York begin at 9:30: a first bar of 9:35 among bars of 5 minutes is named by its
+    end.
+    """
+    minutes = int(freq.removesuffix("min"))
+    times = pd.DatetimeIndex(bars["time"])
+    clock = pd.Series(times.hour * 60 + times.minute).groupby([bars["instrument"].cat.codes, times.date]).min()
+    first = int(clock.mode().iloc[0])
+    text = f"the first bar of most days is of {first // 60:02d}:{first % 60:02d}"
+    if first == _OPENING + minutes:
+        return Finding("end", f"label of a bar: its end, as {text}; the store has its start, {minutes} minutes earlier")
+    if first in (_OPENING, 0):
+        return Finding("start", f"label of a bar: its start, as {text}")
+    return Finding("", f"label of a bar: not known, as {text}; times are kept as they are")
+
+
+def agree(values: Sequence[Value], rule: Callable[[Value], bool], share: float = 0.9) -> Value | None:
+    """Return the commonest of the values that a rule holds for, if at least this share of them are it; else None."""
+    known = Counter(value for value in values if rule(value))
+    if not known:
+        return None
+    value, count = known.most_common(1)[0]
+    return value if count >= share * len(values) else None

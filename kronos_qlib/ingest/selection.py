@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from kronos_qlib.data.windows import COLUMNS
 from kronos_qlib.ingest.bars import PRICES, read_bars
+from kronos_qlib.ingest.store_files import StoreFiles
 from kronos_qlib.ingest.symbols import instrument_name
 from kronos_qlib.ingest.tables import SourceError
 
@@ -26,12 +26,14 @@ class InstrumentBars:
     zone: str | None = None
 
 
-def read_instrument(source: str, columns: Mapping[str, str] | None = None) -> InstrumentBars:
+def read_instrument(
+    source: str, columns: Mapping[str, str] | None = None, symbols: Mapping[str, str] | None = None
+) -> InstrumentBars:
     """Read the bars of one instrument.
 
     Args:
         source: a file, a file and one of its instruments after a colon, or a store and an instrument.
-        columns: see `read_bars`.
+        columns, symbols: see `read_bars`.
 
     Raises:
         SourceError: there are no such bars; one line that names the file.
@@ -42,13 +44,14 @@ def read_instrument(source: str, columns: Mapping[str, str] | None = None) -> In
         path = Path(before)
     if path.is_dir():
         return _of_store(path, instrument)
-    read = read_bars(path, columns)
-    names = read.bars["instrument"].unique().tolist()
+    read = read_bars(path, columns, symbols=symbols)
+    names = read.bars["instrument"].cat.categories.tolist()
     wanted = instrument_name(instrument) if instrument else names[0]
     if wanted not in names or (not instrument and len(names) > 1):
         shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
         raise SourceError(f"{path}: holds {len(names)} instruments; name one as {path}:NAME, of {shown}")
-    bars = read.bars[read.bars["instrument"] == wanted].set_index("time").drop(columns="instrument")
+    bars = read.bars[read.bars["instrument"] == wanted].set_index("time")
+    bars = bars[[column for column in COLUMNS if column in bars]]
     findings = list(read.findings)
     if len(read.rejected):
         first = read.rejected.iloc[0]
@@ -57,28 +60,20 @@ def read_instrument(source: str, columns: Mapping[str, str] | None = None) -> In
 
 
 def _of_store(folder: Path, instrument: str) -> InstrumentBars:
-    """Read an instrument of a Qlib store, of its finest frequency; Qlib itself, which takes seconds, is not needed."""
-    calendars = sorted(path for path in folder.glob("calendars/*.txt") if not path.stem.endswith("_future"))
-    if not calendars:
-        raise SourceError(f"{folder}: no file of bars and no Qlib store, which has calendars/")
+    """Read an instrument of a Qlib store, of its finest frequency."""
+    store = StoreFiles(folder)
     if not instrument:
         raise SourceError(f"{folder}: a Qlib store; name an instrument of it as {folder}:INSTRUMENT")
-    home = folder / "features" / instrument.lower()
-    freqs = [path.stem for path in calendars if (home / f"close.{path.stem}.bin").is_file()]
+    freqs = [freq for freq in store.freqs if store.has(instrument, "close", freq)]
     if not freqs:
         raise SourceError(f"{folder}: the store has no bars of {instrument}")
-    freq = min(freqs, key=lambda name: (name == "day", name))
-    times = pd.DatetimeIndex((folder / "calendars" / f"{freq}.txt").read_text().split("\n")[:-1])
-    columns = {}
-    for column in COLUMNS:
-        path = home / f"{column}.{freq}.bin"
-        if path.is_file():
-            first, *_ = values = np.fromfile(path, "<f4")
-            columns[column] = pd.Series(values[1:], times[int(first) : int(first) + len(values) - 1], dtype=float)
-    bars = pd.DataFrame(columns)
+    freq = min(freqs, key=lambda name: (name == "day", len(name), name))
+    first, bars = store.read(instrument, freq, COLUMNS)
+    times = store.calendar(freq)[first : first + len(bars)]
+    bars = bars.iloc[: len(times)].astype(float).set_index(times)  # Qlib does not read what lies beyond the calendar
     lacking = [column for column in PRICES if column not in bars]
     if lacking:
-        raise SourceError(f"{home}: no {lacking[0]}.{freq}.bin")
+        raise SourceError(f"{folder}: {instrument} has no {lacking[0]} of {freq}")
     if "volume" in bars and bars["volume"].gt(0).any():
         bars = bars[bars["volume"] > 0]  # a suspended day is no bar
     bars = bars[bars[PRICES].notna().all(axis=1)]

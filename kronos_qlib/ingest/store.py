@@ -8,19 +8,38 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+from joblib import Parallel, delayed
+from tqdm import tqdm
 
 from kronos_qlib.data.checks import check_universe_file
-from kronos_qlib.ingest.bars import PRICES, read_bars
-from kronos_qlib.ingest.rules import ADJUST, UNITS, Finding, find_adjustment, find_frequency, find_unit
+from kronos_qlib.ingest.bars import PRICES, SourceBars, concatenated, once_each, read_bars
+from kronos_qlib.ingest.rules import (
+    ADJUST,
+    LABELS,
+    UNITS,
+    Finding,
+    agree,
+    find_adjustment,
+    find_contradictions,
+    find_frequency,
+    find_label,
+    find_unit,
+    summarise,
+)
+from kronos_qlib.ingest.store_files import StoreFiles, folder_name
+from kronos_qlib.ingest.symbols import instrument_name
 from kronos_qlib.ingest.tables import SourceError
 
 KINDS = (".csv", ".txt", ".tsv", ".parquet", ".feather", ".arrow", ".zip", ".gz")
-FIELDS = ("open", "high", "low", "close", "volume", "amount", "factor", "change")
+FIELDS = ("open", "high", "low", "close", "volume", "amount", "factor", "change", "vwap")
 REJECTED, ABOUT = "rejected.csv", "ingest.json"
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)$", re.IGNORECASE)  # no folder on Windows may be called so
+MANY_FILES = 100  # from which on several processes read them
+_NUMBERS = ("open", "high", "low", "close", "volume", "amount", "factor", "change")
 
 
 @dataclass
@@ -35,6 +54,7 @@ class IngestSummary:
     rejected: int = 0
     first: str = ""
     last: str = ""
+    benchmark: str | None = None
     findings: list[str] = field(default_factory=list)
 
 
@@ -68,86 +88,158 @@ def ingest(
     store: Path,
     *,
     columns: Mapping[str, str] | None = None,
+    symbols: Mapping[str, str] | None = None,
     unit: str = "auto",
     adjust: str = "auto",
     freq: str = "auto",
+    label: str = "auto",
     tz: str | None = None,
     universes: Mapping[str, Path] | None = None,
+    benchmark: str | None = None,
     append: bool = False,
+    rebase: bool = False,
+    progress: bool = False,
 ) -> IngestSummary:
     """Read bars and write them as a Qlib store, whole or not at all.
 
-    The store gets open, high, low, close (× factor), volume (÷ factor), amount (money), factor where it is known, and
-    change (close to close, a ratio); universe `all` and those given; rejected.csv and ingest.json, what was found.
+    The store gets open, high, low, close (× factor), volume (÷ factor), amount (money), vwap where there is an amount,
+    factor where it is known, and change (close to close, a ratio: the source's own where it says one); universe `all`
+    and those given; rejected.csv and ingest.json, what was found. Bars have the times of their starts.
 
     Args:
-        unit, adjust, freq, tz: what `kronos_qlib.ingest.rules` would find; a time zone, to whose clock times with a
-            zone are brought.
+        columns, symbols, tz: see `read_bars`.
+        unit, adjust, freq, label: what `kronos_qlib.ingest.rules` would find.
         universes: files of name, first and last date, by the universe's name.
+        benchmark: a file of an index's bars, or one of the instruments: it is not in the universe `all`.
         append: add bars to a store that is there. Bars that it has must be the same.
+        rebase: with append, bring new bars to the base of the store's prices where they differ by a constant factor.
+        progress: show a bar.
 
     Raises:
         SourceError: a source cannot be read, or the store holds other bars of the same time. FileExistsError: there is
             something at `store`. ValueError: a rule finds nothing.
     """
-    if unit != "auto" and unit not in UNITS:
-        raise ValueError(f"--unit {unit!r} is unknown; use auto, {', '.join(UNITS)}")
-    if adjust not in ADJUST:
-        raise ValueError(f"--adjust {adjust!r} is unknown; use {', '.join(ADJUST)}")
+    for name, value, known in (("unit", unit, ("auto", *UNITS)), ("adjust", adjust, ADJUST), ("label", label, LABELS)):
+        if value not in known:
+            raise ValueError(f"--{name} {value!r} is unknown; use {', '.join(known)}")
+    if rebase and not append:
+        raise ValueError("--rebase goes with --append")
+    if freq != "auto" and not re.fullmatch(r"day|[1-9]\d*min", freq):
+        raise ValueError(f"--freq {freq!r} is unknown; use auto, day, or minutes such as 5min")
     store = Path(os.path.abspath(store.expanduser()))
-    before = _read_store(store) if append else None
+    before, about = _read_store(store) if append else (None, {})
     if not append and (store.is_file() or (store.is_dir() and any(store.iterdir()))):
         raise FileExistsError(f"{store} is not empty; name another folder, or add bars to a store by --append")
-    files = source_files(sources)
-    read = [read_bars(path, columns) for path in files]
+    index = Path(benchmark) if benchmark and Path(benchmark).is_file() else None
+    files = source_files([*sources, *([index] if index else [])])
+    read = _read_all(files, columns or {}, tz, symbols or {}, progress)
     summary = IngestSummary(store, files=len(files))
     for part in read:
         summary.findings += [finding for finding in part.findings if finding not in summary.findings]
-    bars = pd.concat([_on_clock(part.bars, part.zone, tz) for part in read], ignore_index=True)
     rejected = pd.concat([part.rejected for part in read], ignore_index=True)
-    bars = bars.sort_values(["instrument", "time"], kind="stable", ignore_index=True)
-    twice = bars.duplicated(["instrument", "time"], keep="last")
-    if twice.any():
-        summary.findings.append(f"{twice.sum():,} bars of several files are of the same time; the last is taken")
-        bars = bars[~twice].reset_index(drop=True)
-    found_freq = Finding(freq, f"frequency: {freq}, as given") if freq != "auto" else find_frequency(bars)
-    found_unit = Finding(unit, f"units: {UNITS[unit][3]}, as given") if unit != "auto" else find_unit(bars)
-    found_adjust = Finding(adjust, f"adjustment: {adjust}, as given") if adjust != "auto" else find_adjustment(bars)
-    summary.findings += [found.text for found in (found_freq, found_unit, found_adjust)]
-    summary.freq = found_freq.value
-    bars = _in_shares(bars, found_unit.value)
-    bars = _adjusted(bars, found_adjust.value)
+    parts = [part.bars for part in read]
+    named = index and parts[files.index(index)]["instrument"].cat.categories[0]
+    del read
+    _to_shares(parts, files, unit, summary)
+    _adjust(parts, adjust, summary)
+    parts = [part.astype(dict.fromkeys(part.columns.intersection(_NUMBERS), "float32")) for part in parts]
+    bars = concatenated(parts)
+    del parts
+    bars, twice = once_each(bars)
+    if len(twice):
+        summary.findings.append(
+            f"{len(twice):,} bars stand in several files, the last is taken: {twice['reason'].iloc[0]} first"
+        )
+        rejected = pd.concat([rejected, twice], ignore_index=True)
+    bars = bars.drop(columns=["file", "line"])
+    found = Finding(freq, f"frequency: {freq}, as given") if freq != "auto" else find_frequency(bars)
+    summary.freq = found.value
+    summary.findings.append(found.text)
+    bars = _at_starts(bars, label, summary)
     if before is not None:
-        bars = _joined(before, bars, store, summary)
-    stored = bars["close"].astype(np.float32).astype(float)  # so that bars added later get the same
-    bars["change"] = stored.groupby(bars["instrument"], sort=False).pct_change(fill_method=None)
-    summary.instruments, summary.bars = bars["instrument"].nunique(), len(bars)
-    summary.rejected = len(rejected)
+        if about["freq"] != summary.freq:
+            raise SourceError(f"{store}: the store has bars of {about['freq']}, the sources of {summary.freq}")
+        bars = _joined(before, bars, store, summary, rebase)
+    computed = bars["close"].astype(float).groupby(bars["instrument"], sort=False, observed=True).pct_change()
+    bars["change"] = (bars["change"].fillna(computed) if "change" in bars else computed).astype(np.float32)
+    if "amount" in bars and "volume" in bars:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            vwap = (bars["amount"].astype(float) / bars["volume"].where(bars["volume"] > 0)).astype(np.float32)
+        within = (vwap > 0.5 * bars["close"]) & (vwap < 2 * bars["close"])
+        bars["vwap"] = vwap.where(within)
+    names = bars["instrument"].cat.categories.tolist()
+    summary.benchmark = _benchmark(named or benchmark, names) or about.get("benchmark")
+    summary.instruments, summary.bars, summary.rejected = len(names), len(bars), len(rejected)
     summary.first, summary.last = (str(bars["time"].agg(end)) for end in ("min", "max"))
-    _write(bars, rejected, store, summary, universes or {})
+    _write(bars, rejected, store, summary, universes or {}, about.get("universes", []))
     return summary
 
 
-def _on_clock(bars: pd.DataFrame, zone: str | None, tz: str | None) -> pd.DataFrame:
-    if zone is None or tz is None:
-        return bars
-    moved = bars["time"].dt.tz_localize(zone).dt.tz_convert(tz).dt.tz_localize(None)
-    return bars.assign(time=moved)
+def _read_all(
+    files: Sequence[Path], columns: Mapping[str, str], tz: str | None, symbols: Mapping[str, str], progress: bool
+) -> list[SourceBars]:
+    """Read files one after the other, or many in several processes."""
+    processes = pa.cpu_count() if len(files) >= MANY_FILES else 1
+    run = Parallel(n_jobs=processes, return_as="generator", pre_dispatch="4*n_jobs")
+    jobs = run(delayed(read_bars)(path, columns, tz, symbols) for path in files)
+    return list(tqdm(jobs, "reading", len(files), unit="file", disable=None if progress else True, leave=False))
 
 
-def _in_shares(bars: pd.DataFrame, unit: str) -> pd.DataFrame:
-    _, volume, amount, _ = UNITS[unit]
-    for column, scale in (("volume", volume), ("amount", amount)):
-        if column in bars and scale != 1:
-            bars[column] *= scale
-    return bars
+def _to_shares(parts: Sequence[pd.DataFrame], files: Sequence[Path], unit: str, summary: IngestSummary) -> None:
+    """Bring the volumes of each file to shares, its amounts to money.
+
+    Raises:
+        ValueError: the figure of a file fits no unit, and the other files do not agree on one.
+    """
+    if unit != "auto":
+        summary.findings.append(f"units: {UNITS[unit][3]}, as given")
+        found = [Finding(unit, "")] * len(parts)
+    else:
+        found = [find_unit(part) for part in parts]
+        common = agree([finding.value for finding in found if finding.value], lambda value: value != "?")
+        unknown = [place for place, finding in enumerate(found) if finding.value == "?"]
+        if unknown and common is None:
+            path, figure = files[unknown[0]], found[unknown[0]].figure
+            raise ValueError(
+                f"units: {path}: the median of amount / (close × volume) is {figure:.4g}, which fits none of "
+                f"{', '.join(UNITS)}; name one by --unit"
+            )
+        for place in unknown:
+            text = f"units: none fits, those of the other files are taken ({files[unknown[0]].name} first)"
+            found[place] = Finding(str(common), text, found[place].figure)
+        summary.findings += summarise(found)
+    for part, finding in zip(parts, found):
+        _, volume, amount, _ = UNITS[finding.value or "shares"]
+        for column, scale in (("volume", volume), ("amount", amount)):
+            if column in part and scale != 1:
+                part[column] *= scale
+
+
+def _adjust(parts: list[pd.DataFrame], adjust: str, summary: IngestSummary) -> None:
+    """Adjust the prices and volumes of each file."""
+    found = [find_adjustment(part) if adjust == "auto" else Finding(adjust, "") for part in parts]
+    summary.findings += summarise(found) if adjust == "auto" else [f"adjustment: {adjust}, as given"]
+    contradictions, first = 0, ""
+    for place, finding in enumerate(found):
+        parts[place] = _adjusted(parts[place], finding.value)
+        count, text = find_contradictions(parts[place])
+        contradictions, first = contradictions + count, first or text
+    if contradictions:
+        summary.findings.append(
+            f"adjustment: the close moves otherwise than the source's own change says on {contradictions:,} bars, "
+            f"{first} first: prices are not adjusted there, or wrongly"
+        )
 
 
 def _adjusted(bars: pd.DataFrame, adjust: str) -> pd.DataFrame:
     if adjust == "none":
         return bars.drop(columns=[column for column in ("adjusted_close", "factor") if column in bars])
+    if adjust in ("given", "prices given"):
+        if adjust == "prices given":
+            bars["volume"] /= bars["factor"]
+        return bars
     if adjust not in bars:
-        raise ValueError(f"--adjust {adjust}: the sources have no such column")
+        raise ValueError(f"--adjust {adjust}: {bars['file'].cat.categories[0]} has no such column")
     factor = bars["adjusted_close"] / bars["close"] if adjust == "adjusted_close" else bars["factor"]
     bad = ~(factor > 0)
     if bad.any():
@@ -160,49 +252,108 @@ def _adjusted(bars: pd.DataFrame, adjust: str) -> pd.DataFrame:
     return bars.drop(columns="adjusted_close", errors="ignore")
 
 
-def _joined(before: pd.DataFrame, bars: pd.DataFrame, store: Path, summary: IngestSummary) -> pd.DataFrame:
+def _at_starts(bars: pd.DataFrame, label: str, summary: IngestSummary) -> pd.DataFrame:
+    """Name each bar by its start, days by their date."""
+    if summary.freq == "day":
+        days = bars["time"].dt.normalize()
+        twice = pd.DataFrame({"instrument": bars["instrument"], "time": days}).duplicated()
+        if twice.any():
+            row = bars[twice].iloc[0]
+            where = f"{row['instrument']} {row['time']}"
+            raise SourceError(f"{where}: a second bar of this day; name the frequency by --freq")
+        return bars.assign(time=days)
+    given = Finding(label, f"label of a bar: its {label}, as given")
+    found = find_label(bars, summary.freq) if label == "auto" else given
+    summary.findings.append(found.text)
+    length = pd.Timedelta(minutes=int(summary.freq.removesuffix("min")))
+    return bars.assign(time=bars["time"] - length) if found.value == "end" else bars
+
+
+def _benchmark(name: str | None, names: Sequence[str]) -> str | None:
+    if name is None or name in names:
+        return name
+    wanted = instrument_name(name)
+    if wanted not in names:
+        raise SourceError(f"--benchmark {name}: neither a file nor an instrument of the sources")
+    return wanted
+
+
+def _joined(
+    before: pd.DataFrame, bars: pd.DataFrame, store: Path, summary: IngestSummary, rebase: bool
+) -> pd.DataFrame:
     """Add new bars to those of a store, whose own stay as they are."""
     both = before.merge(bars, on=["instrument", "time"], suffixes=("", "_new"))
+    if rebase and len(both):
+        bars = _rebased(both, bars, summary)
+        both = before.merge(bars, on=["instrument", "time"], suffixes=("", "_new"))
     for column in PRICES:
-        differs = ~np.isclose(both[column], both[f"{column}_new"].astype(np.float32), rtol=1e-5, equal_nan=True)
+        differs = ~np.isclose(both[column], both[f"{column}_new"], rtol=1e-5, equal_nan=True)
         if differs.any():
             row = both[differs].iloc[0]
             raise SourceError(
                 f"{store}: {row['instrument']} {row['time']} has {column} {row[column]:g} in the store and "
-                f"{row[f'{column}_new']:g} in the sources ({differs.sum()} such bars): history has changed, perhaps it "
-                "was adjusted anew; ingest all of it into another folder"
+                f"{row[f'{column}_new']:g} in the sources ({differs.sum()} such bars): history has changed. If it was "
+                "adjusted anew, --rebase brings the new bars to the store's base; or ingest all into another folder"
             )
-    known = pd.MultiIndex.from_frame(before[["instrument", "time"]])
-    new = bars[~pd.MultiIndex.from_frame(bars[["instrument", "time"]]).isin(known)]
-    summary.findings.append(f"{len(new):,} new bars, {len(bars) - len(new):,} were there already")
-    joined = pd.concat([before.drop(columns="change", errors="ignore"), new], ignore_index=True)
-    return joined.sort_values(["instrument", "time"], ignore_index=True)
+    whole = concatenated([before, bars])
+    whole["instrument"] = whole["instrument"].cat.reorder_categories(sorted(whole["instrument"].cat.categories))
+    whole = whole.drop_duplicates(["instrument", "time"], keep="first")
+    new = len(whole) - len(before)
+    summary.findings.append(f"{new:,} new bars, {len(bars) - new:,} were there already")
+    return whole.sort_values(["instrument", "time"], ignore_index=True)
 
 
-def _read_store(store: Path) -> pd.DataFrame:
-    """Read all bars of a store that `ingest` has written."""
-    about = store / ABOUT
-    if not about.is_file():
+def _rebased(both: pd.DataFrame, bars: pd.DataFrame, summary: IngestSummary) -> pd.DataFrame:
+    """Multiply the prices of each instrument's new bars by what the store's are of them.
+
+    Raises:
+        SourceError: the ratio is not the same on all bars that both have, so it is no new base.
+    """
+    ratio = both["close"].astype(float) / both["close_new"]
+    groups = ratio.groupby(both["instrument"], observed=True)
+    scale, apart = groups.median(), groups.max() / groups.min()
+    wrong = apart[apart > 1 + 1e-4]
+    if len(wrong):
+        raise SourceError(
+            f"--rebase: {wrong.index[0]}: the store's closes are {groups.min()[wrong.index[0]]:.6g} … "
+            f"{groups.max()[wrong.index[0]]:.6g} of the sources', no constant factor: a price was corrected"
+        )
+    moved = scale[np.abs(scale - 1) > 1e-6]
+    own = bars["instrument"].map(moved).astype(float).fillna(1.0).to_numpy()
+    bars = bars.copy()
+    for column in [*PRICES, *(["factor"] if "factor" in bars else [])]:
+        bars[column] = (bars[column] * own).astype(np.float32)
+    if "volume" in bars:
+        bars["volume"] = (bars["volume"] / own).astype(np.float32)
+    if len(moved):
+        first = f"{moved.index[0]} × {moved.iloc[0]:.6g} first"
+        summary.findings.append(f"re-based: prices of {len(moved):,} instruments to those of the store, {first}")
+    return bars
+
+
+def _read_store(store: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Read all bars of a store that `ingest` has written, and what it said of them."""
+    path = store / ABOUT
+    if not path.is_file():
         raise SourceError(f"{store}: no {ABOUT}, so it is no store that ingest has written; --append adds to such only")
-    freq = json.loads(about.read_text())["freq"]
-    times = pd.DatetimeIndex((store / "calendars" / f"{freq}.txt").read_text().split("\n")[:-1])
-    tables = []
-    for line in (store / "instruments" / "all.txt").read_text().splitlines():
-        name = line.split("\t")[0]
-        columns = {}
-        for path in (store / "features" / name.lower()).glob(f"*.{freq}.bin"):
-            values = np.fromfile(path, "<f4")
-            columns[path.name.split(".")[0]] = values[1:]
-            start = int(values[0])
-        table = pd.DataFrame(columns, copy=False)
-        table.insert(0, "time", times[start : start + len(table)])
-        table.insert(0, "instrument", name)
+    about, files = json.loads(path.read_text()), StoreFiles(store)
+    times = files.calendar(about["freq"])
+    tables, names = [], files.instruments()
+    for number, name in enumerate(names):
+        first, table = files.read(name, about["freq"], FIELDS)
+        table.insert(0, "time", times[first : first + len(table)])
+        table.insert(0, "instrument", pd.Categorical.from_codes(np.full(len(table), number), names))
         tables.append(table[table["close"].notna()])
-    return pd.concat(tables, ignore_index=True)
+    return pd.concat(tables, ignore_index=True), about
 
 
 def _write(
-    bars: pd.DataFrame, rejected: pd.DataFrame, store: Path, summary: IngestSummary, universes: Mapping[str, Path]
+    bars: pd.DataFrame,
+    rejected: pd.DataFrame,
+    store: Path,
+    summary: IngestSummary,
+    universes: Mapping[str, Path],
+    former: Sequence[str],
 ) -> None:
     store.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{store.name}."
@@ -210,33 +361,38 @@ def _write(
         draft = Path(scratch) / "store"
         for name in ("calendars", "instruments", "features"):
             (draft / name).mkdir(parents=True)
-        calendar = np.unique(bars["time"].to_numpy("datetime64[ns]"))
         form = "%Y-%m-%d" if summary.freq == "day" else "%Y-%m-%d %H:%M:%S"
-        if summary.freq == "day":
-            bars = bars.assign(time=bars["time"].dt.normalize())
-            calendar = np.unique(calendar.astype("datetime64[D]").astype("datetime64[ns]"))
+        calendar = np.unique(bars["time"].to_numpy("datetime64[ns]"))
         texts = pd.DatetimeIndex(calendar).strftime(form)
         (draft / "calendars" / f"{summary.freq}.txt").write_text("".join(f"{text}\n" for text in texts))
         rows = np.searchsorted(calendar, bars["time"].to_numpy("datetime64[ns]"))
-        names, starts = np.unique(bars["instrument"].to_numpy(str), return_index=True)
-        ends = [*starts[1:], len(bars)]
+        codes, names = bars["instrument"].cat.codes.to_numpy(), bars["instrument"].cat.categories
+        starts = np.flatnonzero(np.r_[True, codes[1:] != codes[:-1]])
         fields = {name: bars[name].to_numpy("<f4") for name in FIELDS if name in bars}
         lines = []
-        for name, start, end in zip(names.tolist(), starts, ends):
-            first, last = int(rows[start]), int(rows[end - 1])
-            folder = draft / "features" / f"{'_qlib_' if _RESERVED.fullmatch(name) else ''}{name}".lower()
+        for start, end in zip(starts, [*starts[1:], len(bars)]):
+            name, first, last = names[codes[start]], int(rows[start]), int(rows[end - 1])
+            folder = draft / "features" / folder_name(name)
             folder.mkdir()
             for column, values in fields.items():
                 own = np.full(last - first + 2, np.nan, "<f4")
                 own[0] = first
                 own[1 + rows[start:end] - first] = values[start:end]
                 own.tofile(folder / f"{column}.{summary.freq}.bin")
-            lines.append(f"{name}\t{texts[first]}\t{texts[last]}\n")
+            if name != summary.benchmark:
+                lines.append(f"{name}\t{texts[first]}\t{texts[last]}\n")
         (draft / "instruments" / "all.txt").write_text("".join(lines))
+        for name in former:
+            shutil.copyfile(store / "instruments" / f"{name}.txt", draft / "instruments" / f"{name}.txt")
         for name, path in universes.items():
             _write_universe(draft, name, path, set(names.tolist()), summary)
         rejected.to_csv(draft / REJECTED, index=False)
-        about = {"freq": summary.freq, "findings": summary.findings}
+        about = {
+            "freq": summary.freq,
+            "benchmark": summary.benchmark,
+            "universes": sorted({*former, *universes}),
+            "findings": summary.findings,
+        }
         (draft / ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n")
         if store.is_dir():  # empty, or a store that bars were added to
             store.rename(Path(scratch) / "former")

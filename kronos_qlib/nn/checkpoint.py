@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import inspect
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,11 +28,12 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from kronos_qlib.addresses import check_answers
-from kronos_qlib.files import whole_file
+from kronos_qlib.files import digest_of_file, whole_file
 from kronos_qlib.hardware.device import check_memory
 from kronos_qlib.nn import zoo
 from kronos_qlib.settings import Settings, read_settings
 
+logger = logging.getLogger("qlib.Kronos")
 SECONDS_TO_ANSWER = 4.0  # of the hub
 CONFIG_FILE, WEIGHTS_FILE, MODEL_CARD_FILE = "config.json", "model.safetensors", "README.md"
 
@@ -63,11 +65,13 @@ class HubModule(
 
     Attributes:
         config: the constructor's arguments by name.
-        source: where the weights came from (hub id or folder), or None for a new network.
+        source: where the weights came from (hub id, folder, or `nano` of this package), or None for a new network.
+        entries: the zoo's networks of this kind by name.
     """
 
     config: dict[str, Any]
     source: str | None = None
+    entries: ClassVar[Mapping[str, zoo.ZooEntry]] = {}
     _arguments: ClassVar[type[Settings]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -130,13 +134,14 @@ class HubModule(
         token: str | bool | None = None,
         map_location: str | torch.device = "cpu",
     ) -> Self:
-        """Load a checkpoint from a folder or from the hub, strictly.
+        """Load a checkpoint from this package, a folder or the hub, strictly.
 
         Overridden because the mixin's own loads whatever it can: it drops unknown keys, takes a missing config.json for
         an empty one, checks no tensor unless asked to, and falls back on a pickled pytorch_model.bin.
 
         Args:
-            pretrained_model_name_or_path: a folder with config.json and model.safetensors, or a hub id such as
+            pretrained_model_name_or_path: a name of the zoo (`small`; `nano` needs no network), which wins over a
+                folder of that name; a folder with config.json and model.safetensors; or a hub id such as
                 NeoQuasar/Kronos-small.
             revision: a commit, tag or branch of the hub; by default the commit that the zoo pins, if it knows one.
             cache_dir, force_download, local_files_only, token: as everywhere in huggingface_hub; a folder needs none.
@@ -148,9 +153,14 @@ class HubModule(
         Raises:
             FileNotFoundError: no such folder or file, and the hub has or reaches none.
             CheckpointError: an unknown or missing key, an impossible value, a truncated file, a tensor that is
-                missing, unexpected, mis-shaped or not finite.
+                missing, unexpected, mis-shaped or not finite, or a file of this package with another checksum.
         """
         source = str(pretrained_model_name_or_path)
+        entry = cls.entries.get(source)
+        if entry is not None and entry.hub_id is None and entry.folder is None:
+            raise CheckpointError(f"{source} is a new network: it has no weights to load")
+        place = source if entry is None else entry.hub_id or str(entry.folder)
+        source = entry.hub_id or source if entry else source
         download = {
             "revision": revision,
             "cache_dir": cache_dir,
@@ -158,7 +168,12 @@ class HubModule(
             "local_files_only": local_files_only,
             "token": token,
         }
-        config_path, weights_path = (_locate(source, name, download) for name in (CONFIG_FILE, WEIGHTS_FILE))
+        config_path, weights_path = (_locate(place, name, download) for name in (CONFIG_FILE, WEIGHTS_FILE))
+        for path in (config_path, weights_path):
+            if entry and entry.folder and digest_of_file(path) != entry.digests[path.name]:
+                raise CheckpointError(f"{path}: damaged, its checksum is not the release's; install kronos-qlib again")
+        if entry and entry.folder and entry.tokenizer:
+            logger.info(zoo.SHIPPED_NOTE)
         try:
             config = json.loads(config_path.read_text())
         except (ValueError, RecursionError) as error:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kronos_qlib.nn import zoo
 from kronos_qlib.nn.checkpoint import Bits, DropoutRate, HubModule, Layers, Width
 from kronos_qlib.nn.dropout import Dropout
 from kronos_qlib.nn.layers import Attention, Block, RMSNorm, check_heads, initialise
@@ -98,6 +99,8 @@ class Kronos(HubModule):
     leaves the embedding of time out. A padding_mask is bool [B, T], true where a position is padding: what is said of
     the others is then what the window without padding would have. Arguments are named and ordered as the authors'.
     """
+
+    entries = zoo.MODELS
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ import torch
 from pydantic import FiniteFloat
 from torch import Tensor, nn
 
+from kronos_qlib.nn import zoo
 from kronos_qlib.nn.checkpoint import Bits, DropoutRate, HubModule, Layers, Width
 from kronos_qlib.nn.layers import Block, check_heads, initialise
 from kronos_qlib.nn.quantizer import MeanCode, SignQuantizer, ids_to_signs, signs_to_ids
@@ -18,6 +19,8 @@ class KronosTokenizer(HubModule):
     The first s1_bits of a code are its coarse part (id s1), the rest its fine part (id s2). n_enc_layers and
     n_dec_layers count one more than the blocks that exist, as in the published configurations.
     """
+
+    entries = zoo.TOKENIZERS
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from kronos_qlib.data.dataset import KLineDataset
 from kronos_qlib.files import whole_file
+from kronos_qlib.nn import zoo
 from kronos_qlib.workflow.findings import Finding, one_line, record_findings, segment_overlap
 from kronos_qlib.workflow.model import KronosModel
 from kronos_qlib.workflow.workflow_file import read_workflow
@@ -115,7 +116,8 @@ def model_findings(model: KronosModel, dataset: Any) -> Iterator[Finding]:
         network = getattr(model, name)
         source = network.source or "a new network, random weights"
         untrained = network.source is None and settings.finetune is None
-        yield Finding("warning" if untrained else "ok", name, f"{network.n_parameters:,} parameters, {source}")
+        note = f"; {zoo.SHIPPED_NOTE}" if name == "model" and network.source == "nano" else ""
+        yield Finding("warning" if untrained else "ok", name, f"{network.n_parameters:,} parameters, {source}{note}")
     yield Finding("ok", "device", f"{settings.device}, dtype {settings.dtype}")
     for key, folder in _folders(model).items():
         yield _folder_finding(key, Path(folder))

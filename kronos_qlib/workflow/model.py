@@ -17,7 +17,7 @@ from kronos_qlib.forecast.engine.weights import check_max_context, check_pair
 from kronos_qlib.forecast.forecaster import quantile_columns
 from kronos_qlib.forecast.scores import SCORES
 from kronos_qlib.hardware.device import resolve_device, resolve_dtype
-from kronos_qlib.nn import Kronos, KronosTokenizer, zoo
+from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.nn.checkpoint import HubModule
 from kronos_qlib.settings import MISSING, read_settings
 from kronos_qlib.train import Job
@@ -41,7 +41,8 @@ class KronosModel(ModelFT):
 
     Args:
         tokenizer, model: a hub id, a local folder, a name of the zoo (mini, small, base, tokenizer-base,
-            tokenizer-2k; nano is a new network) or a mapping of constructor arguments, which makes a new network.
+            tokenizer-2k; nano, which is in this package; nano-new, a new network) or a mapping of constructor
+            arguments, which makes a new network.
         max_context: bars the model sees at most.
         finetune: see `FinetuneSettings`; None uses the checkpoints as they are.
         forecast: see `ForecastSettings`.
@@ -256,11 +257,8 @@ class KronosModel(ModelFT):
 
 def _make_network(kind: type[Network], key: str, value: str | Mapping[str, Any], seed: int) -> Network:
     """Make or load the network that a workflow names: a mapping, a name of the zoo, a folder or a hub id."""
-    entries = zoo.TOKENIZERS if kind is KronosTokenizer else zoo.MODELS
-    entry = entries.get(value) if isinstance(value, str) else None
-    if entry and entry.hub_id:
-        value = entry.hub_id
-    elif entry:
+    entry = kind.entries.get(value) if isinstance(value, str) else None
+    if entry and not (entry.hub_id or entry.folder):
         value = entry.config
     if isinstance(value, str):
         try:

@@ -123,18 +123,17 @@ def pretraining_overlap(tokenizer: HubModule, model: HubModule, first: np.dateti
 
     A loaded network of a published shape counts as that checkpoint or a descendant of it.
     """
-    entries = [*zoo.TOKENIZERS.values(), *zoo.MODELS.values()]
     for network in (model, tokenizer):
         if network.source is None:
             continue
-        entry = next((e for e in entries if e.hub_id == network.source), None)
-        entry = entry or next(
-            (e for e in entries if e.trained_until and _shape(e.config) == _shape(network.config)), None
-        )
+        own = network.entries.get(network.source) or zoo.published(network.source)
+        alike = {name: e for name, e in network.entries.items() if _shape(e.config) == _shape(network.config)}
+        entry = own or next((e for e in alike.values() if e.trained_until), None)
         if entry and entry.trained_until and first <= np.datetime64(entry.trained_until):
-            day = pd.Timestamp(first).date()
+            name = entry.hub_id or next(name for name, e in alike.items() if e is entry)
+            known = f"{network.source} was" if own else f"{network.source} may descend from {name}, which was"
             return (
-                f"the scores start on {day}, but {entry.hub_id} (here {network.source}) was trained on data up to "
+                f"the scores start on {pd.Timestamp(first).date()}, but {known} trained on data up to "
                 f"{entry.trained_until}: up to then they are not out of sample"
             )
     return None

@@ -81,9 +81,9 @@ class ModelSettings(Settings):
 
     tokenizer: Annotated[Any, BeforeValidator(_network)]
     """Hub id, local folder, name of the zoo, which wins over a folder of that name (`tokenizer-base`, `tokenizer-2k`;
-    `nano`: a new network), or a mapping of constructor arguments: a new network."""
+    `nano`, in this package; `nano-new`: a new network), or a mapping of constructor arguments: a new network."""
     model: Annotated[Any, BeforeValidator(_network)]
-    """Likewise; names of the zoo: `mini`, `small`, `base`; `nano`: a new network."""
+    """Likewise; names of the zoo: `mini`, `small`, `base`, `nano`; `nano-new`: a new network."""
     max_context: int = Field(default=512, ge=2)
     """Bars that the model sees at most. Lookback + horizon above it works, slowly."""
     finetune: Annotated[WorkflowFinetuneSettings | None, Field(strict=False)] = None

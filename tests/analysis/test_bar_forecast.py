@@ -1,5 +1,7 @@
 """kronos-qlib forecast: from a file to a table, a CSV file and a page; and its Python face, predict_df."""
 
+import contextlib
+import io
 import json
 import re
 from pathlib import Path
@@ -7,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from networks import make_networks
 
 from kronos_qlib import KronosPredictor
@@ -124,6 +128,40 @@ def test_forecast_bars_are_possible_and_their_close_is_as_drawn():
     assert (high >= np.maximum(opened, close)).all() and (low <= np.minimum(opened, close)).all()
     assert (bars[..., 4:] >= 0).all()
     np.testing.assert_array_equal(bars[..., [0, 3]], paths[..., [0, 3]])
+
+
+# Garbage
+
+
+CELLS = st.sampled_from(
+    [b"", b"--", b"x", b'"1,234.5"', b"1e400", b"-1", b"nan", b"2024-13-45", b"\xff", b"0", b"9" * 20]
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_a_file_holds_there_is_one_clear_end(networks, tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("garbage")
+    name = data.draw(st.sampled_from(["a.csv", "a.parquet", "a.zip", "a.csv.gz", "a.feather"]))
+    if data.draw(st.booleans()):
+        content = data.draw(st.binary(max_size=300))
+    else:
+        rows = [line.split(b",") for line in (SOURCES.parent / "truth.csv").read_bytes().splitlines()]
+        for _ in range(data.draw(st.integers(1, 40))):
+            rows[data.draw(st.integers(1, len(rows) - 1))][data.draw(st.integers(0, 6))] = data.draw(CELLS)
+        content, name = b"\n".join(b",".join(row) for row in rows), "a.csv"
+    (folder / name).write_bytes(content)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as error:
+        status = forecast(networks, folder / name, folder / "page.html", "--samples", "4")
+    written = {path.name for path in folder.iterdir()} - {name}
+    if status == 0:
+        table = pd.read_csv(folder / "page.csv")
+        assert written == {"page.html", "page.csv"} and np.isfinite(table.drop(columns=["time", "instrument"])).all(
+            axis=None
+        )
+    else:
+        lines = error.getvalue().strip().splitlines()
+        assert status == 2 and not written and len(lines) == 1 and name in lines[0]
 
 
 # predict_df

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,39 @@ def test_a_saved_network_loads_as_it_was(kind, tmp_path):
     assert sorted(p.name for p in (tmp_path / "saved").iterdir()) == ["config.json", "model.safetensors"]
     for name, tensor in network.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+KINDS = pytest.mark.parametrize("kind", [Kronos, KronosTokenizer])
+
+
+@KINDS
+def test_nano_comes_with_the_package_and_asks_no_hub(kind, monkeypatch):
+    def refuse(*args, **options):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(checkpoint, "hf_hub_download", refuse)
+    network = kind.from_pretrained("nano")
+    assert network.source == "nano" and network.n_parameters == kind.entries["nano"].parameters
+    assert network.config == kind.entries["nano"].config and not network.training
+
+
+@KINDS
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_damaged_file_of_the_package_is_named(kind, name, tmp_path, monkeypatch):
+    entry = kind.entries["nano"]
+    folder = shutil.copytree(entry.folder, tmp_path / "copy")
+    content = bytearray((folder / name).read_bytes())
+    content[-9] ^= 1
+    (folder / name).write_bytes(content)
+    monkeypatch.setitem(kind.entries, "nano", replace(entry, folder=folder))
+    with pytest.raises(CheckpointError, match=rf"{name}: damaged, its checksum is not the release's"):
+        kind.from_pretrained("nano")
+
+
+@KINDS
+def test_a_new_network_has_no_weights_to_load(kind):
+    with pytest.raises(CheckpointError, match="nano-new is a new network: it has no weights"):
+        kind.from_pretrained("nano-new")
 
 
 def test_a_missing_tensor_is_named(folder):

@@ -138,10 +138,22 @@ def test_new_weights_depend_on_the_seed_only():
         assert not same_weights(weights(getattr(first, network)), weights(getattr(other, network)))
 
 
-def test_the_zoos_own_small_networks_go_by_name():
+def test_the_zoos_own_small_networks_go_by_name_trained_and_new():
+    trained, new = make_model(tokenizer="nano", model="nano"), make_model(tokenizer="nano-new", model="nano-new")
+    for name, entries in (("model", zoo.MODELS), ("tokenizer", zoo.TOKENIZERS)):
+        of_package, own = getattr(trained, name), getattr(new, name)
+        assert of_package.n_parameters == own.n_parameters == entries["nano"].parameters
+        assert of_package.source == "nano" and own.source is None
+        assert not same_weights(weights(of_package), weights(own))
+
+
+def test_scores_from_before_the_end_of_nano_s_training_are_warned_of():
     model = make_model(tokenizer="nano", model="nano")
-    assert model.model.n_parameters == zoo.MODELS["nano"].parameters
-    assert model.tokenizer.n_parameters == zoo.TOKENIZERS["nano"].parameters
+    warning = pretraining_overlap(model.tokenizer, model.model, np.datetime64("2024-06-28", "ns"))
+    assert "nano was trained on data up to 2024-06-30" in warning
+    assert pretraining_overlap(model.tokenizer, model.model, np.datetime64("2024-07-01", "ns")) is None
+    new = make_model(tokenizer="nano-new", model="nano-new")
+    assert pretraining_overlap(new.tokenizer, new.model, np.datetime64("2018-06-18", "ns")) is None
 
 
 # What a run records

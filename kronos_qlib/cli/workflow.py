@@ -1,0 +1,83 @@
+"""`kronos-qlib workflow`: write a workflow for a store, or copy those that come with the package."""
+
+import argparse
+from pathlib import Path
+from textwrap import dedent
+
+from kronos_qlib.cli.command import Commands, fail
+from kronos_qlib.text import printable
+
+_DESCRIPTION = """\
+    Write a commented workflow for a store: OUT.yaml for Kronos, OUT_lightgbm.yaml as its yardstick, and OUT_base.yaml
+    with what both share. Segments are cut by the store's dates, lookback and horizon by its frequency, benchmark, costs
+    and price limits by its market. Read them, change them: they are yours. Nothing runs yet.
+"""
+
+_EXAMPLES = """\
+    examples, from a file of bars to a comparison in four commands:
+      kronos-qlib ingest bars.csv store
+      kronos-qlib workflow store --out mine.yaml
+      qrun mine.yaml && qrun mine_lightgbm.yaml
+      kronos-qlib compare mine mine_lightgbm
+
+    those that come with the package:
+      kronos-qlib workflow --copy kronos_csi300_nano      into workflows/, with its base
+      kronos-qlib workflow --copy all
+"""
+
+
+def add_command(commands: Commands) -> None:
+    """Add the command to the parser of `kronos-qlib`."""
+    command = commands.add_parser(
+        "workflow",
+        help="write a workflow for a store",
+        description=dedent(_DESCRIPTION),
+        epilog=dedent(_EXAMPLES),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("store", metavar="STORE", nargs="?", type=Path, help="a Qlib store")
+    command.add_argument("--universe", default="all", metavar="NAME", help="a universe of the store (default: all)")
+    command.add_argument("--model", default="nano", help="nano, mini, small or base (default: nano)")
+    command.add_argument("--region", default="auto", help="cn, us or crypto (default: auto, by names and days)")
+    command.add_argument("--freq", help="which bars of the store, such as 5min (default: day, or the only ones)")
+    command.add_argument("--benchmark", metavar="NAME", help="an instrument (default: the index, or the mean of all)")
+    command.add_argument("--copy", nargs="+", metavar="NAME", help="copy workflows of the package instead, or all")
+    command.add_argument(
+        "--out", type=Path, help="the workflow's file (default: the store's name); with --copy a folder: workflows/"
+    )
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command and return its exit status."""
+    from kronos_qlib.workflow.new_workflow import copy_examples, example_names, write_workflow
+
+    notes: list[str] = []
+    try:
+        if options.copy:
+            if options.store:
+                raise ValueError("--copy takes workflows of the package; leave the store out")
+            files = copy_examples(options.copy, options.out or Path("workflows"))
+        elif options.store is None:
+            raise ValueError(f"name a store, or --copy one of {', '.join(example_names())}")
+        else:
+            out = options.out or Path(f"{options.store.expanduser().resolve().name}.yaml")
+            files, notes = write_workflow(
+                options.store,
+                out,
+                universe=options.universe,
+                model=options.model,
+                region=options.region,
+                freq=options.freq,
+                benchmark=options.benchmark,
+            )
+    except (ValueError, OSError) as error:
+        return fail("workflow", error)
+    for note in notes:
+        print(printable(note))
+    print(f"written: {', '.join(map(str, files))}")
+    if notes:
+        first, second = files[:2]
+        print(f"next: kronos-qlib check {first}; qrun {first}; qrun {second}")
+        print(f"then: kronos-qlib compare {first.stem} {second.stem}")
+    return 0
