@@ -2,6 +2,8 @@
 
 import argparse
 import gc
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -39,9 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_and_exit() -> NoReturn:
     """Run the command and end the process: what the shell calls.
 
-    What was imported is not collected before: for torch that alone takes a second.
+    An interruption, and a pipe whose reader has gone (`… | head`), end it without a traceback. What was imported is not
+    collected before: for torch that alone takes a second.
     """
-    status = main()
+    try:
+        status = main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left unsaid goes nowhere
+        status = 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
     gc.freeze()
     sys.exit(status)
 

@@ -2,6 +2,8 @@
 
 import argparse
 import gc
+import json
+import re
 from pathlib import Path
 from textwrap import dedent
 from typing import TYPE_CHECKING
@@ -43,7 +45,13 @@ def add_command(commands: Commands) -> None:
     )
     command.add_argument("source", metavar="FILE|STORE:INSTRUMENT", help="bars; FILE:INSTRUMENT of a file with several")
     command.add_argument("--horizon", type=int, default=24, metavar="N", help="bars to forecast (default: 24)")
-    command.add_argument("--lookback", type=int, default=400, metavar="N", help="bars seen at most (default: 400)")
+    command.add_argument(
+        "--lookback",
+        type=int,
+        default=400,
+        metavar="N",
+        help="bars seen at most (default: 400, or fewer if the model was trained on shorter windows)",
+    )
     command.add_argument(
         "--model",
         default="nano",
@@ -122,13 +130,20 @@ def _forecast(options: argparse.Namespace) -> "BarForecast":
         )
     exchange = options.exchange or exchange_of(found.instrument)
     times = sessions_after_bars(pd.DatetimeIndex(bars.index), options.horizon, exchange)
-    bars = bars.iloc[-options.lookback :]
     predictor, note = _predictor(options.model, options.device)
+    room = max(predictor.max_context - options.horizon, predictor.max_context // 2)
+    if min(options.lookback, len(bars)) > room:
+        note += f" It sees the last {room} bars, as it was trained on windows of {predictor.max_context}."
+    bars = bars.iloc[-min(options.lookback, room) :]
     from kronos_qlib.forecast.predictor import possible_bars
 
-    paths = possible_bars(
-        predictor.predict_paths(bars, bars.index, times, len(times), sample_count=options.samples, seed=options.seed)
-    )
+    try:
+        paths = predictor.predict_paths(
+            bars, bars.index, times, len(times), sample_count=options.samples, seed=options.seed
+        )
+    except ValueError as error:
+        raise ValueError(f"{options.source}: {error}") from None
+    paths = possible_bars(paths)
     came = later[later.index.isin(times)]
     sessions = exchange or "the pattern of the bars, without holidays"
     notes = [
@@ -162,5 +177,17 @@ def _predictor(name: str, device: str) -> tuple["KronosPredictor", str]:
         note += f" Trained on bars up to {entry.trained_until}: what it says of earlier days it may have seen."
     if name == "nano":
         note += f" {zoo.SHIPPED_NOTE}."
-    context = entry.max_context if entry is not None and entry.max_context else 512
+    context = entry.max_context if entry is not None and entry.max_context else _trained_context(folder) or 512
     return KronosPredictor(model, tokenizer, device, context, s2_rotation="aligned"), note
+
+
+def _trained_context(folder: Path) -> int | None:
+    """Read from a training's folder how many bars the windows had that it was trained on; None for another folder."""
+    from kronos_qlib.train.fingerprint import FILE
+
+    try:
+        identity = json.loads((folder / "predictor" / FILE).read_text(encoding="utf-8"))
+        found = re.search(r"× \((\d+) \+ (\d+)\)", str(identity["training windows"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return int(found[1]) + int(found[2]) - 1 if found else None  # the last bar is only a target

@@ -16,7 +16,13 @@ from kronos_qlib.data.stamps import stamps
 from kronos_qlib.data.windows import COLUMNS, Normalisation, denormalise, normalise
 from kronos_qlib.forecast.engine.generate import generate
 from kronos_qlib.forecast.engine.sampling import Sampling, is_number, is_whole
-from kronos_qlib.forecast.engine.weights import NetworkWeights, check_max_context, check_pair, prepare_weights
+from kronos_qlib.forecast.engine.weights import (
+    NetworkWeights,
+    beyond_training,
+    check_max_context,
+    check_pair,
+    prepare_weights,
+)
 from kronos_qlib.hardware.device import resolve_device, resolve_dtype
 from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.nn.model import S2Rotation
@@ -250,6 +256,9 @@ class KronosPredictor:
                 f"KronosPredictor: a batch needs series of one length, not {[len(rows) for rows in series]}"
             )
         rows = np.stack(series)
+        beyond = beyond_training(self.model, min(rows.shape[1] + pred_len, self.max_context))
+        if beyond:
+            warnings.warn(f"KronosPredictor: {beyond}", stacklevel=4)
         times = [_pair_of_times(x, y, rows.shape[1], pred_len) for x, y in zip(x_times, y_times)]
         keys = [_key(bars, x) for bars, (x, _) in zip(rows, times)]
         clocks = [(x, y if x.tz is None else y.tz_convert(x.tz)) for x, y in times]

@@ -98,6 +98,11 @@ def concatenated(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 def once_each(bars: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Sort bars by instrument and time and keep the last of each pair; the others are rejected: file, line, reason."""
+    names = bars["instrument"].cat
+    if list(names.categories) == sorted(names.categories):
+        later, same = np.diff(bars["time"].to_numpy()) > np.timedelta64(0), np.diff(names.codes.to_numpy())
+        if ((same > 0) | ((same == 0) & later)).all():
+            return bars, pd.DataFrame({"file": [], "line": [], "reason": []})
     bars = bars.assign(instrument=bars["instrument"].cat.reorder_categories(sorted(bars["instrument"].cat.categories)))
     bars = bars.sort_values(["instrument", "time"], kind="stable", ignore_index=True)
     twice = bars.duplicated(["instrument", "time"], keep="last").to_numpy()
@@ -166,12 +171,11 @@ def _table_bars(table: RawTable, given: Mapping[str, str], tz: str | None, symbo
         own = pd.DataFrame({"line": lines[bad], "reason": reasons})
         rejected = pd.concat([own, rejected], ignore_index=True)
     frame["instrument"] = frame["instrument"].cat.remove_unused_categories()
-    first = frame.nsmallest(RATE_BARS, "time")  # no later bar decides what an earlier one means
-    if plain_name(found.get("amount", "")) == "turnover" and is_rate(
-        first["amount"], first["close"], first.get("volume")
-    ):
-        findings.append("turnover is a rate, as its values are below price × volume: no amount")
-        frame = frame.drop(columns="amount")
+    if plain_name(found.get("amount", "")) == "turnover":
+        first = frame.nsmallest(RATE_BARS, "time")  # no later bar decides what an earlier one means
+        if is_rate(first["amount"], first["close"], first.get("volume")):
+            findings.append("turnover is a rate, as its values are below price × volume: no amount")
+            frame = frame.drop(columns="amount")
     if "amount" in frame and "volume" in frame and not frame["amount"].any() and frame["volume"].any():
         findings.append("amount is 0 throughout, beside a volume: not known")
         frame = frame.drop(columns="amount")

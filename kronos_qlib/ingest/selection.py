@@ -56,6 +56,14 @@ def read_instrument(
     if len(read.rejected):
         first = read.rejected.iloc[0]
         findings.append(f"{len(read.rejected)} rows are no bars, line {first['line']} first: {first['reason']}")
+    if "volume" in bars and bars["volume"].notna().any() and bars["volume"].isna().any():
+        unknown = bars["volume"].isna()
+        findings.append(f"{unknown.sum()} bars have no volume and are left out, {bars.index[unknown][0]} first")
+        bars = bars[~unknown]
+    for column in ("volume", "amount"):
+        if column in bars and bars[column].isna().any():
+            findings.append(f"{column} is missing on {bars[column].isna().sum()} bars and is not used")
+            bars = bars.drop(columns=column)
     return InstrumentBars(wanted, bars, findings, read.zone)
 
 

@@ -160,8 +160,7 @@ def ingest(
         if about["freq"] != summary.freq:
             raise SourceError(f"{store}: the store has bars of {about['freq']}, the sources of {summary.freq}")
         bars = _joined(before, bars, store, summary, rebase)
-    computed = bars["close"].astype(float).groupby(bars["instrument"], sort=False, observed=True).pct_change()
-    bars["change"] = (bars["change"].fillna(computed) if "change" in bars else computed).astype(np.float32)
+    _add_change(bars)
     if "amount" in bars and "volume" in bars:
         with np.errstate(divide="ignore", invalid="ignore"):
             vwap = (bars["amount"].astype(float) / bars["volume"].where(bars["volume"] > 0)).astype(np.float32)
@@ -173,6 +172,15 @@ def ingest(
     summary.first, summary.last = (str(bars["time"].agg(end)) for end in ("min", "max"))
     _write(bars, rejected, store, summary, universes or {}, about.get("universes", []))
     return summary
+
+
+def _add_change(bars: pd.DataFrame) -> None:
+    """Add the change from close to close, a ratio, where the source says none."""
+    close, code = bars["close"].to_numpy(float), bars["instrument"].cat.codes.to_numpy()
+    change = np.full(len(bars), np.nan, np.float32)
+    change[1:] = np.where(code[1:] == code[:-1], close[1:] / close[:-1] - 1, np.nan)
+    said = bars["change"].to_numpy(np.float32) if "change" in bars else np.full(len(bars), np.nan, np.float32)
+    bars["change"] = np.where(np.isnan(said), change, said)
 
 
 def _read_all(

@@ -28,7 +28,7 @@ class ZooEntry:
     folder: Path | None = None  # of weights that come with this package
     digests: Mapping[str, str] = field(default_factory=dict)  # of the folder's files, by name
     revision: str | None = None  # the hub commit that was tried; None: the newest
-    max_context: int | None = None  # bars
+    max_context: int | None = None  # bars of the longest windows that it was trained on
     trained_until: str | None = None  # the last date of the pre-training data
     tokenizer: str | None = None  # a model's tokenizer, by name
 
@@ -105,7 +105,7 @@ MODELS: dict[str, ZooEntry] = {
             "config.json": "80aeee8ea28a1e5d8a994842f7a0103b",
             "model.safetensors": "1a6bb804dca002111cc7807e4a7171f7",
         },
-        max_context=512,
+        max_context=100,
         trained_until=TRAINED_UNTIL,
         tokenizer="nano",
     ),

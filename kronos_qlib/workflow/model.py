@@ -13,7 +13,7 @@ from qlib.model.base import ModelFT
 
 from kronos_qlib.data.dataset import KLineDataset, window_index
 from kronos_qlib.data.windows import COLUMNS, Windows
-from kronos_qlib.forecast.engine.weights import check_max_context, check_pair
+from kronos_qlib.forecast.engine.weights import beyond_training, check_max_context, check_pair
 from kronos_qlib.forecast.forecaster import quantile_columns
 from kronos_qlib.forecast.scores import SCORES
 from kronos_qlib.hardware.device import resolve_device, resolve_dtype
@@ -248,6 +248,9 @@ class KronosModel(ModelFT):
                 f"KronosModel: the dataset's horizon ({dataset.horizon}) must be below max_context ({limit})"
             )
         lookback, horizon = dataset.lookback, dataset.horizon
+        beyond = beyond_training(self.model, min(lookback + horizon, limit))
+        if beyond and self.settings.finetune is None:
+            logger.warning(f"KronosModel: {beyond}")
         if lookback + horizon > limit:
             logger.warning(
                 f"KronosModel: lookback ({lookback}) + horizon ({horizon}) is above max_context ({limit}): the window "

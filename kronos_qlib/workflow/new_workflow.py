@@ -16,6 +16,7 @@ from kronos_qlib.data.calendar import WEEKEND_SHARE
 from kronos_qlib.files import whole_file
 from kronos_qlib.ingest.store_files import StoreFiles
 from kronos_qlib.ingest.symbols import exchange_of, is_index
+from kronos_qlib.nn import zoo
 from kronos_qlib.text import printable
 
 EXAMPLES = Path(__file__).parents[1] / "workflows"
@@ -192,6 +193,9 @@ def _settings(
     market = MARKETS[region]
     minutes = _minutes(freq)
     lookback, horizon = next((back, ahead) for most, back, ahead in _WINDOWS if minutes <= most)
+    trained = zoo.MODELS[model].max_context or lookback + horizon
+    if lookback + horizon > trained:  # nano's: shorter windows
+        lookback, horizon = trained - trained // 4, trained // 4
     bars_a_day = len(calendar) / len(days)
     segments = _segments(days, math.ceil(lookback / bars_a_day), math.ceil(horizon / bars_a_day), folder)
     index, index_note = _benchmark(store, freq, benchmark, known)
@@ -221,7 +225,7 @@ def _settings(
         "costs": market.costs,
         "model": model,
         "tokenizer": {"nano": "nano", "mini": "tokenizer-2k"}.get(model, "tokenizer-base"),
-        "max_context": 2048 if model == "mini" else 512,
+        "max_context": max(trained, 512),
         "about": _ABOUT[model],
         "stages": {"tokenizer": tokenizer_stage, "predictor": predictor_stage},
         "samples": 5,

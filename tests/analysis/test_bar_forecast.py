@@ -4,6 +4,8 @@ import contextlib
 import io
 import json
 import re
+import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from networks import make_networks
 
-from kronos_qlib import KronosPredictor
+from kronos_qlib import Kronos, KronosPredictor, KronosTokenizer
 from kronos_qlib.cli import main
 from kronos_qlib.forecast.predictor import possible_bars
 
@@ -128,6 +130,42 @@ def test_forecast_bars_are_possible_and_their_close_is_as_drawn():
     assert (high >= np.maximum(opened, close)).all() and (low <= np.minimum(opened, close)).all()
     assert (bars[..., 4:] >= 0).all()
     np.testing.assert_array_equal(bars[..., [0, 3]], paths[..., [0, 3]])
+
+
+# How much a model sees
+
+
+def long_file(folder: Path) -> Path:
+    frame = series("A", 300).rename(columns={"timestamp": "date"})
+    frame.to_csv(folder / "A.csv", index=False)
+    return folder / "A.csv"
+
+
+@pytest.mark.parametrize(("horizon", "seen"), [(24, 76), (80, 50)])
+def test_nano_sees_no_more_bars_than_it_was_trained_on(tmp_path, capsys, horizon, seen):
+    command = ["forecast", str(long_file(tmp_path)), "--horizon", str(horizon), "--samples", "2"]
+    assert main([*command, "--out", str(tmp_path / "page.html")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"A: {seen} bars to") and "nano, which comes with kronos-qlib, is small" in printed
+    assert f"It sees the last {seen} bars, as it was trained on windows of 100" in printed
+
+
+def test_a_training_says_how_long_its_windows_were(networks, tmp_path, capsys):
+    for stage, name in (("tokenizer", "tokenizer"), ("predictor", "model")):
+        shutil.copytree(networks / name, tmp_path / "training" / stage / "best")
+    identity = {"training windows": "480 × (40 + 11) 98"}
+    (tmp_path / "training" / "predictor" / "identity.json").write_text(json.dumps(identity))
+    assert forecast(tmp_path / "training", long_file(tmp_path), tmp_path / "page.html") == 0
+    assert capsys.readouterr().out.startswith("A: 44 bars to"), "50 less a horizon of 6"
+
+
+def test_windows_longer_than_those_of_the_training_are_warned_of():
+    predictor = KronosPredictor(Kronos.from_pretrained("nano"), KronosTokenizer.from_pretrained("nano"), "cpu")
+    for length, expected in ((90, 0), (91, 1)):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            predictor.predict_df(series("A", length), prediction_length=10, sample_count=2)
+        assert len([w for w in said if "longer than the 100 that nano was trained on" in str(w.message)]) == expected
 
 
 # Garbage

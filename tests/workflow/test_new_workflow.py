@@ -51,7 +51,7 @@ CRYPTO_TIMES = pd.date_range("2024-01-01", periods=40 * 96, freq="15min")
     [
         (CHINA, DAYS, "cn", 0.095, "XSHG", (90, 10), "day"),
         (["AAPL", "MSFT", "GOOG"], DAYS, "us", None, None, (90, 10), "day"),
-        (["BTC/USDT", "ETH/USDT"], CRYPTO_TIMES, "us", None, "24/7", (240, 48), "15min"),
+        (["BTC/USDT", "ETH/USDT"], CRYPTO_TIMES, "us", None, "24/7", (75, 25), "15min"),
     ],
 )
 def test_a_store_of_each_market_gets_files_that_check_finds_nothing_against(

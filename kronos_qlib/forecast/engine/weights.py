@@ -11,7 +11,7 @@ from torch import Tensor
 from kronos_qlib.data.windows import CLOSE
 from kronos_qlib.forecast.engine.sampling import is_whole
 from kronos_qlib.hardware.device import check_memory
-from kronos_qlib.nn import Kronos, KronosTokenizer
+from kronos_qlib.nn import Kronos, KronosTokenizer, zoo
 from kronos_qlib.nn.layers import Attention, Block, RMSNorm
 from kronos_qlib.nn.quantizer import ids_to_signs
 
@@ -193,6 +193,17 @@ def prepare_weights(
         _model_weights(model, dtype, max_context),
         max_context,
         tokenizer,
+    )
+
+
+def beyond_training(model: Kronos, bars: int) -> str | None:
+    """Say that windows of so many bars are longer than those that a network of the zoo was trained on; None if not."""
+    entry = model.entries.get(model.source or "") or zoo.published(model.source or "")
+    if entry is None or entry.max_context is None or bars <= entry.max_context:
+        return None
+    return (
+        f"windows of {bars} bars, lookback and horizon together, are longer than the {entry.max_context} that "
+        f"{model.source} was trained on: its forecasts are far worse then; give it fewer bars, or fine-tune it on these"
     )
 
 
