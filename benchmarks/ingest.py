@@ -42,10 +42,14 @@ def make_files(folder: Path, instruments: int, days: int) -> None:
         table.round(4).to_csv(folder / f"SH{600000 + number}.csv", index=False)
 
 
-def measure(command: list[str], env: dict[str, str] | None = None) -> tuple[float, float, float]:
+def measure(command: list[str]) -> tuple[float, float, float]:
     """Run a command: seconds, CPU seconds of it and its children, most GiB at a time."""
     before, start, most = os.times(), time.perf_counter(), 0.0
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env) as process:
+    # a file, as a pipe that nobody reads is full after a while of progress bars
+    with (
+        tempfile.TemporaryFile("w+") as said,
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, text=True) as process,
+    ):
         parent = psutil.Process(process.pid)
         while process.poll() is None:
             try:
@@ -54,7 +58,9 @@ def measure(command: list[str], env: dict[str, str] | None = None) -> tuple[floa
             except psutil.Error:
                 pass
             time.sleep(0.2)
-        wall, error = time.perf_counter() - start, process.stderr.read() if process.stderr else ""
+        wall = time.perf_counter() - start
+        said.seek(0)
+        error = said.read()
     if process.returncode:
         sys.exit(f"{command[0]} ended with {process.returncode}: {error[-500:]}")
     after = os.times()
