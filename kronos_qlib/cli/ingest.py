@@ -62,7 +62,7 @@ def add_command(commands: Commands) -> None:
         action="append",
         default=[],
         metavar="NAME=FILE",
-        help="members: name, first and last date, by tabs",
+        help="members: symbol, first and last date (none: still a member), by tabs or commas",
     )
     command.add_argument(
         "--benchmark", metavar="FILE|NAME", help="an index: a file of its bars, or one of the instruments; not in all"

@@ -4,9 +4,8 @@ Each rule takes the bars of one file. What was found in many files is said once,
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -19,13 +18,13 @@ UNITS = {  # by the median of amount / (unadjusted close × volume): what volume
     "lots,thousands": (0.1, 100.0, 1000.0, "lots of 100 and thousands"),
     "thousands": (0.001, 1.0, 1000.0, "shares and thousands"),
 }
+COMMON = 0.9  # of the files, whose unit an odd one takes
 NEAR = 2.0  # a ratio within this factor of a unit's is that unit's
 ADJUST = ("auto", "none", "adjusted_close", "factor")
 LABELS = ("auto", "start", "end")
 DRIFT = 1.05  # by which amount / (close × volume) of the first and last bars differ if one side is adjusted only
 CONTRADICTION = 0.02  # of a close-to-close return and the change that the source says
 _OPENING = 570  # 9:30, in minutes: the first of the day in mainland China and in New York
-Value = TypeVar("Value", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -165,10 +164,8 @@ def find_label(bars: pd.DataFrame, freq: str) -> Finding:
     return Finding("", f"label of a bar: not known, as {text}; times are kept as they are")
 
 
-def agree(values: Sequence[Value], rule: Callable[[Value], bool], share: float = 0.9) -> Value | None:
-    """Return the commonest of the values that a rule holds for, if at least this share of them are it; else None."""
-    known = Counter(value for value in values if rule(value))
-    if not known:
-        return None
-    value, count = known.most_common(1)[0]
-    return value if count >= share * len(values) else None
+def commonest(units: Sequence[str]) -> str | None:
+    """Return the unit that nine tenths of the files have, those without a figure left out; None if there is none."""
+    known = Counter(unit for unit in units if unit)
+    unit, count = known.most_common(1)[0] if known else ("?", 0)
+    return unit if unit != "?" and count >= COMMON * known.total() else None

@@ -16,14 +16,13 @@ import pyarrow as pa
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
-from kronos_qlib.data.checks import check_universe_file
 from kronos_qlib.ingest.bars import PRICES, SourceBars, concatenated, once_each, read_bars
 from kronos_qlib.ingest.rules import (
     ADJUST,
     LABELS,
     UNITS,
     Finding,
-    agree,
+    commonest,
     find_adjustment,
     find_contradictions,
     find_frequency,
@@ -204,7 +203,7 @@ def _to_shares(parts: Sequence[pd.DataFrame], files: Sequence[Path], unit: str, 
         found = [Finding(unit, "")] * len(parts)
     else:
         found = [find_unit(part) for part in parts]
-        common = agree([finding.value for finding in found if finding.value], lambda value: value != "?")
+        common = commonest([finding.value for finding in found])
         unknown = [place for place, finding in enumerate(found) if finding.value == "?"]
         if unknown and common is None:
             path, figure = files[unknown[0]], found[unknown[0]].figure
@@ -290,6 +289,10 @@ def _joined(
     before: pd.DataFrame, bars: pd.DataFrame, store: Path, summary: IngestSummary, rebase: bool
 ) -> pd.DataFrame:
     """Add new bars to those of a store, whose own stay as they are."""
+    for column in ("volume", "amount", "factor"):
+        if (column in before) != (column in bars):
+            one = "the store has" if column in before else "the sources have"
+            raise SourceError(f"{store}: only {one} a {column}: ingest all of it into another folder")
     both = before.merge(bars, on=["instrument", "time"], suffixes=("", "_new"))
     if rebase and len(both):
         bars = _rebased(both, bars, summary)
@@ -417,12 +420,40 @@ def _write_universe(draft: Path, name: str, path: Path, known: set[str], summary
         raise ValueError(f"--universe {name!r}: a universe's name is small letters, digits and _, and not all")
     if not path.is_file():
         raise SourceError(f"--universe {name}: {path}: no such file")
-    check_universe_file(path)
-    shutil.copyfile(path, draft / "instruments" / f"{name}.txt")
-    members = {line.split("\t")[0] for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()}
+    spans = _read_spans(path, f"--universe {name}", summary.last)
+    late = "" if summary.freq == "day" else " 23:59:59"  # the last day is a member's to its last minute
+    text = "".join(f"{member}\t{first:%Y-%m-%d}\t{last:%Y-%m-%d}{late}\n" for member, first, last in spans)
+    (draft / "instruments" / f"{name}.txt").write_text(text)
+    members = {member for member, _, _ in spans}
     lacking = sorted(members - known)
     if lacking:
         summary.findings.append(
             f"universe {name}: {len(lacking)} of {len(members)} members have no bars, {lacking[0]} first: results on "
             "it are flattered if they have left the market"
         )
+
+
+def _read_spans(path: Path, where: str, end: str) -> list[tuple[str, pd.Timestamp, pd.Timestamp]]:
+    """Read members of a universe: symbol, first and last date, by tabs, commas or semicolons; no last date is open.
+
+    A first line of names is skipped. Raises ValueError for a line that is no span.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{where}: {path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    spans = []
+    for number, line in enumerate(lines, 1):
+        symbol, *dates = [cell.strip() for cell in re.split(r"[\t,;]", line)]
+        if not line.strip():
+            continue
+        first, last = (pd.to_datetime(date, errors="coerce") for date in [*dates, "", ""][:2])
+        if number == 1 and not any(re.search(r"\d", date) for date in dates):
+            continue
+        last = pd.Timestamp(end).normalize() if len(dates) < 2 or not dates[1] else last
+        if not symbol or pd.isna(first) or pd.isna(last) or first > last:
+            raise SourceError(f"{where}: {path}: line {number} is no symbol, first and last date: {line!r:.80}")
+        spans.append((instrument_name(symbol), first, last))
+    if not spans:
+        raise SourceError(f"{where}: {path}: no members")
+    return spans

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from qlib.data import D
 from stores_of_tests import use_store
 
+from kronos_qlib.ingest import store as stores
 from kronos_qlib.ingest.bars import read_bars
 from kronos_qlib.ingest.store import ingest
 from kronos_qlib.ingest.store_files import StoreFiles
@@ -225,6 +226,52 @@ def test_new_bars_of_another_base_are_brought_to_the_store_s_if_asked(tmp_path):
     )
     with pytest.raises(ValueError, match="no constant factor|outside low"):
         ingest([tmp_path / "A.csv"], tmp_path / "store", append=True, rebase=True)
+
+
+def test_bars_with_and_without_a_factor_are_not_mixed(tmp_path):
+    ingest([write(tmp_path / "A.csv", factor=1.0)], tmp_path / "store")
+    with pytest.raises(ValueError, match="only the store has a factor"):
+        ingest([write(tmp_path / "A.csv")], tmp_path / "store", append=True)
+
+
+def test_members_of_a_universe_may_be_written_with_commas_a_header_and_an_open_end(tmp_path):
+    write(tmp_path / "SH600000.csv")
+    (tmp_path / "members.csv").write_text("code,in,out\n600000.SH,2024-01-03,2024-01-10\nsh.600000,2024-01-15,\n")
+    ingest([tmp_path / "SH600000.csv"], tmp_path / "store", universes={"mine": tmp_path / "members.csv"})
+    last = str(TRUTH["time"].iloc[-1].date())
+    lines = (tmp_path / "store" / "instruments" / "mine.txt").read_text().splitlines()
+    assert lines == ["SH600000\t2024-01-03\t2024-01-10", f"SH600000\t2024-01-15\t{last}"]
+    for text, message in (
+        ("600000.SH,2024-02-01,2024-01-01\n", "line 1 is no symbol"),
+        ("code,in,out\n", "no members"),
+    ):
+        (tmp_path / "members.csv").write_text(text)
+        with pytest.raises(ValueError, match=rf"--universe mine: .*members.csv: {message}"):
+            ingest([tmp_path / "SH600000.csv"], tmp_path / "other", universes={"mine": tmp_path / "members.csv"})
+        assert not (tmp_path / "other").exists()
+
+
+# Many files
+
+
+def test_many_files_are_read_by_processes_into_the_same_store(tmp_path, monkeypatch):
+    files = [write(tmp_path / f"SH60000{number}.csv", close=TRUTH["close"] + number / 1000) for number in range(5)]
+    ingest(files, tmp_path / "one")
+    monkeypatch.setattr(stores, "MANY_FILES", 2)
+    ingest(files, tmp_path / "several", progress=True)
+    one, several = (
+        {
+            path.relative_to(tmp_path / name): path.read_bytes()
+            for path in (tmp_path / name).rglob("*")
+            if path.is_file()
+        }
+        for name in ("one", "several")
+    )
+    assert one == several
+    (tmp_path / "SH600003.csv").write_bytes(b"neither\nbars\n")
+    with pytest.raises(ValueError, match=r"SH600003.csv: its first line names no column of a bar"):
+        ingest(files, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 # What is accepted comes back
