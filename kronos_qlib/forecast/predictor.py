@@ -45,6 +45,7 @@ class KronosPredictor:
         clip: normalised bars are clipped to ± this.
         dtype: of the matrix products: None is float32; "bfloat16", "auto".
         s2_rotation: "reference" forecasts as published, "aligned" as trained.
+        anchor: measure paths from the last bar as the tokenizer decodes it, so that its error there is not forecast.
         normalisation: of small prices: "unit_free", whatever their unit, or with the absolute 1e-5 as "published"; see
             `kronos_qlib.data.windows.normalise`.
 
@@ -63,11 +64,14 @@ class KronosPredictor:
         dtype: str | torch.dtype | None = None,
         s2_rotation: S2Rotation = "reference",
         normalisation: Normalisation = "unit_free",
+        anchor: bool = False,
     ) -> None:
         try:
             check_pair(tokenizer, model)
             check_max_context(max_context, model)
-            Sampling(s2_rotation=s2_rotation)  # an unknown one is an error here, not at the first forecast
+            Sampling(
+                s2_rotation=s2_rotation, anchor=anchor
+            )  # an unknown one is an error here, not at the first forecast
         except ValueError as error:
             raise ValueError(f"KronosPredictor: {error}") from None
         if not is_number(clip) or clip <= 0:
@@ -79,7 +83,7 @@ class KronosPredictor:
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
         self.model, self.tokenizer = model.to(self.device).eval(), tokenizer.to(self.device).eval()
-        self.max_context, self.clip, self.s2_rotation = max_context, clip, s2_rotation
+        self.max_context, self.clip, self.s2_rotation, self.anchor = max_context, clip, s2_rotation, anchor
         self.normalisation: Normalisation = normalisation
         self._weights: NetworkWeights | None = None
         self._weights_key: tuple[object, ...] = ()
@@ -139,7 +143,7 @@ class KronosPredictor:
     ) -> list[pd.DataFrame]:
         """Forecast several series of equal length in one pass; see `predict`."""
         seed = int(torch.randint(2**62, ())) if seed is None else seed
-        sampling = Sampling(sample_count, T, top_k, top_p, seed, self.s2_rotation)
+        sampling = Sampling(sample_count, T, top_k, top_p, seed, self.s2_rotation, anchor=self.anchor)
         paths, y_times = self._paths(df_list, x_timestamp_list, y_timestamp_list, pred_len, sampling, verbose)
         return [pd.DataFrame(mean, times, list(COLUMNS)) for mean, times in zip(paths.mean(1), y_times)]
 
@@ -157,7 +161,7 @@ class KronosPredictor:
         seed: int = 0,
     ) -> np.ndarray:
         """Return the sample paths themselves: float64 [sample_count, pred_len, 6], price units; see `predict`."""
-        sampling = Sampling(sample_count, T, top_k, top_p, seed, self.s2_rotation)
+        sampling = Sampling(sample_count, T, top_k, top_p, seed, self.s2_rotation, anchor=self.anchor)
         paths, _ = self._paths([df], [x_timestamp], [y_timestamp], pred_len, sampling, progress=False)
         return paths[0]
 
@@ -217,7 +221,7 @@ class KronosPredictor:
             if lacking:
                 raise ValueError(f"KronosPredictor: future_df has no times of {id_column} {lacking[0]!r}")
             futures = {name: parts[name][timestamp_column] for name in series}
-        sampling = Sampling(sample_count, T, top_k, top_p, seed, self.s2_rotation)
+        sampling = Sampling(sample_count, T, top_k, top_p, seed, self.s2_rotation, anchor=self.anchor)
         rows: dict[object, pd.DataFrame] = {}
         groups: dict[tuple[int, int], list[object]] = {}
         for name, part in series.items():

@@ -70,7 +70,7 @@ class Task:
             "tokenizer_config": self.tokenizer.config,
             "model": digest_of_weights(self.model),
             "model_config": self.model.config,
-            "sampling": asdict(self.sampling),
+            "sampling": {key: value for key, value in asdict(self.sampling).items() if key != "anchor" or value},
             "max_context": self.max_context,
             "dtype": self.precision,
             "device": self.device.type,  # another kind of device rounds differently

@@ -65,6 +65,7 @@ def forecast_task(
             top_p=options.top_p,
             seed=settings.seed,
             s2_rotation=options.s2_rotation,
+            anchor=options.anchor,
             sampling=options.sampling,
         ),
         max_context=settings.max_context,

@@ -47,6 +47,8 @@ class ForecastSettings(Settings):
     """A code is drawn among the most likely ones that together reach this probability."""
     top_k: int = Field(default=0, ge=0)
     """A code is drawn among so many of the most likely ones; 0 keeps all."""
+    anchor: bool = False
+    """Measure paths from the last bar as the tokenizer decodes it, so that its error there is not forecast."""
     s2_rotation: Literal["aligned", "reference"] = "aligned"
     """`aligned` forecasts as the model was trained; `reference` repeats the published generation, with its fault."""
     sampling: Literal["independent", "stratified"] = "independent"

@@ -46,6 +46,12 @@ def test_a_damaged_chunk_is_reported_and_computed_again(plain, cache_dir, caplog
     assert path.exists() and path.read_bytes() != content
 
 
+def test_a_setting_that_came_later_leaves_earlier_folders_theirs_until_it_is_set():
+    plain, anchored = make_task(), replace(make_task(), sampling=Sampling(3, seed=1, anchor=True))
+    assert "anchor" not in plain.identity["sampling"] and anchored.identity["sampling"]["anchor"]
+    assert plain.digest != anchored.digest
+
+
 def test_every_turned_bit_of_a_chunk_is_noticed(cache_dir):
     content = chunks(cache_dir)[0].read_bytes()
     assert stores.is_whole(content)

@@ -103,6 +103,20 @@ def test_stratified_samples_have_the_same_mean_and_vary_less_about_it(small):
     assert stratified.var() < 0.9 * independent.var()  # of a new network, whose last bar hangs little on the first
 
 
+@pytest.mark.parametrize("max_context", [512, 44, 30])
+@pytest.mark.parametrize("samples", [1, 11])
+def test_anchored_paths_lack_the_tokenizer_s_error_of_the_last_bar(small, max_context, samples):
+    x, _, y_stamp = inputs(small)
+    options = {"sample_count": samples, "seed": 3, "max_context": max_context}
+    plain, anchored = paths(small, **options), paths(small, anchor=True, **options)
+    seen = min(x.shape[1], max_context - y_stamp.shape[1])
+    with torch.no_grad():
+        codes = [part[:, -seen:] for part in small.tokenizer.encode(x, half=True)]
+        error = small.tokenizer.decode(codes, half=True)[:, -1] - x[:, -1]
+    assert error.abs().max() > 0.01
+    np.testing.assert_allclose(anchored, plain - error[:, None, None], rtol=1e-4, atol=1e-4)
+
+
 def test_the_two_rotations_differ(small):
     assert not torch.equal(paths(small, top_k=1), paths(small, top_k=1, s2_rotation="aligned"))
 

@@ -47,6 +47,7 @@ def sample_paths(
     dtype: torch.dtype | str | None = None,
     s2_rotation: S2Rotation = "reference",
     sampling: SampleKind = "independent",
+    anchor: bool = False,
 ) -> Tensor:
     """Draw sample paths of normalised windows.
 
@@ -61,6 +62,7 @@ def sample_paths(
         sampling: "independent", or "stratified": at each step the samples of a row divide the distribution of the next
             token, ordered by its close, into equal strata, one for each. Each sample has the distribution of an
             independent one; their mean varies less. A sample's numbers then depend on `sample_count`.
+        anchor: measure paths from the last bar as the tokenizer decodes it: its error there is taken out of them.
 
     Returns:
         float32 [B, sample_count, P, d_in], normalised units, on x's device.
@@ -69,7 +71,7 @@ def sample_paths(
         ValueError: shapes that do not fit together, stamps that are no whole numbers, NaN in x, an option out of range,
             networks of different bits, more samples than fit into memory.
     """
-    settings = Sampling(sample_count, temperature, top_k, top_p, seed, s2_rotation, sampling)
+    settings = Sampling(sample_count, temperature, top_k, top_p, seed, s2_rotation, sampling, anchor)
     check_pair(tokenizer, model)
     x, x_stamp, y_stamp = (
         _as_tensor(values, name) for values, name in ((x, "x"), (x_stamp, "x_stamp"), (y_stamp, "y_stamp"))
@@ -198,8 +200,9 @@ def _draw_paths(
     prefix = min(length, max_context - horizon)  # context bars that the decoder sees
     mask = layout.mask(prefix, model.cross_kv.weight)
     shared = s1[:, length - prefix :], s2[:, length - prefix :]
-    paths = _decode(weights.tokenizer, shared, (own_s1, own_s2), layout, mask)
-    return paths.unflatten(0, (windows, -1)).transpose(2, 3).flatten(1, 2)[:, :samples]
+    paths, decoded = _decode(weights.tokenizer, shared, (own_s1, own_s2), layout, mask, sampling.anchor)
+    paths = paths.unflatten(0, (windows, -1)).transpose(2, 3).flatten(1, 2)[:, :samples]
+    return paths if decoded is None else paths + (x[:, -1] - decoded)[:, None, None]
 
 
 def _as_tensor(values: object, name: str) -> Tensor:
@@ -257,12 +260,18 @@ def _decode(
     own: tuple[Tensor, Tensor],
     layout: CacheLayout,
     mask: Tensor,
-) -> Tensor:
-    """Decode own tokens [G, P, n] that follow the context's tokens [B, L]: normalised bars [G, P, n, D]."""
+    with_last: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Decode own tokens [G, P, n] that follow the context's tokens [B, L].
+
+    Returns:
+        Normalised bars [G, P, n, D], and with `with_last` the context's last one [B, D].
+    """
     shared, rows = (
         F.embedding(s1, tokenizer.coarse) + F.embedding(s2, tokenizer.fine)
         for s1, s2 in (context, [tokens.flatten(1) for tokens in own])
     )
-    _, caches = prefill(tokenizer.decoder, shared, layout, last_keys_only=True)
+    context_out, caches = prefill(tokenizer.decoder, shared, layout, last_keys_only=not with_last)
     bars = tokenizer.head(extend(tokenizer.decoder, caches, rows, 0, mask, layout.group_size))
-    return bars.unflatten(1, (-1, layout.group_size))
+    last = tokenizer.head(context_out[:, -1]) if with_last else None
+    return bars.unflatten(1, (-1, layout.group_size)), last

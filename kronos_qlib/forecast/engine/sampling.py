@@ -28,6 +28,9 @@ SampleKind = Literal["independent", "stratified"]
 class Sampling:
     """The settings by which sample paths are drawn; see `draw` for temperature, top_k and top_p.
 
+    anchor: measure paths from the last bar as the tokenizer decodes it, not from the bar itself: the tokenizer's error
+    there, which a path goes on with, is taken out of all columns, in normalised units.
+
     Raises:
         ValueError: a setting out of its range; the message names it.
     """
@@ -39,6 +42,7 @@ class Sampling:
     seed: int = 0
     s2_rotation: S2Rotation = "reference"
     sampling: SampleKind = "independent"
+    anchor: bool = False
 
     def __post_init__(self) -> None:
         checks = {
@@ -52,6 +56,7 @@ class Sampling:
             "seed": (is_whole(self.seed), "a whole number"),
             "sampling": (self.sampling in ("independent", "stratified"), "'independent' or 'stratified'"),
             "s2_rotation": (self.s2_rotation in ("reference", "aligned"), "'reference' or 'aligned'"),
+            "anchor": (isinstance(self.anchor, bool), "true or false"),
         }
         for name, (valid, rule) in checks.items():
             if not valid:
