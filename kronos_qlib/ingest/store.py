@@ -53,6 +53,7 @@ class IngestSummary:
     rejected: int = 0
     first: str = ""
     last: str = ""
+    label: str = ""
     benchmark: str | None = None
     findings: list[str] = field(default_factory=list)
 
@@ -151,6 +152,9 @@ def ingest(
         )
         rejected = pd.concat([rejected, twice], ignore_index=True)
     bars = bars.drop(columns=["file", "line"])
+    if before is not None:  # a day or two tell neither
+        freq = about["freq"] if freq == "auto" else freq
+        label = about.get("label") or label if label == "auto" else label
     found = Finding(freq, f"frequency: {freq}, as given") if freq != "auto" else find_frequency(bars)
     summary.freq = found.value
     summary.findings.append(found.text)
@@ -272,6 +276,7 @@ def _at_starts(bars: pd.DataFrame, label: str, summary: IngestSummary) -> pd.Dat
     given = Finding(label, f"label of a bar: its {label}, as given")
     found = find_label(bars, summary.freq) if label == "auto" else given
     summary.findings.append(found.text)
+    summary.label = found.value
     length = pd.Timedelta(minutes=int(summary.freq.removesuffix("min")))
     return bars.assign(time=bars["time"] - length) if found.value == "end" else bars
 
@@ -400,6 +405,7 @@ def _write(
         rejected.to_csv(draft / REJECTED, index=False)
         about = {
             "freq": summary.freq,
+            "label": summary.label,
             "benchmark": summary.benchmark,
             "universes": sorted({*former, *universes}),
             "findings": summary.findings,

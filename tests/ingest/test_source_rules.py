@@ -143,6 +143,26 @@ def test_bars_are_stored_at_their_start_where_the_first_of_the_day_tells(tmp_pat
     assert pd.Timestamp(given.first) == times[0] - pd.Timedelta(minutes=5)
 
 
+def test_what_a_few_appended_bars_do_not_tell_is_that_of_the_store(tmp_path):
+    times = [
+        day + pd.Timedelta("09:35:00") + step * pd.Timedelta("5min")
+        for day in pd.bdate_range("2024-01-02", periods=5)
+        for step in range(6)
+    ]
+    whole = TRUTH.assign(time=times[: len(TRUTH)])
+    whole.to_csv(tmp_path / "SH600000.csv", index=False)
+    ingest([tmp_path / "SH600000.csv"], tmp_path / "whole")
+    whole.iloc[:25].to_csv(tmp_path / "SH600000.csv", index=False)
+    ingest([tmp_path / "SH600000.csv"], tmp_path / "store")
+    whole.iloc[26:27].to_csv(tmp_path / "SH600000.csv", index=False)  # one bar of 09:45, named by its end
+    summary = ingest([tmp_path / "SH600000.csv"], tmp_path / "store", append=True)
+    assert summary.freq == "5min" and pd.Timestamp(summary.last) == times[26] - pd.Timedelta("5min")
+    whole.iloc[25:].to_csv(tmp_path / "SH600000.csv", index=False)
+    ingest([tmp_path / "SH600000.csv"], tmp_path / "store", append=True)
+    stores_found = [StoreFiles(tmp_path / name).read("SH600000", "5min", PRICES)[1] for name in ("store", "whole")]
+    np.testing.assert_array_equal(*stores_found)
+
+
 # Symbols
 
 

@@ -44,8 +44,8 @@ def stage(**changes):
         (
             {"forecast": {"samples": 5}},
             "forecast.samples",
-            "sample_count, temperature, top_p, top_k, anchor, s2_rotation, sampling, batch_size, processes, engine, cache_dir, "
-            "keep_paths",
+            "sample_count, temperature, top_p, top_k, anchor, s2_rotation, sampling, batch_size, processes, engine, "
+            "cache_dir, keep_paths",
         ),
     ],
 )
