@@ -176,9 +176,10 @@ def _predictor(name: str, device: str) -> tuple["KronosPredictor", str]:
     if entry is not None and entry.trained_until is not None:
         note += f" Trained on bars up to {entry.trained_until}: what it says of earlier days it may have seen."
     if name == "nano":
-        note += f" {zoo.SHIPPED_NOTE}."
+        note += f" {zoo.SHIPPED_NOTE}. Its paths are measured from the last bar as it decodes it (anchor)."
     context = entry.max_context if entry is not None and entry.max_context else _trained_context(folder) or 512
-    return KronosPredictor(model, tokenizer, device, context, s2_rotation="aligned"), note
+    anchor = name == "nano"  # which did better with it on its validation segment; docs/forecasting.md
+    return KronosPredictor(model, tokenizer, device, context, s2_rotation="aligned", anchor=anchor), note
 
 
 def _trained_context(folder: Path) -> int | None:

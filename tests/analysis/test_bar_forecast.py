@@ -148,6 +148,7 @@ def test_nano_sees_no_more_bars_than_it_was_trained_on(tmp_path, capsys, horizon
     printed = capsys.readouterr().out
     assert printed.startswith(f"A: {seen} bars to") and "nano, which comes with kronos-qlib, is small" in printed
     assert f"It sees the last {seen} bars, as it was trained on windows of 100" in printed
+    assert "as it decodes it (anchor)" in printed
 
 
 def test_a_training_says_how_long_its_windows_were(networks, tmp_path, capsys):
