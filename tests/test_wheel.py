@@ -35,7 +35,7 @@ def site(tmp_path_factory):
 def command(site: Path, folder: Path, *words: str) -> str:
     """Run a command in a folder of its own that sees the wheel, not the repository."""
     environment = os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
-    run = [sys.executable, "-P", "-m", *words]
+    run = [sys.executable, "-m", *words]
     done = subprocess.run(run, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, f"{words}: {done.stdout[-2000:]}{done.stderr[-3000:]}"
     return done.stdout
@@ -67,7 +67,9 @@ def test_from_a_csv_file_to_a_comparison_in_four_commands(site, tmp_path):
     assert scores.iloc[:, 0].tolist() == ["mine", "mine_lightgbm"] and scores["rank_ic"].notna().all()
 
 
-def test_the_readme_s_workflows_are_in_the_wheel(site, tmp_path):
+def test_the_readme_s_workflows_are_in_the_wheel_and_its_demo_could_run(site, tmp_path):
     command(site, tmp_path, "kronos_qlib", "workflow", "--copy", "all")
+    command(site, tmp_path, "kronos_qlib", "demo-data", "runs/demo/market")
+    assert "0 errors" in command(site, tmp_path, "kronos_qlib", "check", "workflows/kronos_demo.yaml")
     copies = {path.name: path.read_text() for path in (tmp_path / "workflows").iterdir()}
     assert copies == {path.name: path.read_text() for path in (ROOT / "workflows").iterdir()}

@@ -8,6 +8,7 @@ from typing import TypeAlias
 from kronos_qlib.text import printable
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+ORDERS = ("day", "month")  # of kronos_qlib.data.dates, which imports pandas
 
 
 def fail(command: str, error: Exception, status: int = 2) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from textwrap import dedent
 from typing import TYPE_CHECKING
 
-from kronos_qlib.cli.command import Commands, fail, parse_pairs
+from kronos_qlib.cli.command import ORDERS, Commands, fail, parse_pairs
 
 if TYPE_CHECKING:
     from kronos_qlib.analysis.bar_forecast import BarForecast
@@ -66,6 +66,7 @@ def add_command(commands: Commands) -> None:
         "--map", action="append", default=[], metavar="COLUMN=NAME", help="a foreign column's name, close=Last"
     )
     command.add_argument("--symbols", action="append", default=[], metavar="SYMBOL=NAME", help="as in ingest")
+    command.add_argument("--dates", choices=ORDERS, help="what is first in 03/01/2024 (default: as the dates tell)")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random numbers (default: 0)")
     command.add_argument("--device", default="cpu", help="cpu, cuda, auto (default: cpu)")
     command.add_argument(
@@ -114,16 +115,16 @@ def _forecast(options: argparse.Namespace) -> "BarForecast":
     if options.exchange:
         check_exchange(options.exchange)
     columns, symbols = parse_pairs("--map", options.map), parse_pairs("--symbols", options.symbols)
-    found = read_instrument(options.source, columns, symbols)
-    bars = found.bars
-    later = bars.iloc[:0]
+    at = None
     if options.at:
         try:
             at = pd.Timestamp(options.at)
         except ValueError:
             raise ValueError(f"--at {options.at!r} is no date") from None
         at = at + pd.Timedelta(days=1) - pd.Timedelta(1, "ns") if at == at.normalize() else at
-        bars, later = bars[bars.index <= at], bars[bars.index > at]
+    found = read_instrument(options.source, columns, symbols, options.dates, at)
+    bars = found.bars
+    bars, later = (bars[bars.index <= at], bars[bars.index > at]) if at is not None else (bars, bars.iloc[:0])
     if len(bars) < 2:
         raise ValueError(
             f"{options.source}: {len(bars)} bars to forecast from{f' up to {options.at}' if options.at else ''}"

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from textwrap import dedent
 
-from kronos_qlib.cli.command import Commands, fail, parse_pairs
+from kronos_qlib.cli.command import ORDERS, Commands, fail, parse_pairs
 from kronos_qlib.text import printable
 
 _DESCRIPTION = """\
@@ -50,6 +50,7 @@ def add_command(commands: Commands) -> None:
     command.add_argument(
         "--tz", metavar="ZONE", help="time zone of the store's clock, for sources whose times have one"
     )
+    command.add_argument("--dates", choices=ORDERS, help="what is first in 03/01/2024 (default: as the dates tell)")
     command.add_argument(
         "--symbols",
         action="append",
@@ -91,6 +92,7 @@ def run(options: argparse.Namespace) -> int:
             freq=options.freq,
             label=options.label,
             tz=options.tz,
+            dates=options.dates,
             universes={name: Path(path) for name, path in universes.items()},
             benchmark=options.benchmark,
             append=options.append,

@@ -35,7 +35,41 @@ Date = Annotated[pd.Timestamp | None, BeforeValidator(_parse_date)]
 _FIRST, _LAST = pd.Timestamp("1980-01-01"), pd.Timestamp("2100-01-01")
 _DIGITS = {8: "%Y%m%d", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S", 17: "%Y%m%d%H%M%S%f"}
 _UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+_YEAR_LAST = r"^\s*(\d{1,2})([/.-])(\d{1,2})\2(\d{2}(?:\d{2})?)(?!\d)(.*)"  # day or month first
+ORDERS = ("day", "month")
 _WITHOUT_DATE = re.compile(r"\s*\d{1,2}:\d")
+
+
+def year_first(texts: pd.Series, name: str, order: str | None = None) -> pd.Series:
+    """Write dates whose year stands last, as 31/01/2024 and 1/31/2024 9:35, with the year first; others stay.
+
+    Args:
+        order: what stands first, "day" or "month"; None: as a number above 12 tells.
+
+    Raises:
+        ValueError: no such number, or one in either place; a year of two digits.
+    """
+    parts = texts.astype(str).str.extract(_YEAR_LAST)
+    last = parts[0].notna()
+    if not last.any():
+        return texts
+    shown = texts[last].iloc[0]
+    if (parts.loc[last, 3].str.len() == 2).any():
+        raise ValueError(f"{name} holds dates with years of two digits: {shown!r}; write them as 2024-01-31")
+    first, second = (parts.loc[last, column].astype(int) for column in (0, 2))
+    if order is None:
+        told = [which for which, numbers in zip(ORDERS, (first, second)) if (numbers > 12).any()]
+        if len(told) != 1:
+            why = "some with the day first, some with the month" if told else "in which day and month cannot be told"
+            raise ValueError(
+                f"{name} holds dates {why}: {shown!r}; write them as 2024-01-31, or use --dates day or month"
+            )
+        order = told[0]
+    day, month = (first, second) if order == "day" else (second, first)
+    spelled = parts.loc[last, 3] + "-" + month.map("{:02d}".format) + "-" + day.map("{:02d}".format)
+    written = texts.astype(object).copy()
+    written[last] = spelled + parts.loc[last, 4]
+    return written
 
 
 def read_times(times: Any, name: str) -> pd.DatetimeIndex:
@@ -109,6 +143,7 @@ def _read_objects(series: pd.Series, name: str) -> pd.DatetimeIndex:
     timeless = texts & series.astype(str).str.match(_WITHOUT_DATE)
     if timeless.any():
         raise ValueError(f"{name} holds times of day without a date: {series[int(np.argmax(timeless))]!r}")
+    series = year_first(series, name) if texts.any() else series
     try:
         return pd.DatetimeIndex(pd.to_datetime(series))
     except (TypeError, ValueError, OverflowError) as error:

@@ -14,7 +14,7 @@ from pandas.api.types import union_categoricals
 
 from kronos_qlib.data.checks import impossible_bars
 from kronos_qlib.data.columns import find_columns, is_rate, plain_name
-from kronos_qlib.data.dates import read_times
+from kronos_qlib.data.dates import read_times, year_first
 from kronos_qlib.data.windows import COLUMNS
 from kronos_qlib.ingest.symbols import ASKED, INDEX_PRICE, OFTEN_INDICES, SHARE_PRICE, instrument_name
 from kronos_qlib.ingest.tables import MISSING, RawTable, SourceError, read_tables
@@ -61,6 +61,7 @@ def read_bars(
     columns: Mapping[str, str] | None = None,
     tz: str | None = None,
     symbols: Mapping[str, str] | None = None,
+    dates: str | None = None,
 ) -> SourceBars:
     """Read the bars of a file.
 
@@ -68,11 +69,12 @@ def read_bars(
         columns: names in the file by column of a bar (`close`, `time`, `instrument` …), where they are foreign.
         tz: the time zone to whose clock times with a zone are brought.
         symbols: names of instruments by symbol, where a symbol's own spelling does not tell.
+        dates: what stands first in dates whose year stands last, "day" or "month"; None: as they tell.
 
     Raises:
         SourceError: the file holds no bars; one line that names it.
     """
-    parts = [_table_bars(table, columns or {}, tz, symbols or {}) for table in read_tables(path)]
+    parts = [_table_bars(table, columns or {}, tz, symbols or {}, dates) for table in read_tables(path)]
     bars = concatenated([part.bars for part in parts])
     rejected = pd.concat([part.rejected for part in parts], ignore_index=True)
     if bars.empty:
@@ -112,7 +114,9 @@ def once_each(bars: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     return (bars[~twice].reset_index(drop=True) if twice.any() else bars), rejected
 
 
-def _table_bars(table: RawTable, given: Mapping[str, str], tz: str | None, symbols: Mapping[str, str]) -> SourceBars:
+def _table_bars(
+    table: RawTable, given: Mapping[str, str], tz: str | None, symbols: Mapping[str, str], dates: str | None
+) -> SourceBars:
     where = table.name if table.name == table.path.name else f"{table.path}:{table.name}"
     for column, name in given.items():
         if name not in table.columns:
@@ -123,8 +127,6 @@ def _table_bars(table: RawTable, given: Mapping[str, str], tz: str | None, symbo
         raise SourceError(f"{where}: {error}") from None
     found |= {column: name for column, name in given.items() if column in COLUMNS}
     ticks = next((name for name in table.columns if plain_name(name) == "tickvol"), None)
-    if ticks is not None and "volume" not in given and not _numbers(table.columns[found["volume"]])[0].any():
-        found["volume"] = ticks  # MetaTrader counts ticks where it knows no volume
     lacking = [column for column in PRICES if column not in found]
     if lacking:
         raise SourceError(
@@ -147,7 +149,9 @@ def _table_bars(table: RawTable, given: Mapping[str, str], tz: str | None, symbo
     if "percent" in values or "previous_close" in values:
         percent, previous = values.pop("percent", None), values.pop("previous_close", None)
         values["change"] = percent / 100 if percent is not None else _change(values["close"], previous)
-    times, zone, findings = _times(table, given, where, tz)
+    if ticks is not None and "volume" not in given and found.get("volume") != ticks:
+        values["ticks"], _ = _numbers(table.columns[ticks])
+    times, zone, findings = _times(table, given, where, tz, dates)
     faults.append((np.isnat(times), "no time"))
     instruments = _instruments(table, given, rows, symbols, values["close"], where, findings)
     faults.append((np.asarray(instruments.isna() | (instruments == "")), "no instrument"))
@@ -171,14 +175,20 @@ def _table_bars(table: RawTable, given: Mapping[str, str], tz: str | None, symbo
         own = pd.DataFrame({"line": lines[bad], "reason": reasons})
         rejected = pd.concat([own, rejected], ignore_index=True)
     frame["instrument"] = frame["instrument"].cat.remove_unused_categories()
-    if plain_name(found.get("amount", "")) == "turnover":
+    turnover = plain_name(found.get("amount", "")) == "turnover"
+    if turnover or "ticks" in frame or ("amount" in frame and (frame["amount"] == 0).any()):
         first = frame.nsmallest(RATE_BARS, "time")  # no later bar decides what an earlier one means
-        if is_rate(first["amount"], first["close"], first.get("volume")):
+        if "ticks" in frame and not first["volume"].any():  # MetaTrader counts ticks where it knows no volume
+            frame = frame.assign(volume=frame["ticks"])
+            first = first.assign(volume=first["ticks"])
+            findings.append(f"volume: {ticks}, as the volume is 0")
+        if turnover and is_rate(first["amount"], first["close"], first.get("volume")):
             findings.append("turnover is a rate, as its values are below price × volume: no amount")
             frame = frame.drop(columns="amount")
-    if "amount" in frame and "volume" in frame and not frame["amount"].any() and frame["volume"].any():
-        findings.append("amount is 0 throughout, beside a volume: not known")
-        frame = frame.drop(columns="amount")
+        elif "amount" in frame and "volume" in frame and not first["amount"].any() and first["volume"].any():
+            findings.append(f"amount is 0 on the first {len(first)} bars, beside a volume: not known")
+            frame = frame.drop(columns="amount")
+        frame = frame.drop(columns="ticks", errors="ignore")
     rejected.insert(0, "file", where)
     return SourceBars(frame, rejected, findings, zone)
 
@@ -207,7 +217,7 @@ def _change(close: np.ndarray, previous: np.ndarray | None) -> np.ndarray:
 
 
 def _times(
-    table: RawTable, given: Mapping[str, str], where: str, tz: str | None
+    table: RawTable, given: Mapping[str, str], where: str, tz: str | None, dates: str | None
 ) -> tuple[np.ndarray, str | None, list[str]]:
     """Return the bars' times on the clock of the source, NaT where there is none, its zone, and what was found.
 
@@ -234,6 +244,11 @@ def _times(
         values = _plain_times(values)
     empty = values.isna() | (values.astype(str).str.strip().isin(MISSING))
     known = values[~empty]
+    if known.dtype == object or pd.api.types.is_string_dtype(known):
+        try:
+            known = year_first(known, f"{where}: {chosen}", dates)
+        except ValueError as error:
+            raise SourceError(str(error)) from None
     if known.empty:
         return np.full(len(values), np.datetime64("NaT"), "datetime64[ns]"), None, []
     with warnings.catch_warnings(record=True) as said:

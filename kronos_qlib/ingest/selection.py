@@ -27,13 +27,18 @@ class InstrumentBars:
 
 
 def read_instrument(
-    source: str, columns: Mapping[str, str] | None = None, symbols: Mapping[str, str] | None = None
+    source: str,
+    columns: Mapping[str, str] | None = None,
+    symbols: Mapping[str, str] | None = None,
+    dates: str | None = None,
+    until: pd.Timestamp | None = None,
 ) -> InstrumentBars:
     """Read the bars of one instrument.
 
     Args:
         source: a file, a file and one of its instruments after a colon, or a store and an instrument.
-        columns, symbols: see `read_bars`.
+        columns, symbols, dates: see `read_bars`.
+        until: the last time whose bars decide which columns are used; later bars are there, too.
 
     Raises:
         SourceError: there are no such bars; one line that names the file.
@@ -44,7 +49,7 @@ def read_instrument(
         path = Path(before)
     if path.is_dir():
         return _of_store(path, instrument)
-    read = read_bars(path, columns, symbols=symbols)
+    read = read_bars(path, columns, symbols=symbols, dates=dates)
     names = read.bars["instrument"].cat.categories.tolist()
     wanted = instrument_name(instrument) if instrument else names[0]
     if wanted not in names or (not instrument and len(names) > 1):
@@ -56,13 +61,14 @@ def read_instrument(
     if len(read.rejected):
         first = read.rejected.iloc[0]
         findings.append(f"{len(read.rejected)} rows are no bars, line {first['line']} first: {first['reason']}")
-    if "volume" in bars and bars["volume"].notna().any() and bars["volume"].isna().any():
+    if "volume" in bars and bars.loc[:until, "volume"].notna().any() and bars["volume"].isna().any():
         unknown = bars["volume"].isna()
         findings.append(f"{unknown.sum()} bars have no volume and are left out, {bars.index[unknown][0]} first")
         bars = bars[~unknown]
     for column in ("volume", "amount"):
-        if column in bars and bars[column].isna().any():
-            findings.append(f"{column} is missing on {bars[column].isna().sum()} bars and is not used")
+        if column in bars and bars.loc[:until, column].isna().any():
+            missing = bars.loc[:until, column].isna().sum()
+            findings.append(f"{column} is missing on {missing} bars and is not used")
             bars = bars.drop(columns=column)
     return InstrumentBars(wanted, bars, findings, read.zone)
 

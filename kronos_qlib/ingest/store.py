@@ -94,6 +94,7 @@ def ingest(
     freq: str = "auto",
     label: str = "auto",
     tz: str | None = None,
+    dates: str | None = None,
     universes: Mapping[str, Path] | None = None,
     benchmark: str | None = None,
     append: bool = False,
@@ -107,7 +108,7 @@ def ingest(
     and those given; rejected.csv and ingest.json, what was found. Bars have the times of their starts.
 
     Args:
-        columns, symbols, tz: see `read_bars`.
+        columns, symbols, tz, dates: see `read_bars`.
         unit, adjust, freq, label: what `kronos_qlib.ingest.rules` would find.
         universes: files of name, first and last date, by the universe's name.
         benchmark: a file of an index's bars, or one of the instruments: it is not in the universe `all`.
@@ -132,7 +133,7 @@ def ingest(
         raise FileExistsError(f"{store} is not empty; name another folder, or add bars to a store by --append")
     index = Path(benchmark) if benchmark and Path(benchmark).is_file() else None
     files = source_files([*sources, *([index] if index else [])])
-    read = _read_all(files, columns or {}, tz, symbols or {}, progress)
+    read = _read_all(files, columns or {}, tz, symbols or {}, dates, progress)
     summary = IngestSummary(store, files=len(files))
     for part in read:
         summary.findings += [finding for finding in part.findings if finding not in summary.findings]
@@ -187,12 +188,17 @@ def _add_change(bars: pd.DataFrame) -> None:
 
 
 def _read_all(
-    files: Sequence[Path], columns: Mapping[str, str], tz: str | None, symbols: Mapping[str, str], progress: bool
+    files: Sequence[Path],
+    columns: Mapping[str, str],
+    tz: str | None,
+    symbols: Mapping[str, str],
+    dates: str | None,
+    progress: bool,
 ) -> list[SourceBars]:
     """Read files one after the other, or many in several processes."""
     processes = pa.cpu_count() if len(files) >= MANY_FILES else 1
     run = Parallel(n_jobs=processes, return_as="generator", pre_dispatch="4*n_jobs")
-    jobs = run(delayed(read_bars)(path, columns, tz, symbols) for path in files)
+    jobs = run(delayed(read_bars)(path, columns, tz, symbols, dates) for path in files)
     return list(tqdm(jobs, "reading", len(files), unit="file", disable=None if progress else True, leave=False))
 
 

@@ -13,6 +13,7 @@ from stores_of_tests import use_store
 
 from kronos_qlib.ingest import store as stores
 from kronos_qlib.ingest.bars import read_bars
+from kronos_qlib.ingest.selection import read_instrument
 from kronos_qlib.ingest.store import ingest
 from kronos_qlib.ingest.store_files import StoreFiles
 
@@ -188,6 +189,34 @@ def test_zeros_that_a_spreadsheet_has_lost_are_put_back_where_the_columns_are_ch
 
 
 # Times
+
+
+@pytest.mark.parametrize("form", ["%d/%m/%Y", "%m/%d/%Y", "%d.%m.%Y", "%d-%m-%Y 15:00", "%Y/%m/%d", "%d-%b-%Y"])
+def test_dates_of_all_customs_are_read_right_or_not_at_all(tmp_path, form):
+    read = read_bars(write(tmp_path / "A.csv", time=TRUTH["time"].dt.strftime(form)))
+    assert read.bars["time"].dt.normalize().to_list() == TRUTH["time"].to_list() and read.rejected.empty
+
+
+def test_dates_that_may_be_read_in_two_ways_are_asked_about(tmp_path):
+    few = TRUTH.iloc[:6]  # 2 to 9 January
+    few.assign(time=few["time"].dt.strftime("%d/%m/%Y")).to_csv(tmp_path / "A.csv", index=False)
+    with pytest.raises(ValueError, match=r"A.csv: time holds dates in which day and month cannot be told: .* --dates"):
+        read_bars(tmp_path / "A.csv")
+    assert read_bars(tmp_path / "A.csv", dates="day").bars["time"].to_list() == few["time"].to_list()
+    both = TRUTH["time"].dt.strftime("%d/%m/%Y").where(TRUTH.index % 2 == 0, TRUTH["time"].dt.strftime("%m/%d/%Y"))
+    with pytest.raises(ValueError, match="some with the day first, some with the month"):
+        read_bars(write(tmp_path / "A.csv", time=both))
+    with pytest.raises(ValueError, match="years of two digits"):
+        read_bars(write(tmp_path / "A.csv", time=TRUTH["time"].dt.strftime("%d/%m/%y")))
+
+
+def test_no_later_bar_decides_which_columns_an_earlier_forecast_sees(tmp_path):
+    at = TRUTH["time"].iloc[19]
+    whole = TRUTH.assign(amount=TRUTH["amount"].where(TRUTH.index < 25))
+    whole.to_csv(tmp_path / "A.csv", index=False)
+    seen = read_instrument(str(tmp_path / "A.csv"), until=at).bars.loc[:at]
+    TRUTH.iloc[:20].to_csv(tmp_path / "A.csv", index=False)
+    pd.testing.assert_frame_equal(seen, read_instrument(str(tmp_path / "A.csv")).bars, check_freq=False)
 
 
 def test_hours_that_a_clock_shows_twice_are_kept_in_utc(tmp_path):
