@@ -1,6 +1,7 @@
 """The wheel alone, without the repository: from a file of bars to a comparison in four commands."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -71,5 +72,8 @@ def test_the_readme_s_workflows_are_in_the_wheel_and_its_demo_could_run(site, tm
     command(site, tmp_path, "kronos_qlib", "workflow", "--copy", "all")
     command(site, tmp_path, "kronos_qlib", "demo-data", "runs/demo/market")
     assert "0 errors" in command(site, tmp_path, "kronos_qlib", "check", "workflows/kronos_demo.yaml")
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "readme_lines.py").write_text(block)
+    assert "2020-11-02" in command(site, tmp_path, "readme_lines"), "the first session after the bars that are seen"
     copies = {path.name: path.read_text() for path in (tmp_path / "workflows").iterdir()}
     assert copies == {path.name: path.read_text() for path in (ROOT / "workflows").iterdir()}
