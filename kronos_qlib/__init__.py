@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     from kronos_qlib.nn.model import Kronos as Kronos
     from kronos_qlib.nn.tokenizer import KronosTokenizer as KronosTokenizer
     from kronos_qlib.workflow.model import KronosModel as KronosModel
+    from kronos_qlib.workflow.ranker import KronosRanker as KronosRanker
 
 _MODULES = {
     "Kronos": "nn.model",
     "KronosTokenizer": "nn.tokenizer",
     "KronosPredictor": "forecast.predictor",
     "KronosModel": "workflow.model",
+    "KronosRanker": "workflow.ranker",
     "KLineHandler": "data.handler",
     "KLineDataset": "data.dataset",
 }

@@ -1,15 +1,18 @@
 """Parameter-efficient fine-tuning: the first blocks frozen, or low-rank adapters (LoRA) beside frozen weights."""
 
 import copy
+from collections.abc import Iterator
 from typing import Literal, get_args
 
 from pydantic import Field
 from torch import nn
+from torch.nn import Parameter
 
 from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.nn.checkpoint import HubModule
 from kronos_qlib.nn.dropout import Dropout
 from kronos_qlib.nn.model import FixedEmbedding
+from kronos_qlib.nn.ranker import KronosRankNetwork
 from kronos_qlib.settings import Settings
 
 Layer = Literal["q_proj", "k_proj", "v_proj", "out_proj", "w1", "w2", "w3"]
@@ -59,10 +62,24 @@ def check_freeze(network: HubModule, count: int) -> None:
 
 def _embeddings_and_blocks(network: HubModule) -> tuple[list[nn.Module], nn.ModuleList]:
     """Return the embeddings of a network's input, and the blocks that they feed."""
-    if isinstance(network, Kronos):
+    if isinstance(network, (Kronos, KronosRankNetwork)):
         return [network.embedding, network.time_emb], network.transformer
     assert isinstance(network, KronosTokenizer)
     return [network.embed], network.encoder
+
+
+def learning_rates(network: HubModule, learning_rate: float, layer_decay: float) -> Iterator[tuple[float, Parameter]]:
+    """Give the learning rate of each parameter that learns, in the network's order.
+
+    The layers above the last block learn at `learning_rate`, each block at `layer_decay` of what is above it, and the
+    embeddings at that of the first block times `layer_decay`.
+    """
+    embeddings, blocks = _embeddings_and_blocks(network)
+    below = {id(p): len(blocks) + 1 for module in embeddings for p in module.parameters()}
+    below |= {id(p): len(blocks) - index for index, block in enumerate(blocks) for p in block.parameters()}
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            yield learning_rate * layer_decay ** below.get(id(parameter), 0), parameter
 
 
 def require_peft() -> None:
@@ -107,6 +124,8 @@ def add_lora(network: HubModule, settings: LoraSettings) -> None:
     )
     inject_adapter_in_model(config, network)
     del network.peft_config  # peft's note for loading its own files
+    if isinstance(network, KronosRankNetwork):
+        network.rank_head.requires_grad_(True)  # a new layer, which has nothing to keep
     for module in network.modules():
         if type(module) is nn.Dropout:
             module.__class__ = Dropout  # masks from the same random numbers as the network's own

@@ -5,7 +5,8 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, pairwise
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ import torch
 from kronos_qlib.data.windows import Windows
 from kronos_qlib.train.code_cache import CodeCache
 from kronos_qlib.train.distributed import Compute
+from kronos_qlib.train.settings import RankerSettings
 from kronos_qlib.train.stages import Examples, StageSpecification
 
 SMALLEST_DRAW_WEIGHT = 1e-100
@@ -23,14 +25,18 @@ class SampledBatch:
     """The windows of one optimiser step, over all processes.
 
     epoch, step: from 0, the step counted over all epochs. rows: int `[B]`, their positions among the training windows.
+    edges: of D whole days among the rows, int `[D + 1]`; None where days do not matter.
     """
 
     epoch: int
     step: int
     rows: np.ndarray
+    edges: np.ndarray | None = None
 
     def micro_batches(self, micro_batch_size: int) -> list[slice]:
-        """Divide the batch into nearly equal slices of up to `micro_batch_size` windows, whoever works on them."""
+        """Divide the batch into days, or nearly equal slices of up to `micro_batch_size` windows, whoever works on them."""
+        if self.edges is not None:
+            return [slice(*pair) for pair in pairwise(self.edges.tolist())]
         count = math.ceil(len(self.rows) / micro_batch_size)
         edges = [len(self.rows) * number // count for number in range(count + 1)]
         return [slice(*pair) for pair in zip(edges, edges[1:])]
@@ -51,10 +57,13 @@ class BatchSampler:
     epochs: int
     seed: int
     draw_weights: np.ndarray | None = None
+    unit: ClassVar[str] = "window"
 
     @classmethod
     def from_specification(cls, specification: StageSpecification) -> "BatchSampler":
         """Make the sampler of a stage's training windows."""
+        if isinstance(specification.stage.settings, RankerSettings):
+            return DaySampler.of_days(specification)
         settings, n_windows = specification.stage.settings, len(specification.train)
         windows_per_epoch = min(settings.windows_per_epoch or n_windows, n_windows)
         draw = specification.seed, specification.draw_weights
@@ -91,6 +100,50 @@ class BatchSampler:
         return np.argsort(waits, kind="stable")[: self.windows_per_epoch]
 
 
+@dataclass(frozen=True)
+class DaySampler(BatchSampler):
+    """Draws whole days: what `BatchSampler` counts as windows are days here.
+
+    offsets: int `[D + 1]`; the windows of day d are `offsets[d]:offsets[d + 1]`.
+    instruments_per_day: so many windows of a day are drawn; None: all.
+    """
+
+    offsets: np.ndarray = field(default_factory=lambda: np.zeros(1, int))
+    instruments_per_day: int | None = None
+    unit: ClassVar[str] = "day"
+
+    @classmethod
+    def of_days(cls, specification: StageSpecification) -> "DaySampler":
+        """Make the sampler of a ranker's training days."""
+        settings, offsets = specification.stage.settings, day_offsets(specification.train.dates)
+        days = len(offsets) - 1
+        per_epoch = min(settings.days_per_epoch or days, days)
+        shape = days, per_epoch, settings.batch_size, settings.epochs
+        return cls(
+            *shape, specification.seed, offsets=offsets, instruments_per_day=settings.instruments_per_day
+        )
+
+    def batches(self, first: int = 0) -> Iterator[SampledBatch]:
+        """Draw the batches from step `first` to the last, each of whole days."""
+        for batch in super().batches(first):
+            random = np.random.default_rng((self.seed % 2**64, batch.step, 2))
+            days = [self._windows_of(day, random) for day in batch.rows]
+            edges = np.cumsum([0, *map(len, days)])
+            yield SampledBatch(batch.epoch, batch.step, np.concatenate(days), edges)
+
+    def _windows_of(self, day: int, random: np.random.Generator) -> np.ndarray:
+        rows = np.arange(self.offsets[day], self.offsets[day + 1])
+        if self.instruments_per_day is None or len(rows) <= self.instruments_per_day:
+            return rows
+        return np.sort(random.choice(rows, self.instruments_per_day, replace=False))
+
+
+def day_offsets(dates: np.ndarray) -> np.ndarray:
+    """Return where each distinct date of sorted dates [W] begins, and W: int `[D + 1]`."""
+    starts = np.flatnonzero(dates[1:] != dates[:-1]) + 1
+    return np.concatenate([[0], starts, [len(dates)]]).astype(int)
+
+
 def recency_weights(dates: np.ndarray, half_life_days: float) -> np.ndarray:
     """Weigh windows by their age, half for every half-life before the newest: float `[W]` of datetime64 `[W]`.
 
@@ -104,7 +157,8 @@ def recency_weights(dates: np.ndarray, half_life_days: float) -> np.ndarray:
 class MicroBatch:
     """Windows of a batch that go through the network at a time.
 
-    number: which micro-batch of the batch it is. share: its windows over those of the batch.
+    number: which micro-batch of the batch it is. share: its windows over those of the
+        batch; of a whole day, 1 over its days.
     """
 
     number: int
@@ -129,6 +183,7 @@ class BatchLoader:
     micro_batch_size: int
     compute: Compute
     code_cache: CodeCache | None = None
+    targets: np.ndarray | None = None
     seconds_waited: float = field(default=0.0, init=False)
 
     def batches(self, first: int = 0) -> Iterator[tuple[SampledBatch, list[MicroBatch]]]:
@@ -154,25 +209,35 @@ class BatchLoader:
         random = np.random.default_rng((self.sampler.seed % 2**64, batch.step, 1))
         length = self.windows.lookback + self.windows.future
         uniforms = random.random((len(batch.rows), length - 1), dtype=np.float32)  # of the whole batch, in any process
-        examples = load_examples(self.windows, batch.rows[rows], self.code_cache, uniforms[rows])
+        targets = None if self.targets is None else self.targets[batch.rows[rows]]
+        examples = load_examples(self.windows, batch.rows[rows], self.code_cache, uniforms[rows], targets)
         micro_batches = []
         for number in own:
             start, stop = slices[number].start, slices[number].stop
             some = examples.copy_rows(slice(start - rows.start, stop - rows.start))
             if self.compute.device.type == "cuda":
                 some = some.pin_memory()
-            micro_batches.append(MicroBatch(number, (stop - start) / len(batch.rows), some))
+            share = (stop - start) / len(batch.rows) if batch.edges is None else 1 / len(slices)
+            micro_batches.append(MicroBatch(number, share, some))
         return micro_batches
 
 
 def load_examples(
-    windows: Windows, rows: np.ndarray, code_cache: CodeCache | None = None, uniforms: np.ndarray | None = None
+    windows: Windows,
+    rows: np.ndarray,
+    code_cache: CodeCache | None = None,
+    uniforms: np.ndarray | None = None,
+    targets: np.ndarray | None = None,
 ) -> Examples:
-    """Load the windows at `rows` as tensors on the CPU, as codes if there is a cache of them."""
+    """Load the windows at `rows` as tensors on the CPU, as codes if there is a cache of them.
+
+    uniforms, targets: those of these windows.
+    """
     if code_cache is None:
         batch = windows.normalised(rows)
         x, ids, stamp = torch.from_numpy(batch.x), None, batch.stamp
     else:
         x, ids, stamp = None, torch.from_numpy(code_cache.take(rows)), windows.stamps(rows)
-    examples = Examples(x, ids, torch.from_numpy(stamp), None if uniforms is None else torch.from_numpy(uniforms))
+    given = (None if values is None else torch.from_numpy(values) for values in (uniforms, targets))
+    examples = Examples(x, ids, torch.from_numpy(stamp), *given)
     return examples.copy_rows(slice(None))

@@ -124,8 +124,8 @@ def _load_optimizer(optimizer: AdamW, tensors: dict[str, Tensor]) -> None:
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")
         state[int(index)][name] = tensor.clone()  # not mapped from the file, which is going to be removed
-    [group] = optimizer.param_groups
-    expected = [{"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} for p in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    expected = [{"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} for p in parameters]
     if {index: {name: t.shape for name, t in own.items()} for index, own in state.items()} != dict(enumerate(expected)):
         raise ValueError("the optimiser's state is that of other parameters")
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

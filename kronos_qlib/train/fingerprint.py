@@ -41,6 +41,9 @@ def fingerprint(specification: StageSpecification) -> dict[str, object]:
     if specification.draw_weights is not None:
         digest = hashlib.blake2b(specification.draw_weights.tobytes(), digest_size=16)
         values["window weights (half_life_days, reweighter)"] = digest.hexdigest()
+    for name, targets in (("train", specification.train_targets), ("valid", specification.valid_targets)):
+        if targets is not None:
+            values[f"{name} labels"] = hashlib.blake2b(targets.tobytes(), digest_size=16).hexdigest()
     return json.loads(json.dumps(values, default=str))
 
 

@@ -3,11 +3,11 @@
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,18 +17,21 @@ from kronos_qlib.data.windows import Windows
 from kronos_qlib.data.windows_on_disk import map_windows, save_windows
 from kronos_qlib.files import is_draft, save_array, scratch_folder, whole_file
 from kronos_qlib.nn import Kronos, KronosTokenizer
-from kronos_qlib.nn.checkpoint import WEIGHTS_FILE
+from kronos_qlib.nn.checkpoint import WEIGHTS_FILE, HubModule
+from kronos_qlib.nn.ranker import KronosRankNetwork
+from kronos_qlib.settings import Settings
 from kronos_qlib.train.checkpoints import CHECKPOINTS, RESULT_FILE, explain_full_disk, remove_drafts, whole_checkpoints
 from kronos_qlib.train.distributed import SINGLE_PROCESS, Group
 from kronos_qlib.train.loop import train_stage
 from kronos_qlib.train.metrics import Log, guarded_log, recorder_log
-from kronos_qlib.train.settings import FinetuneSettings
-from kronos_qlib.train.stages import PredictorStage, Stage, StageSpecification, TokenizerStage
+from kronos_qlib.train.settings import FinetuneSettings, RankerSettings
+from kronos_qlib.train.stages import PredictorStage, RankStage, Stage, StageSpecification, TokenizerStage
 
 logger = logging.getLogger("qlib.KronosTrainer")
 JOB_FILE, DRAW_WEIGHTS = "job.json", "draw_weights.npy"
 LOCK, LOCK_SECONDS = ".lock", 300  # processes of a killed training need a step, or a validation, to notice
 STAGES = ("tokenizer", "predictor")
+TARGETS = "train_targets", "valid_targets"
 EXTRA_DATA = "extra_data"  # the folder of windows from other stores, beside those of the stages
 
 
@@ -52,6 +55,13 @@ class Job:
     dtype: torch.dtype
     draw_weights: np.ndarray | None = None
     recorder: dict[str, str] | None = None
+    settings_kind: ClassVar[type[Settings]] = FinetuneSettings
+
+    @property
+    def networks(self) -> dict[str, HubModule]:
+        """The networks that learn, by the name of their stage."""
+        pairs = dict(zip(STAGES, (self.tokenizer, self.model)))
+        return {name: pairs[name] for name in self.stage_names}
 
     @property
     def stage_names(self) -> list[str]:
@@ -95,7 +105,7 @@ class Job:
             TimeoutError: another training is at work in the folder.
         """
         log = guarded_log(log or recorder_log(self.recorder if group.is_first else None))
-        with _folder_lock(self.folder, group), self._weight_backup(group):
+        with _folder_lock(self.folder, self.stage_names, group), self._weight_backup(group):
             for specification in self.specifications():
                 folder = self.folder / specification.stage.name
                 train_stage(specification, folder, group=group, launcher=launcher, log=log)
@@ -104,7 +114,7 @@ class Job:
     @contextmanager
     def _weight_backup(self, group: Group) -> Iterator[None]:
         """Restore the networks' weights if the block fails; of several processes nobody uses the networks then."""
-        networks = (self.tokenizer, self.model) if group.size == 1 else ()
+        networks = [*self.networks.values()] if group.size == 1 else []
         before = [{name: value.cpu().clone() for name, value in network.state_dict().items()} for network in networks]
         try:
             yield
@@ -115,9 +125,8 @@ class Job:
 
     def load_best(self) -> None:
         """Load the best weights of a training that other processes have done into the networks."""
-        networks = dict(zip(STAGES, (self.tokenizer, self.model)))
-        for name in self.stage_names:
-            networks[name].load_weights(self.folder / name / "best" / WEIGHTS_FILE)
+        for name, network in self.networks.items():
+            network.load_weights(self.folder / name / "best" / WEIGHTS_FILE)
 
     def results(self) -> dict[str, dict[str, float]]:
         """Read the validation metrics of the best weights of every stage that was trained, by the stage's name."""
@@ -138,7 +147,8 @@ class Job:
             if self.draw_weights is not None:
                 save_array(folder / DRAW_WEIGHTS, self.draw_weights)
             manifest: dict[str, Any] = {
-                "settings": self.settings.model_dump(include=set(FinetuneSettings.model_fields)),  # no workflow's own
+                "kind": type(self).__name__,
+                "settings": self.settings.model_dump(include=set(self.settings_kind.model_fields)),  # no workflow's own
                 "folder": str(self.folder.resolve()),
                 "seed": self.seed,
                 "device": self.device.type,
@@ -146,6 +156,7 @@ class Job:
                 "draw_weights": self.draw_weights is not None,
                 "recorder": self.recorder,
             }
+            self._save_own(folder)
             with whole_file(folder / JOB_FILE) as draft:
                 draft.write_text(json.dumps(manifest, indent=2) + "\n")
 
@@ -172,23 +183,89 @@ class Job:
                 f"{path} is not here: output_dir must lie on a file system that all machines of a training share"
             )
         manifest, windows = json.loads(path.read_text()), map_windows(folder / "windows")
-        return cls(
+        kind = next(kind for kind in (Job, RankerJob) if kind.__name__ == manifest["kind"])
+        return kind(
             tokenizer=KronosTokenizer.from_pretrained(folder / "tokenizer"),
             model=Kronos.from_pretrained(folder / "model"),
             train=windows["train"],
             valid=windows["valid"],
-            settings=FinetuneSettings(**manifest["settings"]),
+            settings=kind.settings_kind(**manifest["settings"]),
             folder=Path(manifest["folder"]),
             seed=manifest["seed"],
             device=torch.device(manifest["device"]),
             dtype=getattr(torch, manifest["dtype"]),
             draw_weights=np.load(folder / DRAW_WEIGHTS, mmap_mode="r") if manifest["draw_weights"] else None,
             recorder=manifest["recorder"],
+            **kind._load_own(folder),
         )
+
+    def _save_own(self, folder: Path) -> None:
+        """Write what only this kind of job has."""
+
+    @classmethod
+    def _load_own(cls, folder: Path) -> dict[str, Any]:
+        return {}
+
+
+@dataclass(frozen=True, eq=False)
+class RankerJob(Job):
+    """The training of rankers, one after the other; tokenizer and model do not learn.
+
+    rankers: one for each member of the ensemble. train_targets, valid_targets: labels of the windows, float32 `[W]`.
+    """
+
+    settings: RankerSettings
+    rankers: tuple[KronosRankNetwork, ...] = ()
+    train_targets: np.ndarray | None = None
+    valid_targets: np.ndarray | None = None
+    settings_kind: ClassVar[type[Settings]] = RankerSettings
+
+    @property
+    def stage_names(self) -> list[str]:
+        """The names of the rankers: `ranker`, or `ranker_1` … of an ensemble."""
+        return ranker_names(len(self.rankers))
+
+    @property
+    def networks(self) -> dict[str, HubModule]:
+        """The rankers by name."""
+        return dict(zip(self.stage_names, self.rankers))
+
+    def specifications(self) -> Iterator[StageSpecification]:
+        """Specify the training of each ranker, which differs from the others by its seed."""
+        tokenizer = self.tokenizer.to(self.device)
+        for number, (name, network) in enumerate(zip(self.stage_names, self.rankers)):
+            yield StageSpecification(
+                stage=RankStage(network, tokenizer, self.settings, name),
+                train=self.train,
+                valid=self.valid,
+                seed=self.seed + number,
+                device=self.device,
+                dtype=self.dtype,
+                checkpoint_every=self.settings.checkpoint_every,
+                train_targets=self.train_targets,
+                valid_targets=self.valid_targets,
+            )
+
+    def _save_own(self, folder: Path) -> None:
+        for name, network in self.networks.items():
+            network.save_pretrained(folder / name)
+        for name in TARGETS:
+            save_array(folder / f"{name}.npy", getattr(self, name))
+
+    @classmethod
+    def _load_own(cls, folder: Path) -> dict[str, Any]:
+        names = ranker_names(len(list(folder.glob("ranker*"))))
+        rankers = tuple(KronosRankNetwork.from_pretrained(folder / name) for name in names)
+        return {"rankers": rankers} | {name: np.load(folder / f"{name}.npy") for name in TARGETS}
+
+
+def ranker_names(count: int) -> list[str]:
+    """Name the stages of so many rankers: `ranker`, or `ranker_1`, `ranker_2` …"""
+    return ["ranker"] if count == 1 else [f"ranker_{number}" for number in range(1, count + 1)]
 
 
 @contextmanager
-def _folder_lock(folder: Path, group: Group) -> Iterator[None]:
+def _folder_lock(folder: Path, stages: Sequence[str], group: Group) -> Iterator[None]:
     """Keep other trainings out of the folder, for a block; the lock of a process that died is free."""
     lock = FileLock(folder / LOCK, timeout=LOCK_SECONDS)
 
@@ -205,11 +282,11 @@ def _folder_lock(folder: Path, group: Group) -> Iterator[None]:
                     f"another training is at work in {folder}; wait for its end, stop it, or choose another output_dir"
                 ) from None
 
-        for name in (*STAGES, EXTRA_DATA):
+        for name in (*stages, EXTRA_DATA):
             for draft in [*(folder / name).glob("**/*.tmp")]:  # of a training that was killed while it wrote
                 if is_draft(draft):
                     draft.unlink(missing_ok=True)
-        for name in STAGES:
+        for name in stages:
             remove_drafts(folder / name / CHECKPOINTS)
 
     group.run_on_first(acquire)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from kronos_qlib.files import whole_file
 from kronos_qlib.nn.checkpoint import WEIGHTS_FILE, HubModule
 from kronos_qlib.text import csv_cell
 from kronos_qlib.train.adapters import add_lora, freeze_blocks, merge_lora, merged_copy
-from kronos_qlib.train.batches import BatchLoader, BatchSampler, SampledBatch, load_examples
+from kronos_qlib.train.batches import BatchLoader, BatchSampler, SampledBatch, day_offsets, load_examples
 from kronos_qlib.train.checkpoints import (
     CHECKPOINTS,
     RESULT_FILE,
@@ -38,7 +39,7 @@ from kronos_qlib.train.distributed import SINGLE_PROCESS, Compute, Group, open_c
 from kronos_qlib.train.fingerprint import claim_folder, digest_of_weights, digest_of_windows, fingerprint
 from kronos_qlib.train.memory_estimate import bytes_per_window, estimate_micro_batch_size, windows_that_fit
 from kronos_qlib.train.metrics import History, Log, read_history
-from kronos_qlib.train.settings import StageSettings
+from kronos_qlib.train.settings import LearningSettings
 from kronos_qlib.train.signals import StopRequest, TrainingStopped, catch_stop_signals
 from kronos_qlib.train.stages import Stage, StageSpecification
 from kronos_qlib.train.step import Diverged, TrainingStep, derive_seed
@@ -74,7 +75,7 @@ def train_stage(
     """
     folder, stage, device, seed = Path(folder), specification.stage, specification.device, specification.seed
     network, settings = stage.network.to(device), stage.settings
-    sampler, valid = BatchSampler.from_specification(specification), validation_windows(specification)
+    sampler, (valid, targets) = BatchSampler.from_specification(specification), validation_set(specification)
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         open_compute(device, specification.dtype, group) as compute,
@@ -85,14 +86,16 @@ def train_stage(
         micro_batch_size, keep_latents = _fit_into_memory(specification, folder, compute)
         _log_start(stage, sampler, len(valid), micro_batch_size, compute)
         code_cache = _open_code_cache(specification, folder, compute, stop)
-        loader = BatchLoader(specification.train, sampler, micro_batch_size, compute, code_cache)
+        loader = BatchLoader(
+            specification.train, sampler, micro_batch_size, compute, code_cache, specification.train_targets
+        )
         with _learning_parameters(network, settings, derive_seed(seed, stage.name)):
             training_step = TrainingStep(
                 stage, sampler.steps, seed, compute, keep_latents=keep_latents, compile=specification.compile
             )
-            _Loop(specification, folder, loader, training_step, valid, log, stop, changes).run()
+            _Loop(specification, folder, loader, training_step, valid, targets, log, stop, changes).run()
         network.load_weights(folder / "best" / WEIGHTS_FILE)
-        best = validate(stage, valid, compute)
+        best = validate(stage, valid, compute, targets)
         if group.is_first:
             logger.info(f"{stage.name}: best weights {', '.join(f'{key} {value:.4f}' for key, value in best.items())}")
         group.run_on_first(lambda: _write_result(folder, best))
@@ -113,6 +116,7 @@ class _Loop:
     loader: BatchLoader
     training_step: TrainingStep
     valid: Windows
+    targets: np.ndarray | None
     log: Log
     stop: StopRequest
     changes: list[str]
@@ -134,7 +138,7 @@ class _Loop:
             total=self.sampler.windows_drawn(self.sampler.steps),
             initial=self.sampler.windows_drawn(self.progress.step),
             desc=self.stage.name,
-            unit="window",
+            unit=self.sampler.unit,
             disable=not self.group.is_first,
         ) as self.bar:
             for batch, micro_batches in self.loader.batches(self.progress.step):
@@ -145,7 +149,7 @@ class _Loop:
                     raise FloatingPointError(self._divergence_message(batch)) from None
                 self.progress.step += 1
                 self.progress.losses.append(loss)
-                self.bar.update(len(batch.rows))
+                self.bar.update(self.sampler.windows_drawn(self.progress.step) - self.bar.n)
                 epoch_ended = self.progress.step % self.sampler.steps_per_epoch == 0
                 if epoch_ended or self.progress.step % self.stage.settings.log_every == 0:
                     self._log_metrics(batch, lr, epoch_ended)
@@ -181,7 +185,7 @@ class _Loop:
         metrics = {"lr": lr, "train_loss": statistics.fmean(self.progress.losses)} | self._measure_speed()
         self.progress.losses.clear()
         if epoch_ended:
-            metrics |= validate(self.stage, self.valid, self.compute)
+            metrics |= validate(self.stage, self.valid, self.compute, self.targets)
             if not math.isfinite(metrics["val_loss"]):
                 raise FloatingPointError(
                     f"{self.stage.name}: the validation loss is not finite after step {self.progress.step}; the "
@@ -204,7 +208,7 @@ class _Loop:
         windows = self.sampler.windows_drawn(self.progress.step) - self.sampler.windows_drawn(step)
         waited, self.loader.seconds_waited = self.loader.seconds_waited, 0.0
         self.since = now, self.progress.step
-        return {"windows_per_second": windows / (now - then), "data_wait": waited / (now - then)}
+        return {f"{self.sampler.unit}s_per_second": windows / (now - then), "data_wait": waited / (now - then)}
 
     def _save_checkpoint(self) -> None:
         if self.training_step.synchronise() and self.group.is_first:
@@ -249,31 +253,46 @@ class _Loop:
         )
 
 
-def validate(stage: Stage, windows: Windows, compute: Compute) -> dict[str, float]:
-    """Compute the validation metrics over all windows, each counted once, divided among the processes.
+def validate(
+    stage: Stage, windows: Windows, compute: Compute, targets: np.ndarray | None = None
+) -> dict[str, float]:
+    """Compute the validation metrics over all windows, or days if there are targets, divided among the processes.
 
     The batches are the same for any number of processes, and their sums are added exactly.
     """
     stage.network.eval()
     group = compute.group
-    size = VALIDATION_BATCH_ON_CPU if compute.device.type == "cpu" else VALIDATION_BATCH
-    starts = range(group.rank * size, len(windows), group.size * size)
-    batches = (np.arange(start, min(start + size, len(windows))) for start in starts)
-    own = list(compute.map_on_cores(lambda rows: _metric_sums(stage, windows, rows, compute), batches))
+    if targets is None:
+        size = VALIDATION_BATCH_ON_CPU if compute.device.type == "cpu" else VALIDATION_BATCH
+        edges = np.append(np.arange(0, len(windows), size), len(windows))
+    else:
+        edges = day_offsets(windows.dates)
+    batches = [np.arange(*pair) for pair in pairwise(edges)][group.rank :: group.size]
+    own = list(compute.map_on_cores(lambda rows: _metric_sums(stage, windows, rows, compute, targets), batches))
     sums = [batch for batches in group.all_gather(own) for batch in batches]
-    return {name: math.fsum(batch[name] for batch in sums) / len(windows) for name in sums[0]}
+    count = len(windows) if targets is None else len(edges) - 1
+    return {name: math.fsum(batch[name] for batch in sums) / count for name in sums[0]}
 
 
 @torch.no_grad()
-def _metric_sums(stage: Stage, windows: Windows, rows: np.ndarray, compute: Compute) -> dict[str, float]:
+def _metric_sums(
+    stage: Stage, windows: Windows, rows: np.ndarray, compute: Compute, targets: np.ndarray | None
+) -> dict[str, float]:
+    examples = load_examples(windows, rows, targets=None if targets is None else targets[rows])
     with compute.autocast:
-        means = stage.validation_metrics(load_examples(windows, rows).to(compute.device))
-    return {name: mean.item() * len(rows) for name, mean in means.items()}
+        means = stage.validation_metrics(examples.to(compute.device))
+    return {name: mean.item() * (len(rows) if targets is None else 1) for name, mean in means.items()}
 
 
-def validation_windows(specification: StageSpecification) -> Windows:
-    """Choose the fixed windows that every epoch of a stage is validated on."""
-    return evenly_spaced(specification.valid, specification.stage.settings.valid_windows)
+def validation_set(specification: StageSpecification) -> tuple[Windows, np.ndarray | None]:
+    """Choose the fixed windows that every epoch of a stage is validated on; of a ranker whole days and their targets."""
+    valid, targets, settings = specification.valid, specification.valid_targets, specification.stage.settings
+    if targets is None:
+        return evenly_spaced(valid, settings.valid_windows), None
+    days = np.unique(valid.dates)
+    chosen = np.linspace(0, len(days) - 1, min(settings.valid_days, len(days))).round().astype(int)
+    kept = np.isin(valid.dates, days[chosen])
+    return valid.take(kept), targets[kept]
 
 
 def evenly_spaced(windows: Windows, count: int) -> Windows:
@@ -283,7 +302,7 @@ def evenly_spaced(windows: Windows, count: int) -> Windows:
 
 
 @contextmanager
-def _learning_parameters(network: HubModule, settings: StageSettings, seed: int) -> Iterator[None]:
+def _learning_parameters(network: HubModule, settings: LearningSettings, seed: int) -> Iterator[None]:
     """Freeze blocks or add adapters as the settings say; afterwards the network is plain and all of it learns."""
     learning = [parameter.requires_grad for parameter in network.parameters()]
     try:
@@ -304,13 +323,14 @@ def _log_start(
     group, device = compute.group, compute.device
     if not group.is_first:
         return
+    by_day = sampler.unit == "day"
     where = f"{group.size} processes on {device.type}" if group.size > 1 else str(device)
     logger.info(
         f"{stage.name}: {stage.network.n_parameters:,} parameters, {compute.precision} on {where}, "
-        f"{sampler.windows_drawn(sampler.steps):,} windows in {sampler.steps:,} steps of {sampler.batch_size}, in "
-        f"micro-batches of {micro_batch_size}; validated on {valid_windows:,} windows"
+        f"{sampler.windows_drawn(sampler.steps):,} {sampler.unit}s in {sampler.steps:,} steps of {sampler.batch_size}, "
+        f"in micro-batches of {'a day' if by_day else micro_batch_size}; validated on {valid_windows:,} windows"
     )
-    count = math.ceil(sampler.batch_size / micro_batch_size)
+    count = sampler.batch_size if by_day else math.ceil(sampler.batch_size / micro_batch_size)
     if count < group.size:
         logger.warning(
             f"{stage.name}: a batch has {count} micro-batches for {group.size} processes: some have nothing to do"

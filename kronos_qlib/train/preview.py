@@ -11,7 +11,7 @@ from kronos_qlib.train.checkpoints import CHECKPOINTS, whole_checkpoints
 from kronos_qlib.train.distributed import Compute, Group, open_compute
 from kronos_qlib.train.fingerprint import compare, fingerprint
 from kronos_qlib.train.job import Job
-from kronos_qlib.train.loop import validation_windows
+from kronos_qlib.train.loop import validation_set
 from kronos_qlib.train.memory_estimate import (
     bytes_of_state,
     bytes_per_waiting_window,
@@ -68,7 +68,7 @@ def _stage_lines(specification: StageSpecification, compute: Compute, threads: i
             stage.name,
             f"{sampler.windows_drawn(sampler.steps):,} windows in {sampler.steps:,} steps of {sampler.batch_size}: "
             f"{sampler.epochs} epoch{'s' if sampler.epochs > 1 else ''} of {sampler.steps_per_epoch:,} steps; "
-            f"validated on {len(validation_windows(specification)):,} windows",
+            f"validated on {len(validation_set(specification)[0]):,} windows",
         ),
         titled_line("", _memory(specification, sampler, compute, threads)),
         titled_line("", _disk(specification)),

@@ -19,15 +19,11 @@ def _auto_or_count(value: Any) -> int | str:
 AutoOrCount = Annotated[Any, BeforeValidator(_auto_or_count)]
 
 
-class StageSettings(Settings):
-    """The keys that both stages have."""
+class LearningSettings(Settings):
+    """The keys that all stages have, the ranker's too."""
 
     epochs: int = Field(ge=1)
-    """Each is a draw of windows without replacement."""
-    windows_per_epoch: int | None = Field(default=None, ge=1)
-    """Training windows of an epoch; null: all."""
-    batch_size: int = Field(default=50, ge=1)
-    """Windows of an optimiser step, over all processes."""
+    """Each is a draw of windows, or of days, without replacement."""
     learning_rate: float = Field(gt=0)
     """Peak of a OneCycle schedule that starts at a tenth of it and warms up for 3 % of the steps."""
     weight_decay: float = Field(default=0.1, ge=0)
@@ -36,8 +32,6 @@ class StageSettings(Settings):
     """Norm to which the gradients of a step are clipped."""
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)]
     """Of AdamW."""
-    valid_windows: int = Field(default=2000, ge=1)
-    """Windows that validate each epoch, evenly spaced over the validation segment."""
     patience: int | None = Field(default=None, ge=1)
     """Epochs without a better validation loss after which the stage ends; null: it never ends early."""
     freeze_blocks: int = Field(default=0, ge=0)
@@ -48,10 +42,21 @@ class StageSettings(Settings):
     """Steps between two rows of history.csv."""
 
     @model_validator(mode="after")
-    def _frozen_or_adapted(self) -> "StageSettings":
+    def _frozen_or_adapted(self) -> "LearningSettings":
         if self.freeze_blocks and self.lora is not None:
             raise ValueError("has both freeze_blocks and lora; with adapters all other weights are frozen already")
         return self
+
+
+class StageSettings(LearningSettings):
+    """The keys that tokenizer and predictor have."""
+
+    windows_per_epoch: int | None = Field(default=None, ge=1)
+    """Training windows of an epoch; null: all."""
+    batch_size: int = Field(default=50, ge=1)
+    """Windows of an optimiser step, over all processes."""
+    valid_windows: int = Field(default=2000, ge=1)
+    """Windows that validate each epoch, evenly spaced over the validation segment."""
 
 
 class TokenizerSettings(StageSettings):
@@ -74,6 +79,47 @@ class PredictorSettings(StageSettings):
     cache_codes: bool = False
     """Encode all training windows once, on disk, before the first step; faster if the epochs together draw more windows
     than there are."""
+
+
+class RankerSettings(LearningSettings):
+    """The `ranker` mapping of a KronosRanker: how a Kronos learns to rank the instruments of a day."""
+
+    output_dir: str = Field(min_length=1, pattern=r"^[^\x00]+$")
+    """Gets ranker/ (ranker_1/ … of an ensemble), each with history.csv, checkpoints/ and best/ (hub format)."""
+    epochs: int = Field(default=4, ge=1)
+    days_per_epoch: int | None = Field(default=None, ge=1)
+    """Training days of an epoch; null: all."""
+    batch_size: int = Field(default=4, ge=1)
+    """Days of an optimiser step, over all processes; a day goes through the network whole."""
+    instruments_per_day: int | None = Field(default=None, ge=2)
+    """So many instruments of a training day are drawn; null: all. Fewer take less time and memory."""
+    learning_rate: float = Field(default=3e-4, gt=0)
+    clip_norm: float = Field(default=1.0, gt=0)
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    patience: int | None = Field(default=2, ge=1)
+    valid_days: int = Field(default=60, ge=2)
+    """Days that validate each epoch by their mean rank IC, evenly spaced over the validation segment."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Each block learns at so much of the rate of the block above it, the embeddings at that of a block below the
+    first."""
+    loss: Literal["pearson", "listnet", "mse"] = "pearson"
+    """Of a day's scores and labels: 1 − the correlation of the scores with the labels' ranks (`pearson`), the
+    cross-entropy of the softmax of both (`listnet`, Cao et al. 2007), or the squared error against the labels' z-scores
+    (`mse`)."""
+    inputs: Literal["tokens", "bars"] = "tokens"
+    """What the network sees: the codes of the tokenizer, or the normalised bars, through a layer of their own."""
+    volume: bool = True
+    """false hides volume and amount, which are then 0 in normalised units."""
+    pooled_bars: int = Field(default=1, ge=1)
+    """The score is read from the mean hidden state of so many last bars."""
+    ensemble: int = Field(default=1, ge=1)
+    """Networks trained with seeds of their own; the score is the mean of their ranks within the day."""
+    checkpoint_every: int = Field(default=200, ge=1)
+    """Steps between two checkpoints; the last two are kept."""
+    processes: AutoOrCount = "auto"
+    """Processes that train together; `auto` is one for each GPU, one on a CPU."""
+    max_restarts: int = Field(default=3, ge=0)
+    """How often dead processes are started again, from the last checkpoint."""
 
 
 class FinetuneSettings(Settings):

@@ -9,11 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kronos_qlib.data.windows import Windows
+from kronos_qlib.data.windows import COLUMNS, Windows
 from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.nn.checkpoint import HubModule
 from kronos_qlib.nn.quantizer import MeanCode
-from kronos_qlib.train.settings import PredictorSettings, StageSettings, TokenizerSettings
+from kronos_qlib.nn.ranker import KronosRankNetwork
+from kronos_qlib.train.settings import LearningSettings, PredictorSettings, RankerSettings, TokenizerSettings
+
+VOLUME = COLUMNS.index("volume")  # volume and amount are the last columns
+LEAST_VARIANCE = 1e-12  # of scores that are all alike
 
 
 @dataclass(frozen=True)
@@ -22,12 +26,14 @@ class Examples:
 
     x: normalised bars float32 `[B, T, d_in]`, or codes: ids s1 and s2, `[B, T, 2]`; one of them is None.
     stamp: `[B, T, 5]`. uniforms: uniform numbers float32 `[B, T - 1]` for what is sampled, None in validation.
+    targets: the labels of a ranker's windows, float32 `[B]`, None for other stages.
     """
 
     x: Tensor | None
     codes: Tensor | None
     stamp: Tensor
     uniforms: Tensor | None
+    targets: Tensor | None = None
 
     def to(self, device: torch.device) -> "Examples":
         """Copy to a device."""
@@ -60,7 +66,7 @@ class Stage(Protocol):
 
     name: str
     network: HubModule
-    settings: StageSettings
+    settings: LearningSettings
     frozen_tokenizer: KronosTokenizer | None
     cache_codes: bool
     latent: Callable[[Examples], Tensor] | None
@@ -140,6 +146,70 @@ class PredictorStage:
         return s1, s2
 
 
+class RankStage:
+    """Learn to rank the instruments of a day by their labels. The tokenizer is frozen; the ranker of bars has none."""
+
+    latent, mean_code, code_length = None, None, 0  # its loss is a mean over days, and a day is a micro-batch
+    cache_codes = False
+
+    def __init__(
+        self, network: KronosRankNetwork, tokenizer: KronosTokenizer, settings: RankerSettings, name: str = "ranker"
+    ) -> None:
+        self.network, self.settings, self.name = network, settings, name
+        self.frozen_tokenizer = tokenizer.eval() if network.inputs == "tokens" else None
+
+    def scores(self, examples: Examples) -> Tensor:
+        """Score some windows: [B]."""
+        return rank_scores(self.network, self.frozen_tokenizer, examples.x, examples.stamp)
+
+    def loss(self, examples: Examples, latent: Tensor | None = None, mean_code: MeanCode | None = None) -> Tensor:
+        """Return the training loss of a day, see `RankerSettings.loss`."""
+        scores = self.scores(examples).float()
+        # Only the estimate of the memory, which asks for no value, gives no targets.
+        targets = torch.zeros_like(scores) if examples.targets is None else examples.targets
+        return rank_loss(scores, targets, self.settings.loss)
+
+    def validation_metrics(self, examples: Examples) -> dict[str, Tensor]:
+        """Return the rank IC of a day and, as `val_loss`, its negative."""
+        ranks = torch.stack([_ranks(self.scores(examples).float()), _ranks(examples.targets)])
+        rank_ic = torch.corrcoef(ranks)[0, 1].nan_to_num()  # scores that are all alike say nothing: 0
+        return {"val_loss": -rank_ic, "val_rank_ic": rank_ic}
+
+
+def rank_scores(network: KronosRankNetwork, tokenizer: KronosTokenizer | None, x: Tensor, stamp: Tensor) -> Tensor:
+    """Score windows of normalised bars x [B, T, 6] with their stamps [B, T, 5]: [B].
+
+    The tokenizer is None for a network whose inputs are bars.
+    """
+    if not network.volume:
+        x = torch.cat([x[..., :VOLUME], torch.zeros_like(x[..., VOLUME:])], dim=-1)
+    if tokenizer is None:
+        return network(x, stamp)
+    with torch.no_grad():
+        codes = torch.stack(list(tokenizer.encode(x, half=True)), dim=-1)
+    return network(codes, stamp)
+
+
+def rank_loss(scores: Tensor, targets: Tensor, kind: str) -> Tensor:
+    """Return the loss of a day's scores [B] against its labels [B], a scalar; see `RankerSettings.loss`."""
+    if kind == "listnet":
+        return -(F.softmax(_standardise(targets), 0) * F.log_softmax(scores, 0)).sum()
+    if kind == "mse":
+        return F.mse_loss(scores, _standardise(targets))
+    return 1 - (_standardise(scores) * _standardise(_ranks(targets))).mean()
+
+
+def _standardise(values: Tensor) -> Tensor:
+    centred = values - values.mean()
+    return centred / (centred.square().mean() + LEAST_VARIANCE).sqrt()
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Rank values [B] from 0, equal ones by the mean of their ranks."""
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts + 1) / 2)[inverse]
+
+
 def sample_codes(logits: Tensor, uniforms: Tensor) -> Tensor:
     """Sample one code per position from its distribution: ids [B, T] from logits [B, T, V] and uniforms [B, T].
 
@@ -164,6 +234,8 @@ class StageSpecification:
     checkpoint_every: steps between two checkpoints.
     draw_weights: how often each training window is to be drawn, relative to the others: float `[W]` for W training
         windows; None: all alike.
+    train_targets, valid_targets: labels of the windows, float32 `[W]`; with them batches are of whole days, by which
+        the windows are sorted. None for stages that learn from bars alone.
     """
 
     stage: Stage
@@ -176,3 +248,5 @@ class StageSpecification:
     compile: bool = False
     checkpoint_every: int = 200
     draw_weights: np.ndarray | None = None
+    train_targets: np.ndarray | None = None
+    valid_targets: np.ndarray | None = None

@@ -4,11 +4,14 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
 from kronos_qlib.nn.dropout import use_generator
+from kronos_qlib.train.adapters import learning_rates
 from kronos_qlib.train.batches import MicroBatch
 from kronos_qlib.train.distributed import Compute
 from kronos_qlib.train.stages import Stage
@@ -48,16 +51,18 @@ class TrainingStep:
         if compile:
             self._loss, self._latent = torch.compile(stage.loss), stage.latent and torch.compile(stage.latent)
 
-        self._parameters = [parameter for parameter in stage.network.parameters() if parameter.requires_grad]
+        settings = stage.settings
+        rates = learning_rates(stage.network, settings.learning_rate, getattr(settings, "layer_decay", 1.0))
+        groups = [(rate, [p for _, p in some]) for rate, some in groupby(rates, key=itemgetter(0))]
+        self._parameters = [parameter for _, some in groups for parameter in some]
         count, device = sum(parameter.numel() for parameter in self._parameters), compute.device
         exact = torch.float64 if device.type == "cpu" else torch.float32
         self._reduced = torch.zeros(count + 2, device=device, dtype=exact)
         self._gradients, self._loss_and_stop = self._reduced[:-2], self._reduced[-2:]
         self._rounded = torch.zeros(count, device=device)
 
-        settings = stage.settings
         self.optimizer = torch.optim.AdamW(
-            self._parameters,
+            [{"params": some} for _, some in groups],
             settings.learning_rate,
             betas=tuple(settings.betas),
             weight_decay=settings.weight_decay,
@@ -65,7 +70,7 @@ class TrainingStep:
         )
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer,
-            settings.learning_rate,
+            [rate for rate, _ in groups],
             total_steps=steps,
             pct_start=0.03,
             div_factor=10,
@@ -75,8 +80,8 @@ class TrainingStep:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the step to come."""
-        return self._schedule.get_last_lr()[0]
+        """The learning rate of the step to come, the highest of all layers'."""
+        return max(self._schedule.get_last_lr())
 
     def resume(self, steps: int) -> None:
         """Go on after the first `steps` steps, whose weights and moments have been loaded."""

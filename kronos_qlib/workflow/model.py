@@ -86,8 +86,8 @@ class KronosModel(ModelFT):
         }
         self.settings = read_settings(ModelSettings, "KronosModel", values)
         resolve_dtype(dtype, resolve_device(device))  # an absent device is an error now, not after the data are loaded
-        self.tokenizer = _make_network(KronosTokenizer, "tokenizer", self.settings.tokenizer, seed)
-        self.model = _make_network(Kronos, "model", self.settings.model, seed)
+        self.tokenizer = make_network(KronosTokenizer, "KronosModel: tokenizer", self.settings.tokenizer, seed)
+        self.model = make_network(Kronos, "KronosModel: model", self.settings.model, seed)
         check_pair(self.tokenizer, self.model)
         check_max_context(self.settings.max_context, self.model)
         resolve_execution(self.settings)  # what cannot be done is an error now, not after the training
@@ -258,8 +258,13 @@ class KronosModel(ModelFT):
             )
 
 
-def _make_network(kind: type[Network], key: str, value: str | Mapping[str, Any], seed: int) -> Network:
-    """Make or load the network that a workflow names: a mapping, a name of the zoo, a folder or a hub id."""
+def make_network(kind: type[Network], key: str, value: str | Mapping[str, Any], seed: int) -> Network:
+    """Make or load the network that a workflow names: a mapping, a name of the zoo, a folder or a hub id.
+
+    Args:
+        key: of the setting, for errors.
+        seed: of a new network's weights.
+    """
     entry = kind.entries.get(value) if isinstance(value, str) else None
     if entry and not (entry.hub_id or entry.folder):
         value = entry.config
@@ -267,7 +272,7 @@ def _make_network(kind: type[Network], key: str, value: str | Mapping[str, Any],
         try:
             return kind.from_pretrained(value)
         except (FileNotFoundError, ValueError) as error:
-            raise type(error)(f"KronosModel: {key}: {error}") from error
+            raise type(error)(f"{key}: {error}") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return kind.from_config(dict(value), f"KronosModel: {key}")
+        return kind.from_config(dict(value), key)

@@ -21,8 +21,8 @@ from kronos_qlib.data.demo_market import is_synthetic
 from kronos_qlib.data.windows import Windows
 from kronos_qlib.nn import zoo
 from kronos_qlib.nn.checkpoint import HubModule
+from kronos_qlib.settings import Settings
 from kronos_qlib.workflow.findings import Finding, record_findings
-from kronos_qlib.workflow.settings import ModelSettings
 
 PACKAGES = ("kronos-qlib", "pyqlib", "torch", "numpy", "pandas", "mlflow", "safetensors", "huggingface_hub")
 RECORD = "kronos_run.json"
@@ -41,7 +41,7 @@ def task_findings() -> list[Finding]:
     return [finding for finding in record_findings(task) if finding.level != "ok"]
 
 
-def record_run(settings: ModelSettings, dataset: KLineDataset) -> None:
+def record_run(settings: Settings, dataset: KLineDataset) -> None:
     """Save settings, data range, package versions and machine as kronos_run.json in the active recorder, if any.
 
     A recorder that holds the very same already is left as it is: training, scoring and evaluating are one run.

@@ -12,7 +12,8 @@ from kronos_qlib.settings import Settings, read_settings
 from kronos_qlib.train.settings import AutoOrCount, FinetuneSettings
 
 
-def _network(value: Any) -> str | dict[str, Any]:
+def known_network(value: Any) -> str | dict[str, Any]:
+    """Check a setting that names a network. Raises ValueError."""
     if isinstance(value, (str, dict)) and value:
         return value
     raise ValueError("should be a hub id, a folder, a name of the zoo or a mapping of constructor arguments")
@@ -27,6 +28,13 @@ def _extra_data(value: Any) -> list[Any]:
         else read_settings(ExtraData, f"entry {index}", dict(entry) if isinstance(entry, dict) else {"": entry})
         for index, entry in enumerate(value)
     ]
+
+
+def known_dtype(dtype: Any) -> Any:
+    """Check the name of a precision. Raises ValueError."""
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"should be auto, {' or '.join(DTYPES)}")
+    return dtype
 
 
 class WorkflowFinetuneSettings(FinetuneSettings):
@@ -81,10 +89,10 @@ class ForecastSettings(Settings):
 class ModelSettings(Settings):
     """The keyword arguments of `KronosModel`."""
 
-    tokenizer: Annotated[Any, BeforeValidator(_network)]
+    tokenizer: Annotated[Any, BeforeValidator(known_network)]
     """Hub id, local folder, name of the zoo, which wins over a folder of that name (`tokenizer-base`, `tokenizer-2k`;
     `nano`, in this package; `nano-new`: a new network), or a mapping of constructor arguments: a new network."""
-    model: Annotated[Any, BeforeValidator(_network)]
+    model: Annotated[Any, BeforeValidator(known_network)]
     """Likewise; names of the zoo: `mini`, `small`, `base`, `nano`; `nano-new`: a new network."""
     max_context: int = Field(default=512, ge=2)
     """Bars that the model sees at most. Lookback + horizon above it works, slowly."""
@@ -99,7 +107,7 @@ class ModelSettings(Settings):
     of a regression on the factors' ranks, each day."""
     device: str = "auto"
     """`auto` takes CUDA, then MPS, then the CPU; or a device of torch, such as `cuda:1`."""
-    dtype: str = "auto"
+    dtype: Annotated[str, BeforeValidator(known_dtype)] = "auto"
     """`float32`, `bfloat16`, or `auto`: bfloat16 only where the hardware multiplies it."""
     seed: int = Field(default=100, ge=0, lt=2**63)
     """Decides new weights, the order of training windows, dropout and every draw of a forecast."""
@@ -117,13 +125,6 @@ class ModelSettings(Settings):
         if len(set(names) & set(FACTORS)) < len(names):
             raise ValueError(f"should be a list of different names among {', '.join(FACTORS)}")
         return names
-
-    @field_validator("dtype")
-    @classmethod
-    def _known_dtype(cls, dtype: str) -> str:
-        if dtype != "auto" and dtype not in DTYPES:
-            raise ValueError(f"should be auto, {' or '.join(DTYPES)}")
-        return dtype
 
     @model_validator(mode="after")
     def _risk_needs_samples(self) -> "ModelSettings":

@@ -89,7 +89,7 @@ def training_job(
     if "test" in dataset.segments:  # what is wrong with it is an error now, not after the training
         test = dataset.score_windows("test")
         dataset.warn_of_left_out(test)
-        _warn_of_seen_dates(test, train=own, valid=valid)
+        warn_of_seen_dates(test, train=own, valid=valid)
         warn_of_pretraining_overlap(tokenizer, model, test)
     train = training_set(own, dataset, finetune.extra_data, (extra_dir or folder) / EXTRA_DATA)
     return Job(
@@ -153,7 +153,7 @@ def record_results(job: Job) -> None:
     logger.info(f"KronosModel: curves, use of codes and reconstruction errors are in {job.folder / 'training.png'}")
 
 
-def _warn_of_seen_dates(test: Windows, **trained: Windows) -> None:
+def warn_of_seen_dates(test: Windows, **trained: Windows) -> None:
     """Warn if windows that decide the weights reach into the dates to be scored."""
     first = test.dates.min()
     for segment, windows in trained.items():
