@@ -34,7 +34,10 @@ class SampledBatch:
     edges: np.ndarray | None = None
 
     def micro_batches(self, micro_batch_size: int) -> list[slice]:
-        """Divide the batch into days, or nearly equal slices of up to `micro_batch_size` windows, whoever works on them."""
+        """Divide the batch into its days, or into nearly equal slices of up to `micro_batch_size` windows.
+
+        The slices are the same whoever works on them.
+        """
         if self.edges is not None:
             return [slice(*pair) for pair in pairwise(self.edges.tolist())]
         count = math.ceil(len(self.rows) / micro_batch_size)
@@ -119,9 +122,7 @@ class DaySampler(BatchSampler):
         days = len(offsets) - 1
         per_epoch = min(settings.days_per_epoch or days, days)
         shape = days, per_epoch, settings.batch_size, settings.epochs
-        return cls(
-            *shape, specification.seed, offsets=offsets, instruments_per_day=settings.instruments_per_day
-        )
+        return cls(*shape, specification.seed, offsets=offsets, instruments_per_day=settings.instruments_per_day)
 
     def batches(self, first: int = 0) -> Iterator[SampledBatch]:
         """Draw the batches from step `first` to the last, each of whole days."""

@@ -16,6 +16,8 @@ from kronos_qlib.train.stages import StageSpecification
 FILE = "identity.json"
 DATES = "dates"  # of the windows, for people and for `read_dates`: the digests below tell trainings apart
 NEEDLESS = ("settings.log_every", DATES)  # change no weight and no choice of weights
+# Of a ranker's settings: where, by how many and how safely it is trained, and how many others are.
+EXECUTION = "output_dir", "processes", "max_restarts", "checkpoint_every", "ensemble"
 EPOCHS, VALID_WINDOWS = "settings.epochs", "settings.valid_windows"
 CONTINUED = "continued"  # of a training whose epochs were raised: those before, and the step at which it went on
 BARS_AT_ONCE = 65_536
@@ -28,7 +30,8 @@ def fingerprint(specification: StageSpecification) -> dict[str, object]:
     resumed. The device is left out: a training may go on elsewhere, where it rounds differently.
     """
     stage = specification.stage
-    values: dict[str, object] = {f"settings.{key}": value for key, value in stage.settings.model_dump().items()}
+    settings = stage.settings.model_dump(exclude=set(EXECUTION))
+    values: dict[str, object] = {f"settings.{key}": value for key, value in settings.items()}
     values |= {f"network.{key}": value for key, value in stage.network.config.items()}
     values |= {"micro_batch_size": specification.micro_batch_size, "compile": specification.compile}
     values |= {"seed": specification.seed, "dtype": str(specification.dtype)}

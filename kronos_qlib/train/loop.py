@@ -253,9 +253,7 @@ class _Loop:
         )
 
 
-def validate(
-    stage: Stage, windows: Windows, compute: Compute, targets: np.ndarray | None = None
-) -> dict[str, float]:
+def validate(stage: Stage, windows: Windows, compute: Compute, targets: np.ndarray | None = None) -> dict[str, float]:
     """Compute the validation metrics over all windows, or days if there are targets, divided among the processes.
 
     The batches are the same for any number of processes, and their sums are added exactly.
@@ -285,7 +283,7 @@ def _metric_sums(
 
 
 def validation_set(specification: StageSpecification) -> tuple[Windows, np.ndarray | None]:
-    """Choose the fixed windows that every epoch of a stage is validated on; of a ranker whole days and their targets."""
+    """Choose the fixed windows that every epoch is validated on; of a ranker those of whole days, and their targets."""
     valid, targets, settings = specification.valid, specification.valid_targets, specification.stage.settings
     if targets is None:
         return evenly_spaced(valid, settings.valid_windows), None

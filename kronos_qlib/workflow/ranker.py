@@ -250,7 +250,7 @@ def labelled_windows(dataset: KLineDataset, segment: str) -> tuple[Windows, np.n
     sessions = handler.dates if end is None else handler.dates[handler.dates <= end]
     reach = label_reach(handler.data_loader.label[0])
     if reach >= len(sessions):
-        raise ValueError(f"KronosRanker: {windows.segment} is shorter than the {reach} sessions that a label looks ahead")
+        raise ValueError(f"KronosRanker: {windows.segment} has only the {reach} sessions that a label looks ahead")
     last = sessions[-1 - reach].to_numpy()
     labels = dataset.prepare(segment, col_set="label", data_key=DataHandlerLP.DK_R).iloc[:, 0]
     targets = labels.reindex(window_index(windows)).to_numpy(np.float32)
@@ -266,4 +266,3 @@ def label_reach(label: str) -> int:
     """Return how many sessions after its date a label's expression looks."""
     expression: Expression = ExpressionD.get_expression_instance(label)
     return int(expression.get_extended_window_size()[1])
-

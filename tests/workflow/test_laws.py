@@ -15,6 +15,7 @@ import pytest
 import torch
 from forks import environment
 from qlib.workflow import R
+from tampering import LAST_DAY, tampered
 from tiny import MODEL, SEGMENTS, STAGE, TOKENIZER, finetune, make_dataset, make_model, use_market
 
 from kronos_qlib import KronosModel
@@ -23,39 +24,6 @@ from kronos_qlib.forecast.engine.sampling import draw
 
 BITS = {"s1_bits": 8, "s2_bits": 4}
 WIDE = {"tokenizer": TOKENIZER | BITS, "model": MODEL | BITS}
-LAST_DAY = "2018-07-10"  # nothing after it may be seen; in the middle of the test segment
-PRICES = ("open", "high", "low", "close")
-
-
-def day_number(market: Path) -> int:
-    return (market / "calendars" / "day.txt").read_text().split().index(LAST_DAY)
-
-
-def tampered(market: Path, folder: Path, how: str) -> Path:
-    """A copy of a market that differs in all bars, or in the membership, after LAST_DAY."""
-    shutil.copytree(market, folder)
-    if how == "membership":
-        path = folder / "instruments" / "demo.txt"
-        spans = [line.split("\t") for line in path.read_text().splitlines()]
-        left = [(name, begin, min(end, LAST_DAY)) for name, begin, end in spans if begin <= LAST_DAY]
-        joined = [("DEMO0006", "2018-07-11", "2018-08-13")]  # and the index of members is another
-        path.write_text("".join("\t".join(span) + "\n" for span in [*left, *joined]))
-        return folder
-    rng = np.random.default_rng(0)
-    for path in (folder / "features").glob("*/*.day.bin"):
-        content = np.fromfile(path, "<f4")
-        after = slice(1 + day_number(market) + 1 - int(content[0]), None)  # the first number is the first bar's row
-        field = path.name.split(".")[0]
-        if how == "prices" and field in PRICES:
-            content[after] *= 3
-        elif how == "prices" and field == "volume":
-            content[after] *= rng.uniform(0.1, 10, len(content[after]))
-        elif how == "no volume" and field == "volume":
-            content[after] = 0
-        elif how == "holes":
-            content[after] = np.nan
-        content.tofile(path)
-    return folder
 
 
 def scores_of(market: Path, **changes) -> pd.Series:
@@ -183,6 +151,7 @@ import pickle, sys
 sys.path.insert(0, sys.argv[1])
 from qlib.data.dataset.handler import DataHandlerLP
 from qlib.workflow import R
+from tampering import LAST_DAY, PRICES, day_number, tampered
 from tiny import use_market
 
 if __name__ == "__main__":

@@ -35,7 +35,12 @@ def stage(**changes):
             "output_dir, checkpoint_every, tokenizer, predictor, processes, max_restarts, micro_batch_size, compile, "
             "half_life_days, extra_data",
         ),
-        (stage(lr=1e-3), "finetune.tokenizer.lr", "epochs, windows_per_epoch, batch_size, learning_rate"),
+        (
+            stage(lr=1e-3),
+            "finetune.tokenizer.lr",
+            "epochs, learning_rate, weight_decay, clip_norm, betas, patience, freeze_blocks, lora, log_every, "
+            "windows_per_epoch, batch_size, valid_windows",
+        ),
         (
             {"finetune": {"output_dir": "out", "predictor": {"epochs": 1, "query": "sampled"}}},
             "finetune.predictor.query",
