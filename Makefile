@@ -37,11 +37,12 @@ $(MARKET_MADE): kronos_qlib/data/demo_market.py | $(INSTALLED)
 # QLIB_DATA is set here, so that a real store named in the environment is not taken for the demo's.
 demo: export QLIB_DATA := $(MARKET)
 demo: $(INSTALLED) $(MARKET_MADE)
-	rm -rf $(DEMO)/kronos  # the last demo's training: a folder that holds another training is refused
+	rm -rf $(DEMO)/kronos $(DEMO)/ranker  # the last demo's: a folder that holds another training is refused
 	$(BIN)/qrun workflows/reversal_demo.yaml
 	$(BIN)/qrun workflows/lightgbm_demo.yaml
 	$(BIN)/qrun workflows/kronos_demo.yaml
-	$(BIN)/kronos-qlib compare kronos_demo lightgbm_demo reversal_demo --out $(DEMO)
+	$(BIN)/qrun workflows/ranker_demo.yaml
+	$(BIN)/kronos-qlib compare kronos_demo ranker_demo lightgbm_demo reversal_demo --out $(DEMO)
 
 # Three workers for two cores, as some tests wait; each with one thread, as threads of several workers are in each
 # other's way (tests of threads ask for theirs); and bytecode is kept whatever the shell says, as many processes import

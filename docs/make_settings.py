@@ -18,7 +18,8 @@ from kronos_qlib.data.extra import ExtraData
 from kronos_qlib.data.handler import HandlerSettings
 from kronos_qlib.settings import Settings
 from kronos_qlib.train.adapters import LoraSettings
-from kronos_qlib.train.settings import AutoOrCount, PredictorSettings, TokenizerSettings
+from kronos_qlib.train.settings import AutoOrCount, PredictorSettings, RankerSettings, TokenizerSettings
+from kronos_qlib.workflow.ranker import RankerModelSettings
 from kronos_qlib.workflow.records import RecordSettings
 from kronos_qlib.workflow.rules import RuleSettings
 from kronos_qlib.workflow.settings import ForecastSettings, ModelSettings, WorkflowFinetuneSettings
@@ -31,6 +32,8 @@ SECTIONS: dict[str, Sequence[type[Settings]]] = {
     "`finetune`: `tokenizer` and `predictor`": [TokenizerSettings, PredictorSettings],
     "`tokenizer` and `predictor`: `lora`": [LoraSettings],
     "`finetune`: an entry of `extra_data`": [ExtraData],
+    "KronosRanker": [RankerModelSettings],
+    "KronosRanker: `ranker`": [RankerSettings],
     "KLineDataset": [DatasetSettings],
     "KLineHandler": [HandlerSettings],
     "FactorScore": [RuleSettings],

@@ -17,7 +17,7 @@ RULES = ["reversal", "momentum", "volatility", "last_value"]
 BASELINES = LEARNT + RULES
 KRONOS = ["kronos_csi300", "kronos_csi300_zeroshot", "kronos_csi300_nano", "kronos_csi300_nano_chosen"]
 CSI300 = KRONOS + [f"{name}_csi300" for name in BASELINES]
-DEMO = ["kronos_demo"] + [f"{name}_demo" for name in BASELINES]
+DEMO = ["kronos_demo", "ranker_demo"] + [f"{name}_demo" for name in BASELINES]
 VARIABLES = ["QLIB_DATA", "KRONOS_TOKENIZER", "KRONOS_MODEL"]
 
 

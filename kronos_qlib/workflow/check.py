@@ -19,9 +19,10 @@ from kronos_qlib.files import whole_file
 from kronos_qlib.nn import zoo
 from kronos_qlib.workflow.findings import Finding, one_line, record_findings, segment_overlap
 from kronos_qlib.workflow.model import KronosModel
+from kronos_qlib.workflow.ranker import KronosRanker
 from kronos_qlib.workflow.workflow_file import read_workflow
 
-_OURS = ("KronosModel", "KLineDataset", "KLineHandler")  # whose messages say what they are about
+_OURS = ("KronosModel", "KronosRanker", "KLineDataset", "KLineHandler")  # whose messages say what they are about
 
 
 class WorkflowCheck:
@@ -71,6 +72,8 @@ class WorkflowCheck:
             yield from dataset_findings(self.dataset)
         if isinstance(self.model, KronosModel):
             yield from model_findings(self.model, self.dataset)
+        if isinstance(self.model, KronosRanker):
+            yield from ranker_findings(self.model, self.dataset)
         yield from record_findings(task)
 
 
@@ -128,6 +131,25 @@ def model_findings(model: KronosModel, dataset: Any) -> Iterator[Finding]:
     if isinstance(dataset, KLineDataset) and "test" in dataset.segments:
         size = f"{settings.forecast.sample_count} samples × {dataset.horizon} bars"
         yield Finding("ok", "forecast", f"{len(dataset.score_windows('test')):,} windows × {size}")
+
+
+def ranker_findings(model: KronosRanker, dataset: Any) -> Iterator[Finding]:
+    """Say which networks learn where, and find what a training would meet."""
+    network, settings = model.rankers[0], model.settings
+    start = f"begins with the weights of {model.model.source}" if model.model.source else "new, random weights"
+    count = f"{settings.ranker.ensemble} × {network.n_parameters:,}"
+    yield Finding("ok", "rankers", f"{count} parameters, {start}; inputs: {network.inputs}")
+    yield Finding("ok", "device", f"{settings.device}, dtype {settings.dtype}")
+    yield _folder_finding("ranker.output_dir", Path(settings.ranker.output_dir))
+    if isinstance(dataset, KLineDataset):
+        try:
+            job = model.job(dataset, Path(settings.ranker.output_dir))
+        except ValueError as error:
+            yield Finding("error", "ranker", one_line(error))
+            return
+        for name, windows in (("train", job.train), ("valid", job.valid)):
+            days = len(set(windows.dates))
+            yield Finding("ok", f"ranker {name}", f"{len(windows):,} labelled windows of {days:,} days")
 
 
 def _folders(model: KronosModel) -> dict[str, str]:
