@@ -7,12 +7,12 @@
     python benchmarks/leaks.py --seeds 3
 
 A seed is a demo market of its own (synthetic, `kronos_qlib.data.demo_market`), on which a tiny Kronos is trained, both
-stages, and LightGBM on Alpha158. Both score the test segment; t is that of the mean daily rank IC (Newey–West, lag =
+stages, a tiny KronosRanker and LightGBM on Alpha158. All score the test segment; t is that of the mean daily rank IC (Newey–West, lag =
 horizon).
 
 - Without signal (`--signal 0`) the next cross-section is as likely as its mirror image, so no function of past bars has
   an expected rank IC but 0. The proof asks for no |t| above 3.5, and a mean t within 2 standard errors of 0.
-- With a signal (`--signal 0.05`: the information coefficient of the planted rule) the mean t of both must be above 2 by
+- With a signal (`--signal 0.05`: the information coefficient of the planted rule) the mean t of each must be above 2 by
   2 standard errors: a test that finds nothing is worth nothing if nothing could be found. `untrained` are the same
   networks with random weights. They see the planted rule too: they put the next closes somewhere near the mean of the
   lookback, and that is a reversal. What training adds is the difference of the two columns, not Kronos' t alone.
@@ -52,7 +52,7 @@ from qlib.data.dataset import DatasetH
 from qlib.data.dataset.handler import DataHandlerLP
 from table import print_row
 
-from kronos_qlib import KLineDataset, KLineHandler, KronosModel
+from kronos_qlib import KLineDataset, KLineHandler, KronosModel, KronosRanker
 from kronos_qlib.analysis.significance import newey_west_t
 from kronos_qlib.data.demo_market import UNIVERSE, write_demo_market
 from kronos_qlib.data.windows import Batch, Windows, normalise
@@ -66,6 +66,7 @@ SHAPE = {"d_model": 32, "ff_dim": 64, "n_heads": 2, "s1_bits": 6, "s2_bits": 6}
 TOKENIZER = zoo.TOKENIZERS["nano"].config | SHAPE | {"n_enc_layers": 2, "n_dec_layers": 2}
 MODEL = zoo.MODELS["nano"].config | SHAPE | {"n_layers": 1}
 STAGE = {"epochs": 1, "batch_size": 32, "learning_rate": 3e-3, "valid_windows": 200}
+RANKER = {"epochs": 2, "batch_size": 4, "learning_rate": 2e-3, "valid_days": 60}
 FORECAST = {"sample_count": 2, "temperature": 1.0, "top_p": 1.0, "batch_size": 64}
 # As workflows/lightgbm_demo.yaml.
 LIGHTGBM = {"objective": "mse", "learning_rate": 0.05, "num_leaves": 31, "max_depth": 6, "colsample_bytree": 0.8879}
@@ -169,6 +170,15 @@ def kronos_t(size: Size, seed: int, folder: Path, dataset: type[KLineDataset] = 
     return _fitted_t(dataset, size, seed, finetune)
 
 
+def ranker_t(size: Size, seed: int, folder: Path) -> float:
+    """Of a tiny KronosRanker, trained from scratch on the bars of the market in use."""
+    windows = KLineDataset(KLineHandler(UNIVERSE), segments(size.days), LOOKBACK, HORIZON)
+    settings = {"output_dir": str(folder), "processes": 1, "inputs": "bars", **RANKER}
+    model = KronosRanker(TOKENIZER, MODEL, ranker=settings, device="cpu", dtype="float32", seed=seed)
+    model.fit(windows)
+    return rank_ic_t(windows, model.predict(windows))
+
+
 def untrained_t(size: Size, seed: int) -> float:
     """Of the networks that `kronos_t` starts from: random weights."""
     return _fitted_t(KLineDataset, size, seed, None)
@@ -184,7 +194,7 @@ def _fitted_t(dataset: type[KLineDataset], size: Size, seed: int, finetune: dict
 
 
 def t_values(seed: int, signal: float, models: Sequence[str], size: Size, folder: Path) -> dict[str, float]:
-    """The t of each model (kronos, lightgbm, untrained, leaking) on a market of its own; Qlib is pointed at it."""
+    """The t of each model (kronos, ranker, lightgbm, untrained, leaking) on a market of its own; Qlib is pointed at it."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
         place = Path(name)
         market = write_demo_market(
@@ -193,6 +203,7 @@ def t_values(seed: int, signal: float, models: Sequence[str], size: Size, folder
         qlib.init(provider_uri=str(market), region="cn", kernels=1, logging_level=40, clear_mem_cache=True)
         ask = {
             "kronos": lambda: kronos_t(size, seed, place / "kronos"),
+            "ranker": lambda: ranker_t(size, seed, place / "ranker"),
             "lightgbm": lambda: lightgbm_t(size),
             "untrained": lambda: untrained_t(size, seed),
             "leaking": lambda: kronos_t(size, seed, place / "leaking", LeakingDataset),
@@ -267,7 +278,7 @@ def prove(case: Case, seeds: int, size: Size, pool: ProcessPoolExecutor, folder:
 
 def cases(signal: float | None, leak: bool) -> list[Case]:
     """What the options ask for; without options all three."""
-    none = Case("signal 0: there is nothing to find", 0.0, ("kronos", "lightgbm"))
+    none = Case("signal 0: there is nothing to find", 0.0, ("kronos", "ranker", "lightgbm"))
     caught = Case("signal 0, normalised over the horizon too: a leak", 0.0, ("leaking",))
     if signal is None and not leak:
         return [none, _with_signal(0.05), caught]
@@ -276,7 +287,7 @@ def cases(signal: float | None, leak: bool) -> list[Case]:
 
 
 def _with_signal(signal: float) -> Case:
-    return Case(f"signal {signal:g}: there is something to find", signal, ("kronos", "lightgbm", "untrained"))
+    return Case(f"signal {signal:g}: there is something to find", signal, ("kronos", "ranker", "lightgbm", "untrained"))
 
 
 def quiet() -> None:

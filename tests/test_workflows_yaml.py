@@ -134,6 +134,7 @@ def test_the_recorder_is_a_sqlite_file(name):
 def test_kronos_and_the_baselines_differ_in_model_and_features_only(name):
     ours, yardstick = load(name), load("lightgbm_demo" if name in DEMO else "lightgbm_csi300")
     models = {"kronos": "KronosModel", "linear": "LinearModel", "lightgbm": "LGBModel", "lightgbm360": "LGBModel"}
+    models |= {"ranker": "KronosRanker"}
     assert ours["task"]["model"]["class"] == models.get(name.split("_")[0], "FactorScore")
     assert shared_part(ours) == shared_part(yardstick)
 

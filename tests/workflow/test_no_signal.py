@@ -1,4 +1,4 @@
-"""Where there is nothing to find neither Kronos nor LightGBM finds anything, and a leak of the future is noticed.
+"""Where there is nothing to find no model finds anything, and a leak of the future is noticed.
 
 Two seeds of benchmarks/leaks.py on smaller markets, with the same functions.
 """
@@ -14,18 +14,19 @@ from leaks import Size, blindness_faults, signal_faults, t_values
 
 pytestmark = pytest.mark.slow
 
+MODELS = "kronos", "ranker", "lightgbm"
 SMALL = Size(instruments=8, days=600, tokenizer_windows=600, predictor_windows=900)
 WIDE = Size(instruments=30, days=700, tokenizer_windows=600, predictor_windows=900)
 
 
 @pytest.fixture(scope="module")
 def t(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
-    """The t of the rank IC, of kronos and lightgbm, by seed."""
+    """The t of the rank IC of each model, by seed."""
     folder = tmp_path_factory.mktemp("no_signal")
-    return pd.DataFrame([t_values(seed, 0.0, ("kronos", "lightgbm"), SMALL, folder) for seed in range(2)])
+    return pd.DataFrame([t_values(seed, 0.0, MODELS, SMALL, folder) for seed in range(2)])
 
 
-@pytest.mark.parametrize("model", ["kronos", "lightgbm"])
+@pytest.mark.parametrize("model", MODELS)
 def test_nothing_is_found_where_there_is_nothing(t, model):
     # Two seeds go beyond two standard errors in one case of twenty. The benchmark holds twenty seeds to two.
     assert signal_faults(t[model], standard_errors=3) == []
