@@ -7,8 +7,8 @@
     python benchmarks/leaks.py --seeds 3
 
 A seed is a demo market of its own (synthetic, `kronos_qlib.data.demo_market`), on which a tiny Kronos is trained, both
-stages, a tiny KronosRanker and LightGBM on Alpha158. All score the test segment; t is that of the mean daily rank IC (Newey–West, lag =
-horizon).
+stages, a tiny KronosRanker, and LightGBM on Alpha158. All score the test segment; t is that of the mean daily rank IC
+(Newey–West, lag = horizon).
 
 - Without signal (`--signal 0`) the next cross-section is as likely as its mirror image, so no function of past bars has
   an expected rank IC but 0. The proof asks for no |t| above 3.5, and a mean t within 2 standard errors of 0.
@@ -66,7 +66,7 @@ SHAPE = {"d_model": 32, "ff_dim": 64, "n_heads": 2, "s1_bits": 6, "s2_bits": 6}
 TOKENIZER = zoo.TOKENIZERS["nano"].config | SHAPE | {"n_enc_layers": 2, "n_dec_layers": 2}
 MODEL = zoo.MODELS["nano"].config | SHAPE | {"n_layers": 1}
 STAGE = {"epochs": 1, "batch_size": 32, "learning_rate": 3e-3, "valid_windows": 200}
-RANKER = {"epochs": 2, "batch_size": 4, "learning_rate": 2e-3, "valid_days": 60}
+RANKER = {"epochs": 1, "days_per_epoch": 250, "batch_size": 4, "learning_rate": 2e-3, "valid_days": 30}
 FORECAST = {"sample_count": 2, "temperature": 1.0, "top_p": 1.0, "batch_size": 64}
 # As workflows/lightgbm_demo.yaml.
 LIGHTGBM = {"objective": "mse", "learning_rate": 0.05, "num_leaves": 31, "max_depth": 6, "colsample_bytree": 0.8879}
@@ -194,7 +194,7 @@ def _fitted_t(dataset: type[KLineDataset], size: Size, seed: int, finetune: dict
 
 
 def t_values(seed: int, signal: float, models: Sequence[str], size: Size, folder: Path) -> dict[str, float]:
-    """The t of each model (kronos, ranker, lightgbm, untrained, leaking) on a market of its own; Qlib is pointed at it."""
+    """The t of each model (kronos, ranker, lightgbm, untrained, leaking) on a market of its own, which Qlib then uses."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
         place = Path(name)
         market = write_demo_market(
