@@ -194,7 +194,7 @@ def _fitted_t(dataset: type[KLineDataset], size: Size, seed: int, finetune: dict
 
 
 def t_values(seed: int, signal: float, models: Sequence[str], size: Size, folder: Path) -> dict[str, float]:
-    """The t of each model (kronos, ranker, lightgbm, untrained, leaking) on a market of its own, which Qlib then uses."""
+    """The t of each model (kronos, ranker, lightgbm, untrained, leaking) on its own market, which Qlib then uses."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
         place = Path(name)
         market = write_demo_market(
