@@ -105,14 +105,14 @@ class Attention(nn.Module):
         return self.resid_dropout(self.out_proj(x.transpose(1, 2).flatten(-2)))
 
     def forward(self, query: Tensor, context: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Attend causally from query [B, T, d] to context [B, T, d]: position i to the context up to i.
+        """Attend causally from query [B, Q, d], the last Q of T positions, to context [B, T, d] up to each position.
 
         padding_mask: bool [B, T], true where a position is padding, which no other position attends to.
         """
         q, k, v = self.heads(self.q_proj(query)), self.heads(self.k_proj(context)), self.heads(self.v_proj(context))
         cos, sin = self.rotary.table(context.shape[1])
-        dropout_p = self.attn_dropout_p if self.training else 0.0
-        return self.merge(_causal_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, dropout_p, padding_mask))
+        q, k = rotate(q, cos[-query.shape[1] :], sin[-query.shape[1] :]), rotate(k, cos, sin)
+        return self.merge(_causal_attention(q, k, v, self.attn_dropout_p if self.training else 0.0, padding_mask))
 
     def last_query(self, query: Tensor, context: Tensor, aligned: bool, padding_mask: Tensor | None = None) -> Tensor:
         """Attend from one query [B, 1, d] to the whole context [B, T, d], but for padding.
@@ -137,16 +137,20 @@ def _last_unpadded(padding_mask: Tensor) -> Tensor:
 
 
 def _causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, padding_mask: Tensor | None = None) -> Tensor:
-    """Attend from each position of q [B, H, T, head_dim] to the positions of k and v up to its own, but for padding."""
-    length = q.shape[-2]
-    if padding_mask is None and (not dropout_p or current_generator() is None):
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
-    future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+    """Attend from the last positions, q [B, H, Q, head_dim], to those of k and v [B, H, T, head_dim] up to each.
+
+    Padding is left out.
+    """
+    queries, length = q.shape[-2], k.shape[-2]
+    fused = not dropout_p or current_generator() is None
+    if padding_mask is None and fused and queries in (1, length):  # a last position alone attends to all
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=queries == length)
+    future = torch.ones(queries, length, dtype=torch.bool, device=q.device).triu(1 + length - queries)
     if padding_mask is not None:  # a position always attends to itself, so that padding has numbers too
-        own = torch.eye(length, dtype=torch.bool, device=q.device)
+        own = torch.eye(length, dtype=torch.bool, device=q.device)[-queries:]
         future = future | (padding_mask[:, None, None, :] & ~own)
-        if not dropout_p or current_generator() is None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=~future, dropout_p=dropout_p)
+    if fused:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=~future, dropout_p=dropout_p)
     logits = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
     return dropout(logits.masked_fill(future, float("-inf")).softmax(-1), dropout_p) @ v
 
@@ -183,9 +187,13 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(d_model)
         self.ffn = FeedForward(d_model, ff_dim, ffn_dropout_p)
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        h = self.norm1(x)
-        x = x + self.self_attn(h, h, padding_mask)
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None, last: int | None = None) -> Tensor:
+        """Map x [B, T, d] to [B, T, d], or to its last positions only, [B, last, d]."""
+        context = self.norm1(x)
+        query = context
+        if last is not None:
+            query, x = context[:, -last:], x[:, -last:]
+        x = x + self.self_attn(query, context, padding_mask)
         return x + self.ffn(self.norm2(x))
 
 

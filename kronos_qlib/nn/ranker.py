@@ -77,6 +77,8 @@ class KronosRankNetwork(HubModule):
         """Score windows: [B] from ids s1 and s2 [B, T, 2], or normalised bars [B, T, 6], and stamps [B, T, 5]."""
         h = self.embedding(inputs[..., 0], inputs[..., 1]) if self.inputs == "tokens" else self.embedding(inputs)
         h = self.token_drop(h + self.time_emb(stamp))
-        for block in self.transformer:
+        *below, top = self.transformer
+        for block in below:
             h = block(h)
-        return self.rank_head(self.norm(h[:, -self.pooled_bars :]).mean(1)).squeeze(-1)
+        h = top(h, last=self.pooled_bars)  # the head reads no others
+        return self.rank_head(self.norm(h).mean(1)).squeeze(-1)

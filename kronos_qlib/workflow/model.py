@@ -86,16 +86,10 @@ class KronosModel(ModelFT):
         }
         self.settings = read_settings(ModelSettings, "KronosModel", values)
         resolve_dtype(dtype, resolve_device(device))  # an absent device is an error now, not after the data are loaded
-        self.tokenizer = make_network(KronosTokenizer, "KronosModel: tokenizer", self.settings.tokenizer, seed)
-        self.model = make_network(Kronos, "KronosModel: model", self.settings.model, seed)
-        check_pair(self.tokenizer, self.model)
+        self.tokenizer, self.model = make_networks("KronosModel", self.settings.tokenizer, self.settings.model, seed)
         check_max_context(self.settings.max_context, self.model)
         resolve_execution(self.settings)  # what cannot be done is an error now, not after the training
         check_finetune(self.tokenizer, self.model, self.settings)
-        if self.tokenizer.d_in != len(COLUMNS):
-            raise ValueError(
-                f"KronosModel: the tokenizer's d_in is {self.tokenizer.d_in}; bars have {len(COLUMNS)} columns"
-            )
 
     def fit(self, dataset: KLineDataset, reweighter: Reweighter | None = None) -> None:
         """Train the stages of `finetune` on the train segment, judged on the valid segment; without it, train nothing.
@@ -256,6 +250,25 @@ class KronosModel(ModelFT):
                 f"KronosModel: lookback ({lookback}) + horizon ({horizon}) is above max_context ({limit}): the window "
                 "slides and every step beyond max_context is computed anew, which is slow"
             )
+
+
+def make_networks(
+    owner: str, tokenizer: str | Mapping[str, Any], model: str | Mapping[str, Any], seed: int
+) -> tuple[KronosTokenizer, Kronos]:
+    """Make or load the networks that a workflow names, which must be a pair for bars.
+
+    Args:
+        owner: the Qlib model, for errors.
+        seed: of new networks' weights.
+    """
+    pair = (
+        make_network(KronosTokenizer, f"{owner}: tokenizer", tokenizer, seed),
+        make_network(Kronos, f"{owner}: model", model, seed),
+    )
+    check_pair(*pair)
+    if pair[0].d_in != len(COLUMNS):
+        raise ValueError(f"{owner}: the tokenizer's d_in is {pair[0].d_in}; bars have {len(COLUMNS)} columns")
+    return pair
 
 
 def make_network(kind: type[Network], key: str, value: str | Mapping[str, Any], seed: int) -> Network:

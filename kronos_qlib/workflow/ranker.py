@@ -16,20 +16,19 @@ from qlib.model.base import ModelFT
 from tqdm.auto import tqdm
 
 from kronos_qlib.data.dataset import KLineDataset, window_index
-from kronos_qlib.data.windows import COLUMNS, Windows
-from kronos_qlib.forecast.engine.weights import beyond_training, check_pair
+from kronos_qlib.data.windows import Windows
+from kronos_qlib.forecast.engine.weights import beyond_training
 from kronos_qlib.hardware.device import process_count, resolve_device, resolve_dtype
-from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.nn.ranker import KronosRankNetwork
 from kronos_qlib.settings import MISSING, Settings, read_settings
 from kronos_qlib.train.adapters import check_freeze, require_peft
 from kronos_qlib.train.distributed import Compute, open_compute
-from kronos_qlib.train.job import RankerJob
+from kronos_qlib.train.job import RankerJob, ranker_names
 from kronos_qlib.train.settings import RankerSettings
 from kronos_qlib.train.stages import rank_scores
 from kronos_qlib.train.step import derive_seed
 from kronos_qlib.workflow.findings import segment_overlap
-from kronos_qlib.workflow.model import make_network
+from kronos_qlib.workflow.model import make_networks
 from kronos_qlib.workflow.recording import (
     active_recorder,
     record_metrics,
@@ -38,7 +37,7 @@ from kronos_qlib.workflow.recording import (
     warn_of_pretraining_overlap,
 )
 from kronos_qlib.workflow.settings import known_dtype, known_network
-from kronos_qlib.workflow.training_job import run_job, warn_of_seen_dates
+from kronos_qlib.workflow.training_job import folder_by_dates, run_job, warn_of_seen_dates
 
 logger = get_module_logger("KronosRanker")
 SCORED_TOGETHER = 32  # windows in a forward pass, always: a score must not depend on how many there are
@@ -94,13 +93,7 @@ class KronosRanker(ModelFT):
         options = self.settings.ranker
         process_count("ranker", options.processes, resolve_device(device))
         resolve_dtype(dtype, resolve_device(device))
-        self.tokenizer = make_network(KronosTokenizer, "KronosRanker: tokenizer", self.settings.tokenizer, seed)
-        self.model = make_network(Kronos, "KronosRanker: model", self.settings.model, seed)
-        check_pair(self.tokenizer, self.model)
-        if self.tokenizer.d_in != len(COLUMNS):
-            raise ValueError(
-                f"KronosRanker: the tokenizer's d_in is {self.tokenizer.d_in}; bars have {len(COLUMNS)} columns"
-            )
+        self.tokenizer, self.model = make_networks("KronosRanker", self.settings.tokenizer, self.settings.model, seed)
         self.rankers = [self._new_ranker(number) for number in range(options.ensemble)]
         try:
             check_freeze(self.rankers[0], options.freeze_blocks)
@@ -156,13 +149,22 @@ class KronosRanker(ModelFT):
         return (sum(scores[1:], scores[0]) / len(scores)).rename("score")
 
     def job(self, dataset: KLineDataset, output_dir: Path) -> RankerJob:
-        """Return what `fit` would train: networks, windows, labels and settings, ready to run."""
+        """Return what `fit` would train: networks, windows, labels and settings, ready to run.
+
+        Args:
+            output_dir: where to. Where it holds a training on other dates, as when Qlib rolls a task on, a folder in it
+                that is named by these dates, with a warning.
+
+        Raises:
+            ValueError: a segment has no day with two labels, or one reaches into the next.
+        """
         self._check(dataset)
         overlap = segment_overlap(dataset, "train", "valid")
         if overlap:
             raise ValueError(f"KronosRanker: {overlap}: the weights would be chosen on what they were trained on")
         train, train_targets = labelled_windows(dataset, "train")
         valid, valid_targets = labelled_windows(dataset, "valid")
+        folder = folder_by_dates("KronosRanker", output_dir, ranker_names(len(self.rankers)), train, valid)
         for windows in (train, valid):
             dataset.warn_of_left_out(windows)
         if "test" in dataset.segments:
@@ -176,7 +178,7 @@ class KronosRanker(ModelFT):
             train=train,
             valid=valid,
             settings=self.settings.ranker,
-            folder=output_dir,
+            folder=folder,
             seed=self.settings.seed,
             device=device,
             dtype=resolve_dtype(self.settings.dtype, device),

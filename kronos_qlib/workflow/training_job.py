@@ -1,5 +1,6 @@
 """Fine-tune as the settings of a KronosModel say: the job, its run, what the recorder gets of it."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def training_job(
     if finetune is None:
         raise ValueError("KronosModel: finetune is null in the settings: there is nothing to train")
     own, valid = dataset.training_windows("train"), dataset.training_windows("valid")
-    folder = _folder_by_dates(output_dir or Path(finetune.output_dir), own, valid)
+    folder = folder_by_dates("KronosModel", output_dir or Path(finetune.output_dir), STAGES, own, valid)
     dataset.warn_of_left_out(own)
     dataset.warn_of_left_out(valid)
     overlap = segment_overlap(dataset, "train", "valid")
@@ -107,15 +108,18 @@ def training_job(
     )
 
 
-def _folder_by_dates(folder: Path, train: Windows, valid: Windows) -> Path:
-    """Return the folder, or one in it where it holds a training on other dates already."""
+def folder_by_dates(owner: str, folder: Path, stages: Sequence[str], train: Windows, valid: Windows) -> Path:
+    """Return the folder, or one in it where it holds a training of a stage on other dates already.
+
+    As when Qlib rolls a task on; the folder in it is named by the training's dates, and a warning of the owner says so.
+    """
     dates = describe_dates(train, valid)
-    for stage in STAGES:
+    for stage in stages:
         theirs = read_dates(folder / stage)
         if theirs is not None and theirs != dates:
             own = folder / "_".join(dates["train"])
             logger.warning(
-                f"KronosModel: {folder} holds a training on {' … '.join(theirs['train'])}; this one, on "
+                f"{owner}: {folder} holds a training on {' … '.join(theirs['train'])}; this one, on "
                 f"{' … '.join(dates['train'])}, goes into {own}"
             )
             return own

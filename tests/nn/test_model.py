@@ -1,7 +1,13 @@
-"""Kronos sees no future, and its three cross-attentions are three."""
+"""Kronos sees no future, and its three cross-attentions are three; a ranker computes what its head reads."""
 
 import pytest
 import torch
+from networks import MODEL
+
+from kronos_qlib import Kronos
+from kronos_qlib.nn.dropout import use_generator
+from kronos_qlib.nn.layers import Block
+from kronos_qlib.nn.ranker import KronosRankNetwork
 
 
 def tokens(golden):
@@ -106,3 +112,40 @@ def test_arguments_in_the_order_of_earlier_versions_are_taken(small):
         expected = small.model(s1, s2, stamp, use_teacher_forcing=True, s1_targets=targets)
         for one, other in zip(small.model(s1, s2, stamp, True, targets), expected):
             assert torch.equal(one, other)
+
+
+def score_by_all_positions(network, codes, stamp):
+    """The ranker's score with nothing left out: every block at every position."""
+    h = network.token_drop(network.embedding(codes[..., 0], codes[..., 1]) + network.time_emb(stamp))
+    for block in network.transformer:
+        h = block(h)
+    return network.rank_head(network.norm(h)[:, -network.pooled_bars :].mean(1)).squeeze(-1)
+
+
+@pytest.mark.parametrize("pooled_bars", [1, 3, 12])
+@pytest.mark.parametrize("n_layers", [1, 3])
+def test_a_ranker_scores_and_learns_as_if_all_positions_were_computed(pooled_bars, n_layers):
+    torch.manual_seed(0)
+    model = Kronos(**MODEL | {"n_layers": n_layers, "ffn_dropout_p": 0.0})
+    network = KronosRankNetwork.on(model, "tokens", True, pooled_bars)
+    codes, stamp = torch.randint(0, 16, (5, 12, 2)), torch.randint(0, 7, (5, 12, 5))
+    found, expected = network(codes, stamp), score_by_all_positions(network, codes, stamp)
+    torch.testing.assert_close(found, expected)
+    pull = torch.randn(5)
+    learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    gradients = [torch.autograd.grad(scores @ pull, learning) for scores in (found, expected)]
+    for one, other in zip(*gradients):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("last", [1, 4, 12])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("attn_dropout_p", [0.0, 1e-9])  # so little drops nothing, on the path that draws its own masks
+def test_the_last_positions_of_a_block_are_those_of_the_whole(last, padded, attn_dropout_p):
+    torch.manual_seed(0)
+    block, x = Block(16, 2, 32, 0.0, attn_dropout_p, 0.0), torch.randn(3, 12, 16)
+    mask = torch.zeros(3, 12, dtype=torch.bool)
+    mask[1, :5] = mask[2, :11] = True
+    mask = mask if padded else None
+    with use_generator(torch.Generator().manual_seed(0)):
+        torch.testing.assert_close(block(x, mask, last=last), block(x, mask)[:, -last:])

@@ -4,11 +4,15 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from networks import make_networks
 from small import CPU, TRAIN, VALID
 
+from kronos_qlib.nn.ranker import KronosRankNetwork
 from kronos_qlib.train import FinetuneSettings, Job
+from kronos_qlib.train.job import RankerJob
+from kronos_qlib.train.settings import RankerSettings
 
 WINDOWS = TRAIN, replace(VALID, bars=TRAIN.bars)  # of one market, as processes share them
 STAGES = ("tokenizer", "predictor")
@@ -44,10 +48,34 @@ def job(
     )
 
 
+def ranker_job(folder, **settings):
+    """A ranker of two blocks that learns random labels of the same windows, in whole days."""
+    torch.manual_seed(0)
+    tokenizer, model = make_networks(DROPOUT, DROPOUT | {"n_layers": 2})
+    rng = np.random.default_rng(0)
+    days = [windows.take(np.argsort(windows.dates, kind="stable")) for windows in WINDOWS]
+    labels = [rng.normal(size=len(windows)).astype(np.float32) for windows in days]
+    settings = {"output_dir": str(folder), "epochs": 2, "batch_size": 8, "learning_rate": 5e-3} | settings
+    return RankerJob(
+        tokenizer=tokenizer,
+        model=model,
+        train=days[0],
+        valid=days[1],
+        settings=RankerSettings(**settings),
+        folder=Path(folder),
+        seed=1,
+        device=CPU,
+        dtype=torch.float32,
+        rankers=(KronosRankNetwork.on(model, "tokens", True, 1),),
+        train_targets=labels[0],
+        valid_targets=labels[1],
+    )
+
+
 def results(folder):
-    """Every byte of what a training is for: history, best weights and their figures, of both stages."""
+    """Every byte of what a training is for: history, best weights and their figures, of all stages."""
     files = ("history.csv", "best/model.safetensors", "best/config.json", "result.json")
-    paths = [Path(folder) / stage / name for stage in STAGES for name in files]
+    paths = [Path(folder) / stage / name for stage in (*STAGES, "ranker") for name in files]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.exists()}
 
 

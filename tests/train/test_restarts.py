@@ -18,6 +18,7 @@ from jobs import (
     assert_same_results,
     checkpoints,
     job,
+    ranker_job,
     results,
     steps_done,
     workers,
@@ -116,6 +117,27 @@ def test_killed_at_three_moments_a_training_resumes_bitwise(whole, tmp_path):
     assert steps_done(tmp_path) < 2 * STEPS
     job(tmp_path).run()
     assert_same_results(tmp_path, whole)
+
+
+def test_a_killed_ranker_whose_layers_have_rates_of_their_own_resumes_bitwise(tmp_path):
+    settings = {"layer_decay": 0.5, "checkpoint_every": 5, "log_every": 6}
+    ranker_job(tmp_path / "whole", **settings).run()
+    process = forked(tmp_path / "said.txt", _rank_until_killed, tmp_path / "killed", settings)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert checkpoints(tmp_path / "killed", "ranker") == [13, 15]  # the last of an epoch of 13 steps, and of five
+    ranker_job(tmp_path / "killed", **settings).run()
+    assert_same_results(tmp_path / "killed", tmp_path / "whole")
+    ranker_job(tmp_path / "even", **settings | {"layer_decay": 1.0}).run()
+    assert results(tmp_path / "even") != results(tmp_path / "whole")
+
+
+def _rank_until_killed(folder, settings):
+    def kill(metrics, step):
+        if step == 18:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    ranker_job(folder, **settings).run(log=kill)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
