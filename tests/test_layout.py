@@ -90,7 +90,12 @@ for name in {names}:
     assert not heavy, f"{{name}} imports {{heavy}}"
 golden = {str(GOLDEN)!r}
 Kronos.from_pretrained(golden + "/model"), KronosTokenizer.from_pretrained(golden + "/tokenizer")
-assert "torch._dynamo" not in sys.modules, "to load a network imports torch's compiler"
+import torch
+from kronos_qlib.train.step import PlainAdamW
+optimizer = PlainAdamW([torch.nn.Parameter(torch.zeros(1))])
+torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=2).step()
+optimizer.step(), optimizer.zero_grad(), optimizer.load_state_dict(optimizer.state_dict())
+assert "torch._dynamo" not in sys.modules, "to load or train a network imports torch's compiler"
 import kronos_qlib.evaluation.training_report  # of the process that trains without others
 assert "matplotlib" not in sys.modules, "a training draws when it has ended, not before"
 from kronos_qlib import KronosPredictor

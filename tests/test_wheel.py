@@ -1,5 +1,6 @@
 """The wheel alone, without the repository: from a file of bars to a comparison in four commands."""
 
+import json
 import os
 import re
 import shutil
@@ -33,16 +34,42 @@ def site(tmp_path_factory):
     return folder / "site"
 
 
-def command(site: Path, folder: Path, *words: str) -> str:
-    """Run a command in a folder of its own that sees the wheel, not the repository."""
+SHORTEN = """
+from pathlib import Path
+workflow, text = Path("mine.yaml"), Path("mine.yaml").read_text()
+assert text.count("epochs: 3") == 2
+workflow.write_text(text.replace("epochs: 3", "epochs: 1"))
+"""
+# As a shell would run them, one after the other, but in one process: each would import the same for seconds. A module
+# that none of them should find in the repository is found there by none of them.
+RUN = """
+import contextlib, io, json, runpy, sys
+said = []
+for words in json.loads(sys.argv[1]):
+    sys.argv[:] = words
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        except SystemExit as ended:
+            assert not ended.code, f"{words}: {ended.code}"
+    said.append(out.getvalue())
+import kronos_qlib
+print(json.dumps([kronos_qlib.__file__, said]))
+"""
+
+
+def run_commands(site: Path, folder: Path, *lines: str) -> list[str]:
+    """Run modules with their arguments in a folder that sees the wheel, not the repository: what each has printed."""
     environment = os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
-    run = [sys.executable, "-m", *words]
+    run = [sys.executable, "-c", RUN, json.dumps([line.split() for line in lines])]
     done = subprocess.run(run, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, f"{words}: {done.stdout[-2000:]}{done.stderr[-3000:]}"
-    return done.stdout
+    assert done.returncode == 0, f"{done.stdout[-2000:]}{done.stderr[-3000:]}"
+    package, said = json.loads(done.stdout.splitlines()[-1])
+    assert Path(package).is_relative_to(site)
+    return said
 
 
-def test_from_a_csv_file_to_a_comparison_in_four_commands(site, tmp_path):
+def test_from_a_csv_file_to_a_comparison_in_four_commands(site, database, tmp_path):
     days = pd.bdate_range("2022-01-03", periods=190)
     tables = []
     for number in range(3):
@@ -52,28 +79,40 @@ def test_from_a_csv_file_to_a_comparison_in_four_commands(site, tmp_path):
         table["high"], table["low"] = close * 1.01, close * 0.99
         tables.append(table.assign(volume=random.lognormal(12, 0.3, len(days)).round()))
     pd.concat(tables).to_csv(tmp_path / "bars.csv", index=False)
-    where = command(site, tmp_path, "kronos_qlib", "--version")
-    assert where.startswith("kronos-qlib ")
-    said = command(site, tmp_path, "kronos_qlib", "forecast", "bars.csv:AAA", "--samples", "8", "--horizon", "4")
-    assert (
-        "nano, which comes with kronos-qlib, is small" in said and (tmp_path / "forecast.html").stat().st_size > 10_000
+    shutil.copy(database, tmp_path)
+    (tmp_path / "shorten.py").write_text(SHORTEN)
+    version, forecast, *_, table = run_commands(
+        site,
+        tmp_path,
+        "kronos_qlib --version",
+        "kronos_qlib forecast bars.csv:AAA --samples 8 --horizon 4",
+        "kronos_qlib ingest bars.csv store",
+        "kronos_qlib workflow store --out mine.yaml",
+        "shorten",
+        "qlib.cli.run mine.yaml",
+        "qlib.cli.run mine_lightgbm.yaml",
+        "kronos_qlib compare mine mine_lightgbm --out comparison",
     )
-    command(site, tmp_path, "kronos_qlib", "ingest", "bars.csv", "store")
-    command(site, tmp_path, "kronos_qlib", "workflow", "store", "--out", "mine.yaml")
-    for file in ("mine.yaml", "mine_lightgbm.yaml"):
-        command(site, tmp_path, "qlib.cli.run", file)
-    table = command(site, tmp_path, "kronos_qlib", "compare", "mine", "mine_lightgbm", "--out", "comparison")
+    assert version.startswith("kronos-qlib ")
+    assert "nano, which comes with kronos-qlib, is small" in forecast
+    assert (tmp_path / "forecast.html").stat().st_size > 10_000
     assert "Verdict" in table and (tmp_path / "comparison" / "report.html").exists()
     scores = pd.read_csv(tmp_path / "comparison" / "comparison.csv")
     assert scores.iloc[:, 0].tolist() == ["mine", "mine_lightgbm"] and scores["rank_ic"].notna().all()
 
 
 def test_the_readme_s_workflows_are_in_the_wheel_and_its_demo_could_run(site, tmp_path):
-    command(site, tmp_path, "kronos_qlib", "workflow", "--copy", "all")
-    command(site, tmp_path, "kronos_qlib", "demo-data", "runs/demo/market")
-    assert "0 errors" in command(site, tmp_path, "kronos_qlib", "check", "workflows/kronos_demo.yaml")
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (tmp_path / "readme_lines.py").write_text(block)
-    assert "2020-11-02" in command(site, tmp_path, "readme_lines"), "the first session after the bars that are seen"
+    *_, checked, printed = run_commands(
+        site,
+        tmp_path,
+        "kronos_qlib workflow --copy all",
+        "kronos_qlib demo-data runs/demo/market",
+        "kronos_qlib check workflows/kronos_demo.yaml",
+        "readme_lines",
+    )
+    assert "0 errors" in checked
+    assert "2020-11-02" in printed, "the first session after the bars that are seen"
     copies = {path.name: path.read_text() for path in (tmp_path / "workflows").iterdir()}
     assert copies == {path.name: path.read_text() for path in (ROOT / "workflows").iterdir()}

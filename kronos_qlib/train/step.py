@@ -1,6 +1,7 @@
 """One optimiser step on a batch: forward and backward by micro-batch, one sum over the processes, clipping, AdamW."""
 
 import hashlib
+import inspect
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,16 @@ from kronos_qlib.train.adapters import learning_rates
 from kronos_qlib.train.batches import MicroBatch
 from kronos_qlib.train.distributed import Compute
 from kronos_qlib.train.stages import Stage
+
+
+class PlainAdamW(torch.optim.AdamW):
+    """torch's AdamW without the decorators that keep torch's compiler out of it: to import that takes seconds."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
 
 
 class Diverged(ArithmeticError):
@@ -61,7 +72,7 @@ class TrainingStep:
         self._gradients, self._loss_and_stop = self._reduced[:-2], self._reduced[-2:]
         self._rounded = torch.zeros(count, device=device)
 
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = PlainAdamW(
             [{"params": some} for _, some in groups],
             settings.learning_rate,
             betas=tuple(settings.betas),

@@ -10,8 +10,7 @@ from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    # torch._dynamo: the first optimizer of a process imports it, which takes seconds
-    ["kronos_qlib.train.launch", "kronos_qlib.forecast.run", "kronos_qlib.forecast.forecaster", "torch._dynamo"]
+    ["kronos_qlib.train.launch", "kronos_qlib.forecast.run", "kronos_qlib.forecast.forecaster"]
 )
 
 

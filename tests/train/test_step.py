@@ -8,7 +8,7 @@ from small import CPU, TRAIN, assert_same_weights, run, specify, tokenizer_stage
 from kronos_qlib.train.batches import BatchLoader, BatchSampler
 from kronos_qlib.train.checkpoints import Progress, load_checkpoint, save_checkpoint
 from kronos_qlib.train.distributed import Compute
-from kronos_qlib.train.step import TrainingStep
+from kronos_qlib.train.step import PlainAdamW, TrainingStep
 
 
 def make_step(**settings):
@@ -37,6 +37,25 @@ def test_the_learning_rate_is_a_one_cycle_and_goes_on_where_it_was():
         _, resumed, _ = make_step()
         resumed.resume(done)
         assert resumed.lr == rates[done]
+
+
+def test_the_optimiser_is_torch_s():
+    def train(kind):
+        torch.manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(7, 5)) for _ in range(2)]
+        optimizer = kind([{"params": weights[:1]}, {"params": weights[1:], "lr": 1e-3}], 1e-2, fused=True)
+        for step in range(4):
+            if step == 2:
+                optimizer.load_state_dict(optimizer.state_dict())
+            for weight in weights:
+                weight.grad = torch.randn_like(weight)
+            optimizer.step()
+            optimizer.zero_grad()
+        state = [value for own in optimizer.state_dict()["state"].values() for value in own.values()]
+        return [*weights, *state, torch.tensor([weight.grad is None for weight in weights])]
+
+    ours, theirs = train(PlainAdamW), train(torch.optim.AdamW)
+    assert len(ours) == len(theirs) and all(torch.equal(*pair) for pair in zip(ours, theirs))
 
 
 def test_a_checkpoint_keeps_what_a_resumed_training_needs(tmp_path):
