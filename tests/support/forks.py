@@ -14,9 +14,12 @@ _CONTEXT.set_forkserver_preload(
 )
 
 
-def forked(said: Path, function: Callable[..., object], *arguments: Any) -> BaseProcess:
-    """A process that calls a function of a module of the tests, with all that it prints in the file `said`."""
-    process = _CONTEXT.Process(target=_call, args=(said, function, arguments))
+def forked(said: Path, function: Callable[..., object], *arguments: Any, **variables: str) -> BaseProcess:
+    """A process that calls a function of a module of the tests, with all that it prints in the file `said`.
+
+    It ends with the status that the function returns. variables: of its environment, beside those of the server.
+    """
+    process = _CONTEXT.Process(target=_call, args=(said, function, arguments, variables))
     process.start()
     return process
 
@@ -26,9 +29,9 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
 
 
-def _call(said: Path, function: Callable[..., object], arguments: tuple) -> None:
+def _call(said: Path, function: Callable[..., object], arguments: tuple, variables: dict[str, str]) -> None:
     with said.open("wb") as file:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
-    os.environ |= environment()  # for processes that it starts itself
-    function(*arguments)
+    os.environ |= environment() | variables  # for processes that it starts itself, too
+    sys.exit(function(*arguments))

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+import torch
 import yaml
+from forks import forked
 from qlib.data.dataset.weight import Reweighter
 from qlib.workflow import R
 from tiny import MODEL, SEGMENTS, STAGE, TOKENIZER, finetune, make_dataset, make_model, same_weights, weights
@@ -256,18 +259,33 @@ def test_a_stopped_training_ends_as_failed_with_the_signal_s_status_and_goes_on(
     assert 0 < max(steps) < 900
 
 
-def test_an_error_under_torchrun_is_said_once_and_recorded_as_failed(workflow, run, database, tmp_path):
+def test_an_error_under_torchrun_is_said_once_and_recorded_as_failed(
+    workflow, run, database, tmp_path, monkeypatch, capfd
+):
+    """As torchrun would start them: this process, and another that joins it."""
     shutil.copy(database, tmp_path)
     config = yaml.safe_load(workflow.read_text())
     kwargs = config["task"]["model"]["kwargs"]
     kwargs["finetune"]["output_dir"], kwargs["seed"] = str(run.folder), 2
     workflow.write_text(yaml.safe_dump(config))
     kept = {path: path.read_bytes() for path in run.folder.glob("*/*.*")}
-    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "-m", "kronos_qlib", "finetune", str(workflow)]
-    done = command(tmp_path, sys.executable, "-m", *torchrun)
-    assert done.returncode != 0
-    assert done.stderr.count("kronos-qlib finetune: error: ") == 1
-    assert "another training (seed: 1 there, 2 now" in done.stderr
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    both = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    arguments = ["finetune", str(workflow)]
+    second = forked(tmp_path / "said.txt", main, arguments, **both, RANK="1", LOCAL_RANK="1")
+    for name, value in (both | {"RANK": "0", "LOCAL_RANK": "0"}).items():
+        monkeypatch.setenv(name, value)
+    threads = torch.get_num_threads()
+    try:
+        status = main(arguments)
+    finally:
+        torch.set_num_threads(threads)  # the processes of a machine divide its cores
+        second.join()
+    assert status == second.exitcode == 2
+    printed = capfd.readouterr().err + (tmp_path / "said.txt").read_text()
+    assert printed.count("kronos-qlib finetune: error: ") == 1
+    assert "another training (seed: 1 there, 2 now" in printed
     assert statuses(tmp_path) == ["FAILED"]
     assert kept and kept == {path: path.read_bytes() for path in run.folder.glob("*/*.*")}
 

@@ -1,6 +1,7 @@
 """Stock `qrun` runs a Kronos workflow from the file to the backtest."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +64,8 @@ def qrun(path: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=path.parent, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_qrun_ends_with_scores_their_analysis_and_a_backtest(market, tmp_path, monkeypatch):
+def test_qrun_ends_with_scores_their_analysis_and_a_backtest(market, database, tmp_path, monkeypatch):
+    shutil.copy(database, tmp_path)
     done = qrun(workflow(market, tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     monkeypatch.chdir(tmp_path)
