@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 DECILES = 10
 LONGEST_LAG = 60  # trading days looked ahead for the half-life
+CELLS_AT_ONCE = 2_000_000  # of tables at several lags: 16 MB each
 
 
 def wide(rows: pd.Series) -> pd.DataFrame:
@@ -64,12 +65,17 @@ def rank_autocorrelation(scores: pd.DataFrame, longest: int = LONGEST_LAG) -> pd
 
     NaN throughout for scores that do not vary within a day.
     """
-    last = min(longest, len(scores) // 2)
-    return pd.Series(
-        {lag: daily_rank_ic(scores.iloc[:-lag], scores.iloc[lag:].set_axis(scores.index[:-lag])).mean()
-         for lag in range(1, last + 1)},
-        dtype=float,
-    )  # fmt: skip
+    lags = list(range(1, min(longest, len(scores) // 2) + 1))
+    at_once = max(1, CELLS_AT_ONCE // max(1, scores.size))
+    some = [_at_lags(scores, lags[start : start + at_once]) for start in range(0, len(lags), at_once)]
+    return pd.concat([pd.Series(dtype=float), *some]).reindex(lags)
+
+
+def _at_lags(scores: pd.DataFrame, lags: list[int]) -> pd.Series:
+    """Average the correlation at several lags: pandas takes as long for a table of a lag as for one of many."""
+    earlier = pd.concat([scores.iloc[:-lag] for lag in lags], keys=lags)
+    later = pd.concat([scores.iloc[lag:] for lag in lags], keys=lags).set_axis(earlier.index)
+    return daily_rank_ic(earlier, later).groupby(level=0).mean()
 
 
 def half_life(autocorrelation: pd.Series) -> float:

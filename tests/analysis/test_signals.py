@@ -2,6 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from kronos_qlib.analysis import signals
 from kronos_qlib.analysis.exposure import residual_scores
 from kronos_qlib.analysis.portfolio import capacity
 from kronos_qlib.analysis.signals import (
@@ -67,6 +68,19 @@ def test_half_life_of_ranks_that_fade_by_a_known_rate() -> None:
         scores.append(0.9 * scores[-1] + np.sqrt(1 - 0.9**2) * rng.normal(size=200))
     autocorrelation = rank_autocorrelation(pd.DataFrame(scores), longest=20)
     assert half_life(autocorrelation) == pytest.approx(np.log(0.5) / np.log(0.9), rel=0.1)
+
+
+@pytest.mark.parametrize("cells", [1, 1000, 10**6])
+def test_autocorrelation_is_the_mean_rank_ic_with_the_scores_of_a_lag_later(cells, monkeypatch) -> None:
+    monkeypatch.setattr(signals, "CELLS_AT_ONCE", cells)
+    scores = _noise(0).rolling(5).mean().iloc[4:]
+    scores = scores.where(np.random.default_rng(1).random(scores.shape) > 0.2)
+    expected = {
+        lag: daily_rank_ic(scores.iloc[:-lag], scores.iloc[lag:].set_axis(scores.index[:-lag])).mean()
+        for lag in range(1, 7)
+    }
+    pd.testing.assert_series_equal(rank_autocorrelation(scores, longest=6), pd.Series(expected))
+    assert rank_autocorrelation(scores * 0, longest=6).isna().all() and rank_autocorrelation(scores[:1]).empty
 
 
 def test_half_life_between_lags_never_and_unknown() -> None:
