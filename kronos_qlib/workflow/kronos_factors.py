@@ -177,7 +177,11 @@ class KronosFactors(DataLoader):
                 f"KronosFactors: pca.components ({settings.pca.components}) is above the width of the model's hidden "
                 f"states ({self.model.d_model})"
             )
-        resolve_execution(self._forecasting)  # what cannot be done is an error now
+        try:
+            resolve_execution(self._forecasting)  # what cannot be done is an error now
+        except (ValueError, ModuleNotFoundError) as error:
+            message = str(error).replace("KronosModel", "KronosFactors").replace("forecast.cache_dir", "cache_dir")
+            raise type(error)(message) from None
         self._projections: dict[str, Projection] = {}  # by universe: fitted once, and kept in a pickle
         self.loaded: dict[str, Any] = {}  # what was loaded last, and what it was made of
 
@@ -349,7 +353,7 @@ class KronosFactors(DataLoader):
             if work.fit is not None:
                 hidden = columns[HIDDEN][windows.ends.searchsorted(work.fit.ends)]
                 self._projections[_key(instruments)] = self._fit(task, work.fit, hidden, pca.components)
-            projected = self._projections[_key(instruments)].apply(columns[HIDDEN][rows])
+            projected = self._projections[_key(instruments)].apply(columns[HIDDEN], rows)
             result |= {f"pc{number + 1:02d}": column for number, column in enumerate(projected.T)}
         return result
 

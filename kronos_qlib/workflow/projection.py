@@ -37,12 +37,12 @@ class Projection:
         signs = np.sign(pca.components_[rows, np.abs(pca.components_).argmax(1)])
         return cls(pca.mean_, pca.components_ * signs[:, None], pca.explained_variance_ratio_)
 
-    def apply(self, hidden: np.ndarray) -> np.ndarray:
-        """Project hidden states [N, d] to float32 [N, K]; a row's sums do not depend on the other rows."""
-        projected = np.empty((len(hidden), len(self.components)), np.float32)
-        for start in range(0, len(hidden), BLOCK):
+    def apply(self, hidden: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Project the hidden states at `rows` (int [N]) to float32 [N, K]; a row's sums do not depend on the others."""
+        projected = np.empty((len(rows), len(self.components)), np.float32)
+        for start in range(0, len(rows), BLOCK):
             block = slice(start, start + BLOCK)
-            projected[block] = np.einsum("nd,kd->nk", hidden[block] - self.mean, self.components)
+            projected[block] = np.einsum("nd,kd->nk", hidden[rows[block]] - self.mean, self.components)
         return projected
 
     def save(self, path: Path) -> None:

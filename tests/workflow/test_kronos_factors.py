@@ -431,7 +431,7 @@ def test_dates_that_a_network_was_trained_on_are_said(store, monkeypatch, warnin
         ({"forecast": {"cache_dir": "x"}}, "forecast.cache_dir is not wanted"),
         ({"forecast": {"samples": 3}}, "unknown key 'forecast.samples'"),
         ({"model": MODEL | {"s1_bits": 5}}, "do not belong together"),
-        ({"cache_dir": f"{__file__}/cache"}, "cache_dir: "),
+        ({"cache_dir": f"{__file__}/cache"}, "KronosFactors: cache_dir: "),
     ],
 )
 def test_wrong_settings_are_refused_in_one_line(changes, message):
