@@ -7,8 +7,8 @@
     python benchmarks/leaks.py --seeds 3
 
 A seed is a demo market of its own (synthetic, `kronos_qlib.data.demo_market`), on which a tiny Kronos is trained, both
-stages, a tiny KronosRanker, and LightGBM on Alpha158. All score the test segment; t is that of the mean daily rank IC
-(Newey–West, lag = horizon).
+stages, a tiny KronosRanker, LightGBM on Alpha158, and LightGBM on Alpha158 with the factors of a new Kronos. All score
+the test segment; t is that of the mean daily rank IC (Newey–West, lag = horizon).
 
 - Without signal (`--signal 0`) the next cross-section is as likely as its mirror image, so no function of past bars has
   an expected rank IC but 0. The proof asks for no |t| above 3.5, and a mean t within 2 standard errors of 0.
@@ -52,7 +52,7 @@ from qlib.data.dataset import DatasetH
 from qlib.data.dataset.handler import DataHandlerLP
 from table import print_row
 
-from kronos_qlib import KLineDataset, KLineHandler, KronosModel, KronosRanker
+from kronos_qlib import Alpha158Kronos, KLineDataset, KLineHandler, KronosModel, KronosRanker
 from kronos_qlib.analysis.significance import newey_west_t
 from kronos_qlib.data.demo_market import UNIVERSE, write_demo_market
 from kronos_qlib.data.windows import Batch, Windows, normalise
@@ -144,10 +144,11 @@ def rank_ic_t(dataset: DatasetH, score: pd.Series) -> float:
     return float(t)
 
 
-def lightgbm_t(size: Size) -> float:
+def lightgbm_t(size: Size, handler: type[Alpha158] = Alpha158, **settings: Any) -> float:
     """Of LightGBM on Alpha158, trained on the market in use, as Qlib's LGBModel does it but without its recorder."""
     parts = segments(size.days)
-    dataset = DatasetH(Alpha158(UNIVERSE, fit_start_time=parts["train"][0], fit_end_time=parts["train"][1]), parts)
+    fit = {"fit_start_time": parts["train"][0], "fit_end_time": parts["train"][1]}
+    dataset = DatasetH(handler(UNIVERSE, **fit, **settings), parts)
     learn = [
         lightgbm.Dataset(rows["feature"], rows["label"].iloc[:, 0])
         for rows in dataset.prepare(["train", "valid"], col_set=["feature", "label"], data_key=DataHandlerLP.DK_L)
@@ -156,6 +157,14 @@ def lightgbm_t(size: Size) -> float:
     model = lightgbm.train(LIGHTGBM, learn[0], 1000, valid_sets=learn[1:], callbacks=[stop])
     features = dataset.prepare("test", col_set="feature", data_key=DataHandlerLP.DK_I)
     return rank_ic_t(dataset, pd.Series(model.predict(features), features.index))
+
+
+def factors_t(size: Size, seed: int) -> float:
+    """Of LightGBM on Alpha158 and all factors of a Kronos with random weights."""
+    networks = {"tokenizer": TOKENIZER, "model": MODEL, "device": "cpu", "dtype": "float32", "seed": seed}
+    windows = {"lookback": LOOKBACK, "horizon": HORIZON, "forecast": FORECAST}
+    pca = {"components": 8, "fit": segments(size.days)["train"]}
+    return lightgbm_t(size, Alpha158Kronos, kronos={**networks, **windows, "pca": pca})
 
 
 def kronos_t(size: Size, seed: int, folder: Path, dataset: type[KLineDataset] = KLineDataset) -> float:
@@ -194,7 +203,7 @@ def _fitted_t(dataset: type[KLineDataset], size: Size, seed: int, finetune: dict
 
 
 def t_values(seed: int, signal: float, models: Sequence[str], size: Size, folder: Path) -> dict[str, float]:
-    """The t of each model (kronos, ranker, lightgbm, untrained, leaking) on its own market, which Qlib then uses."""
+    """The t of each model, as named below, on its own market, which Qlib then uses."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
         place = Path(name)
         market = write_demo_market(
@@ -205,6 +214,7 @@ def t_values(seed: int, signal: float, models: Sequence[str], size: Size, folder
             "kronos": lambda: kronos_t(size, seed, place / "kronos"),
             "ranker": lambda: ranker_t(size, seed, place / "ranker"),
             "lightgbm": lambda: lightgbm_t(size),
+            "factors": lambda: factors_t(size, seed),
             "untrained": lambda: untrained_t(size, seed),
             "leaking": lambda: kronos_t(size, seed, place / "leaking", LeakingDataset),
         }
@@ -278,7 +288,7 @@ def prove(case: Case, seeds: int, size: Size, pool: ProcessPoolExecutor, folder:
 
 def cases(signal: float | None, leak: bool) -> list[Case]:
     """What the options ask for; without options all three."""
-    none = Case("signal 0: there is nothing to find", 0.0, ("kronos", "ranker", "lightgbm"))
+    none = Case("signal 0: there is nothing to find", 0.0, ("kronos", "ranker", "lightgbm", "factors"))
     caught = Case("signal 0, normalised over the horizon too: a leak", 0.0, ("leaking",))
     if signal is None and not leak:
         return [none, _with_signal(0.05), caught]
@@ -287,7 +297,11 @@ def cases(signal: float | None, leak: bool) -> list[Case]:
 
 
 def _with_signal(signal: float) -> Case:
-    return Case(f"signal {signal:g}: there is something to find", signal, ("kronos", "ranker", "lightgbm", "untrained"))
+    return Case(
+        f"signal {signal:g}: there is something to find",
+        signal,
+        ("kronos", "ranker", "lightgbm", "factors", "untrained"),
+    )
 
 
 def quiet() -> None:

@@ -19,6 +19,7 @@ from kronos_qlib.data.handler import HandlerSettings
 from kronos_qlib.settings import Settings
 from kronos_qlib.train.adapters import LoraSettings
 from kronos_qlib.train.settings import AutoOrCount, PredictorSettings, RankerSettings, TokenizerSettings
+from kronos_qlib.workflow.kronos_factors import FactorSettings, PcaSettings
 from kronos_qlib.workflow.ranker import RankerModelSettings
 from kronos_qlib.workflow.records import RecordSettings
 from kronos_qlib.workflow.rules import RuleSettings
@@ -34,6 +35,8 @@ SECTIONS: dict[str, Sequence[type[Settings]]] = {
     "`finetune`: an entry of `extra_data`": [ExtraData],
     "KronosRanker": [RankerModelSettings],
     "KronosRanker: `ranker`": [RankerSettings],
+    "KronosFactors and Alpha158Kronos: `kronos`": [FactorSettings],
+    "KronosFactors: `pca`": [PcaSettings],
     "KLineDataset": [DatasetSettings],
     "KLineHandler": [HandlerSettings],
     "FactorScore": [RuleSettings],

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from kronos_qlib.forecast.predictor import KronosPredictor as KronosPredictor
     from kronos_qlib.nn.model import Kronos as Kronos
     from kronos_qlib.nn.tokenizer import KronosTokenizer as KronosTokenizer
+    from kronos_qlib.workflow.kronos_factors import Alpha158Kronos as Alpha158Kronos
+    from kronos_qlib.workflow.kronos_factors import KronosFactors as KronosFactors
     from kronos_qlib.workflow.model import KronosModel as KronosModel
     from kronos_qlib.workflow.ranker import KronosRanker as KronosRanker
 
@@ -18,6 +20,8 @@ _MODULES = {
     "KronosPredictor": "forecast.predictor",
     "KronosModel": "workflow.model",
     "KronosRanker": "workflow.ranker",
+    "KronosFactors": "workflow.kronos_factors",
+    "Alpha158Kronos": "workflow.kronos_factors",
     "KLineHandler": "data.handler",
     "KLineDataset": "data.dataset",
 }

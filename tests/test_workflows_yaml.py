@@ -12,7 +12,7 @@ from qlib.utils.data import update_config
 from ruamel.yaml import YAML
 
 WORKFLOWS = Path(__file__).parents[1] / "workflows"
-LEARNT = ["lightgbm", "lightgbm360", "linear"]
+LEARNT = ["lightgbm", "lightgbm360", "lightgbm_kronos", "linear"]
 RULES = ["reversal", "momentum", "volatility", "last_value"]
 BASELINES = LEARNT + RULES
 KRONOS = ["kronos_csi300", "kronos_csi300_zeroshot", "kronos_csi300_nano", "kronos_csi300_nano_chosen"]
@@ -75,7 +75,7 @@ def shared_part(config: dict[str, Any]) -> dict[str, Any]:
         (dataset, ["class", "module_path"]),
         (dataset["kwargs"], ["lookback", "horizon"]),
         (dataset["kwargs"]["handler"], ["class", "module_path"]),
-        (dataset["kwargs"]["handler"]["kwargs"], ["infer_processors", "fit_start_time", "fit_end_time"]),
+        (dataset["kwargs"]["handler"]["kwargs"], ["infer_processors", "fit_start_time", "fit_end_time", "kronos"]),
     ]:
         for key in keys:
             part.pop(key, None)
@@ -145,7 +145,7 @@ def test_a_baseline_is_the_same_on_both_markets(name):
     demo, csi300 = load(f"{name}_demo"), load(f"{name}_csi300")
     for config in (demo, csi300):
         handler = config["task"]["dataset"]["kwargs"]["handler"]
-        for key in ("instruments", "start_time", "end_time", "fit_start_time", "fit_end_time"):
+        for key in ("instruments", "start_time", "end_time", "fit_start_time", "fit_end_time", "kronos"):
             handler["kwargs"].pop(key, None)
         if name in LEARNT:
             config["task"]["model"].pop("kwargs")
@@ -173,6 +173,14 @@ def test_the_linear_model_normalises_by_its_train_segment_alone(name):
     kwargs = dataset["handler"]["kwargs"]
     assert [kwargs["fit_start_time"], kwargs["fit_end_time"]] == dataset["segments"]["train"]
     assert [processor["class"] for processor in kwargs["infer_processors"]] == ["RobustZScoreNorm", "Fillna"]
+
+
+@pytest.mark.parametrize("name", ["lightgbm_kronos_csi300", "lightgbm_kronos_demo"])
+def test_the_pca_of_kronos_factors_is_fitted_on_the_train_segment_alone(name):
+    dataset = load(name)["task"]["dataset"]["kwargs"]
+    assert dataset["handler"]["kwargs"]["kronos"]["pca"]["fit"] == dataset["segments"]["train"]
+    plain = load(name.replace("_kronos", ""))
+    assert load(name)["task"]["model"] == plain["task"]["model"], "the features are all that differs"
 
 
 @pytest.mark.parametrize("name", CSI300 + DEMO)

@@ -21,7 +21,7 @@ Segment = tuple[pd.Timestamp | None, pd.Timestamp | None]
 _DATE = TypeAdapter(Date, config={"arbitrary_types_allowed": True})
 
 
-def _check_segment(value: Any) -> Segment:
+def check_segment(value: Any) -> Segment:
     """Check a segment, a pair of dates or a slice of them. Raises ValueError."""
     if isinstance(value, slice) and value.step is None:
         value = (value.start, value.stop)
@@ -56,7 +56,7 @@ class DatasetSettings(Settings):
 
     handler: Annotated[Any, BeforeValidator(_check_handler)]
     """A `KLineHandler` or its configuration."""
-    segments: dict[str, Annotated[Any, BeforeValidator(_check_segment)]] = Field(min_length=1)
+    segments: dict[str, Annotated[Any, BeforeValidator(check_segment)]] = Field(min_length=1)
     """Name → [first, last] score date, either may be null; the lookback may begin before the first."""
     lookback: int = Field(default=90, ge=2)
     """Bars that a window shows the model."""
@@ -201,7 +201,7 @@ class KLineDataset(DatasetH):
             name, (start, end) = f"segment {segment!r}", self.segments[segment]
         else:
             try:
-                start, end = _check_segment(segment)
+                start, end = check_segment(segment)
             except ValueError as error:
                 raise ValueError(f"KLineDataset: segment {segment!r} {error}, or the name of a segment") from None
             name, end = "segment", range_end(end, self.handler.freq)

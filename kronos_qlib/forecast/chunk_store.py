@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -16,13 +17,35 @@ import pyarrow.parquet as pq
 
 from kronos_qlib.files import is_draft, whole_file
 from kronos_qlib.forecast.forecaster import schema, to_arrow
-from kronos_qlib.forecast.task import DIGEST_BYTES, Task
+from kronos_qlib.forecast.scores import SUMMARIES
+from kronos_qlib.forecast.task import DIGEST_BYTES
 
 logger = logging.getLogger("qlib.KronosForecast")
 SETTINGS, CHUNKS = "forecast.json", "chunk-*.parquet"
 DRAFT_SECONDS = 3600  # an unfinished file that is older has no writer any more
 CHECKSUM, KIND = b"kronos_qlib.checksum", b"blake2b:"  # key and value in the file's metadata, followed by the digest
 NO_DIGEST = b"0" * 32
+OPTIONAL = ("paths", *SUMMARIES)  # columns that only some tasks of the same results keep
+
+
+class StoredTask(Protocol):
+    """What the store asks of a task, a forecast's or another one of windows."""
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What decides the results, beside the windows."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Names the folder of the results."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def window_digests(self, rows: np.ndarray) -> np.ndarray:
+        """Return the digest of each window at `rows`: void [B] of DIGEST_BYTES bytes."""
+        ...
 
 
 def divide(missing: np.ndarray, size: int) -> list[np.ndarray]:
@@ -71,8 +94,10 @@ class ChunkStore:
     other chunks (because a window beside them has changed, or there are more windows now) are found one by one.
     """
 
-    def __init__(self, cache_dir: Path, task: Task) -> None:
+    def __init__(self, cache_dir: Path, task: StoredTask, kinds: pa.Schema | None = None) -> None:
+        """Make no folder yet; `kinds` are the columns of the task's results, by default a forecast's."""
         self.task, self.folder = task, cache_dir / task.digest
+        self.kinds = schema(task) if kinds is None else kinds
 
     def read(self, size: int) -> Iterator[tuple[np.ndarray, pa.Table]]:
         """Read all windows that are here: positions and forecasts, chunk by chunk of `size` windows first."""
@@ -149,9 +174,9 @@ class ChunkStore:
     def _load(self, path: Path, digests: np.ndarray | None = None, columns: list[str] | None = None) -> pa.Table | None:
         """Load a chunk that is whole and of these windows, or return None; a damaged one is removed.
 
-        A chunk without paths is left alone where the task keeps paths.
+        A chunk without paths or summaries is left alone where the task keeps them.
         """
-        kinds = schema(self.task)
+        kinds = self.kinds
         wanted = columns or kinds.names
         try:
             file = pa.memory_map(str(path)) if columns else pa.BufferReader(content := path.read_bytes())
@@ -159,7 +184,7 @@ class ChunkStore:
                 self._discard(path, "its checksum is another")
                 return None
             stored = pq.read_schema(file)
-            if "paths" in wanted and "paths" not in stored.names:
+            if any(name in wanted and name not in stored.names for name in OPTIONAL):
                 return None
             lacking = [name for name in wanted if name not in stored.names]
             if lacking:

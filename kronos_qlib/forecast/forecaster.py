@@ -15,7 +15,7 @@ from kronos_qlib.forecast.engine.attention import CacheLayout
 from kronos_qlib.forecast.engine.cuda_graph import GraphedFunction
 from kronos_qlib.forecast.engine.generate import CPU_BATCH, DrawPaths, generate, path_drawer
 from kronos_qlib.forecast.engine.weights import NetworkWeights, prepare_weights
-from kronos_qlib.forecast.scores import SCORES, scores
+from kronos_qlib.forecast.scores import SCORES, SUMMARIES, scores, summaries
 from kronos_qlib.forecast.task import DIGEST_BYTES, Task
 
 logger = logging.getLogger("qlib.KronosForecast")
@@ -40,6 +40,8 @@ def schema(task: Task) -> pa.Schema:
         *((name, pa.float64()) for name in SCORES),
         *((name, pa.float32()) for name in quantile_columns(task.horizon)),
     ]
+    if task.summaries:
+        fields += [(name, pa.float64()) for name in SUMMARIES]
     if task.keep_paths:
         fields.append(("paths", pa.list_(pa.float32(), task.sampling.sample_count * task.horizon * len(COLUMNS))))
     return pa.schema(fields)
@@ -84,8 +86,8 @@ class Forecaster:
 
         Returns:
             digest of the window, datetime, instrument, last_close (price units), the scores of
-            `kronos_qlib.forecast.scores`, quantiles of the close (price units), and where the task keeps them `paths`,
-            the S × P × 6 values of each window in price units.
+            `kronos_qlib.forecast.scores`, quantiles of the close (price units), and where the task keeps them
+            `SUMMARIES`, and `paths`: the S × P × 6 values of each window in price units.
 
         Raises:
             RuntimeError: the memory does not suffice for a single window.
@@ -159,8 +161,12 @@ class Forecaster:
         quantiles = np.quantile(close, np.array(QUANTILES) / 100, axis=1).astype(np.float32)  # [7, B, P]
         columns = {"last_close": last_close, **scores(close, last_close, scale[:, 0, 0, CLOSE])}
         columns |= dict(zip(quantile_columns(task.horizon), quantiles.transpose(0, 2, 1).reshape(-1, count)))
+        if task.keep_paths or task.summaries:
+            paths = denormalise(paths, mean, scale)
+        if task.summaries:
+            columns |= summaries(paths, last_close, mean[:, 0, 0, COLUMNS.index("volume")])
         if task.keep_paths:
-            columns["paths"] = denormalise(paths, mean, scale).astype(np.float32).reshape(count, -1)
+            columns["paths"] = paths.astype(np.float32).reshape(count, -1)
         return columns
 
 

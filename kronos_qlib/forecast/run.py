@@ -1,4 +1,4 @@
-"""Forecast all windows of a task: read the chunks that are finished, execute the others, collect the columns."""
+"""Forecast or read all windows of a task: load the chunks that are finished, compute the others, collect columns."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from kronos_qlib.files import scratch_folder
 from kronos_qlib.forecast.chunk_store import ChunkStore, divide
+from kronos_qlib.forecast.embedding import Embedder, EmbeddingTask
 from kronos_qlib.forecast.forecaster import Forecaster
 from kronos_qlib.forecast.processes import compute_in_processes
 from kronos_qlib.forecast.task import Task
@@ -21,6 +22,7 @@ from kronos_qlib.hardware.cpu import retain_heap
 logger = logging.getLogger("qlib.KronosForecast")
 SCRATCH = "kronos-"  # prefix of the folders that last as long as a run
 CHUNK_WINDOWS = 512  # in a file, or a window batch for each thread if that is more: what a killed process loses at most
+EMBEDDING_CHUNK = 2048  # windows in a file of `embed`: a few seconds' work
 
 
 @dataclass(frozen=True)
@@ -55,19 +57,55 @@ def forecast(task: Task, execution: Execution, columns: Sequence[str]) -> Foreca
     Raises:
         RuntimeError: processes died too often, on one chunk or in a row.
     """
-    threads = torch.get_num_threads() // execution.processes if task.device.type == "cpu" else 1
-    size = max(-(-CHUNK_WINDOWS // task.batch_size), threads) * task.batch_size  # a window batch for every thread
-    result, missing = _Columns(len(task), columns), np.ones(len(task), bool)
     store = ChunkStore(execution.cache_dir, task) if execution.cache_dir else None
+
+    def compute(chunks: list[np.ndarray], report: Callable[[int], object]) -> Iterator[tuple[np.ndarray, pa.Table]]:
+        return _compute(task, execution, store, chunks, report)
+
+    return _collect("forecast", len(task), forecast_chunk_size(task, execution.processes), store, columns, compute)
+
+
+def embed(task: EmbeddingTask, cache_dir: Path | None, columns: Sequence[str]) -> Forecast:
+    """Read all windows of a task in one pass each, here, on all cores or the GPU; columns as `EmbeddingTask.schema`."""
+    store = ChunkStore(cache_dir, task, task.schema) if cache_dir else None
+
+    def compute(chunks: list[np.ndarray], report: Callable[[int], object]) -> Iterator[tuple[np.ndarray, pa.Table]]:
+        embedder = Embedder(task)
+        logger.info(f"reading {sum(map(len, chunks)):,} windows × {task.windows.lookback} bars on {task.device}")
+        for rows in chunks:
+            table = embedder.table(rows, report)
+            if store is not None:
+                store.write(table)
+            yield rows, table
+
+    return _collect("read", len(task), EMBEDDING_CHUNK, store, columns, compute)
+
+
+def forecast_chunk_size(task: Task, processes: int) -> int:
+    """Return how many windows a chunk of a forecast has: a window batch for every thread at least."""
+    threads = torch.get_num_threads() // processes if task.device.type == "cpu" else 1
+    return max(-(-CHUNK_WINDOWS // task.batch_size), threads) * task.batch_size
+
+
+def _collect(
+    what: str,
+    windows: int,
+    size: int,
+    store: ChunkStore | None,
+    columns: Sequence[str],
+    compute: Callable[[list[np.ndarray], Callable[[int], object]], Iterator[tuple[np.ndarray, pa.Table]]],
+) -> Forecast:
+    """Collect columns of so many windows from the store, chunk by chunk of `size`, and compute the others."""
+    result, missing = _Columns(windows, columns), np.ones(windows, bool)
     if store is not None:
         for rows, table in store.read(size):
             result.put(rows, table)
             missing[rows] = False
-        logger.info(f"resumed {len(task) - missing.sum()} of {len(task)} windows from {store.folder}")
-    resumed = len(task) - int(missing.sum())
+        logger.info(f"resumed {windows - missing.sum()} of {windows} windows from {store.folder}")
+    resumed = windows - int(missing.sum())
     if missing.any():
-        with tqdm(total=len(task), initial=resumed, desc="forecast", unit="window", smoothing=0.05) as bar:
-            for rows, table in _compute(task, execution, store, divide(missing, size), bar.update):
+        with tqdm(total=windows, initial=resumed, desc=what, unit="window", smoothing=0.05) as bar:
+            for rows, table in compute(divide(missing, size), bar.update):
                 result.put(rows, table)
     return Forecast(result.values, resumed)
 

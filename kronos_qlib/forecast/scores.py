@@ -1,9 +1,12 @@
 """Score sample paths: one number of an instrument from the distribution of its next bars."""
 
+import warnings
 from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
+
+from kronos_qlib.data.windows import COLUMNS
 
 Floats = NDArray[np.float64]
 
@@ -19,6 +22,7 @@ SCORES = (
     "return_to_risk",
     *(f"z_{name}" for name in HORIZON_STATISTICS),
 )
+SUMMARIES = ("range", "volume_change", "skew")
 LEAST_RISK = 1e-6  # of the deviation that `return_to_risk` divides by: samples that all agree have none
 
 
@@ -43,3 +47,31 @@ def scores(close: Floats, last_close: Floats, scale: Floats) -> dict[str, Floats
     result["prob_up"] = (statistics["mean"] > start).mean(1)
     result["return_to_risk"] = result["mean_return"] / np.maximum(returns["mean"].std(1), LEAST_RISK)
     return result | {f"z_{name}": ((statistic - start) / scale).mean(1) for name, statistic in statistics.items()}
+
+
+def summaries(paths: Floats, last_close: Floats, mean_volume: Floats) -> dict[str, Floats]:
+    """Compute what else the sample paths of B windows say of the next bars; `SUMMARIES` has the names.
+
+    Args:
+        paths: in price units [B, S, P, D], columns `kronos_qlib.data.windows.COLUMNS`.
+        last_close: the last close of each context, in price units [B].
+        mean_volume: mean volume of each context [B].
+
+    Returns:
+        By name, float64 [B]. `range`: average over the samples of (highest high − lowest low over the horizon) / last
+        close. `volume_change`: average volume of all samples and steps / mean volume of the context − 1; NaN for a
+        context without volume. `skew`: skewness (Fisher–Pearson, biased) over the samples of the close after the
+        horizon, which is that of its return; NaN where the samples agree.
+    """
+    from scipy.stats import skew  # its import takes half a second, and only factors ask for it
+
+    high, low, close, volume = (paths[..., COLUMNS.index(name)] for name in ("high", "low", "close", "volume"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of divisions by 0, which give NaN here
+        change = volume.mean((1, 2)) / np.where(mean_volume > 0, mean_volume, np.nan) - 1
+        skewness = skew(close[..., -1], axis=1)
+    return {
+        "range": (high.max(-1) - low.min(-1)).mean(1) / last_close,
+        "volume_change": change,
+        "skew": skewness,
+    }

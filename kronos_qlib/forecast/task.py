@@ -28,7 +28,7 @@ class Task:
 
     future_stamp: int8 [N, P, 5], stamps of the P bars after each of the N distinct score dates, in their order.
     batch_size: windows that go through the networks together (on a CPU, in each thread).
-    keep_paths: keep the sample paths themselves.
+    keep_paths: keep the sample paths themselves. summaries: keep what `scores.SUMMARIES` says of them.
     """
 
     tokenizer: KronosTokenizer
@@ -41,6 +41,7 @@ class Task:
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
     keep_paths: bool = False
+    summaries: bool = False
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -83,7 +84,7 @@ class Task:
     @cached_property
     def digest(self) -> str:
         """A digest of `identity`; it names the folder of these forecasts in `cache_dir`."""
-        return hashlib.blake2b(json.dumps(self.identity, sort_keys=True).encode(), digest_size=8).hexdigest()
+        return digest_of_identity(self.identity)
 
     def window_digests(self, rows: np.ndarray) -> np.ndarray:
         """Compute the digest of each window at `rows`: of its bars, its stamps and the horizon's, instrument and date.
@@ -91,14 +92,7 @@ class Task:
         Returns:
             void [B] of DIGEST_BYTES bytes.
         """
-        windows = self.windows.take(rows)
-        every = np.arange(len(rows))
-        fields = windows.values(every), windows.stamps(every), self.horizon_stamps(rows), windows.keys
-        digests = (
-            hashlib.blake2b(b"".join(field.tobytes() for field in window), digest_size=DIGEST_BYTES).digest()
-            for window in zip(*fields)
-        )
-        return np.frombuffer(b"".join(digests), np.dtype((np.void, DIGEST_BYTES)))
+        return digest_windows(self.windows.take(rows), self.horizon_stamps(rows))
 
     def save(self, folder: Path) -> None:
         """Write what another process needs to forecast this task: networks, windows (to be mapped) and settings."""
@@ -113,6 +107,7 @@ class Task:
             "device": str(self.device),
             "batch_size": self.batch_size,
             "keep_paths": self.keep_paths,
+            "summaries": self.summaries,
         }
         with whole_file(folder / TASK_FILE) as draft:
             draft.write_text(json.dumps(manifest, indent=2) + "\n")
@@ -132,6 +127,7 @@ class Task:
             dtype=DTYPES[manifest["dtype"]],
             device=torch.device(manifest["device"]),
             keep_paths=manifest["keep_paths"],
+            summaries=manifest["summaries"],
         )
 
     @property
@@ -146,6 +142,26 @@ class Task:
     def to(self, device: torch.device) -> "Task":
         """Return the same task on another device."""
         return replace(self, device=device)
+
+
+def digest_of_identity(identity: dict[str, object]) -> str:
+    """Return the digest of what decides the results of a task beside its windows; it names their folder."""
+    return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def digest_windows(windows: Windows, *others: np.ndarray) -> np.ndarray:
+    """Compute the digest of each window: of its bars, its stamps, its rows of `others`, instrument and date.
+
+    Returns:
+        void [W] of DIGEST_BYTES bytes.
+    """
+    every = np.arange(len(windows))
+    fields = windows.values(every), windows.stamps(every), *others, windows.keys
+    digests = (
+        hashlib.blake2b(b"".join(field.tobytes() for field in window), digest_size=DIGEST_BYTES).digest()
+        for window in zip(*fields)
+    )
+    return np.frombuffer(b"".join(digests), np.dtype((np.void, DIGEST_BYTES)))
 
 
 def future_stamps(windows: Windows, horizon: int, stamps_after: Callable[[np.ndarray, int], np.ndarray]) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Any
 
 import qlib
 from qlib.config import C
+from qlib.data.dataset.handler import DataHandler
 from qlib.data.dataset.weight import Reweighter
 from qlib.utils import init_instance_by_config
 from sqlalchemy import create_engine
@@ -17,12 +18,21 @@ from sqlalchemy.exc import SQLAlchemyError
 from kronos_qlib.data.dataset import KLineDataset
 from kronos_qlib.files import whole_file
 from kronos_qlib.nn import zoo
+from kronos_qlib.workflow.factor_table import factor_findings
 from kronos_qlib.workflow.findings import Finding, one_line, record_findings, segment_overlap
+from kronos_qlib.workflow.kronos_factors import factor_loaders, without_data
 from kronos_qlib.workflow.model import KronosModel
 from kronos_qlib.workflow.ranker import KronosRanker
 from kronos_qlib.workflow.workflow_file import read_workflow
 
-_OURS = ("KronosModel", "KronosRanker", "KLineDataset", "KLineHandler")  # whose messages say what they are about
+_OURS = (
+    "KronosModel",
+    "KronosRanker",
+    "KLineDataset",
+    "KLineHandler",
+    "KronosFactors",
+    "Alpha158Kronos",
+)  # whose messages say what they are about
 
 
 class WorkflowCheck:
@@ -61,7 +71,7 @@ class WorkflowCheck:
         yield Finding("ok", "qlib_init", f"{C['provider_uri']}, region {C['region']}")
         task = self.config["task"]
         self.model = yield from _made("task.model", task["model"])
-        self.dataset = yield from _made("task.dataset", task["dataset"])
+        self.dataset = yield from _made("task.dataset", without_data(task["dataset"]))
         if task.get("reweighter"):
             self.reweighter = yield from _made("task.reweighter", task["reweighter"])
             if self.reweighter is not None and not isinstance(self.reweighter, Reweighter):
@@ -74,6 +84,13 @@ class WorkflowCheck:
             yield from model_findings(self.model, self.dataset)
         if isinstance(self.model, KronosRanker):
             yield from ranker_findings(self.model, self.dataset)
+        if isinstance(getattr(self.dataset, "handler", None), DataHandler):
+            handler = self.dataset.handler
+            for loader in factor_loaders(handler.data_loader):
+                load = handler.instruments, handler.start_time, handler.end_time
+                yield from factor_findings(loader, *load, self.dataset.segments)
+                if loader.cache_dir is not None:
+                    yield _folder_finding("factors, cache_dir", loader.cache_dir)
         yield from record_findings(task)
 
 

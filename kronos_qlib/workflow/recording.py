@@ -3,7 +3,7 @@
 import json
 import platform
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,9 @@ from kronos_qlib.settings import Settings
 from kronos_qlib.workflow.findings import Finding, record_findings
 
 PACKAGES = ("kronos-qlib", "pyqlib", "torch", "numpy", "pandas", "mlflow", "safetensors", "huggingface_hub")
-RECORD = "kronos_run.json"
+RECORD, FACTORS_RECORD = "kronos_run.json", "kronos_factors.json"
 logger = get_module_logger("KronosModel")
-_recorded: dict[str, str] = {}  # by recorder id, what its kronos_run.json holds; of this process
+_recorded: dict[tuple[str, str], str] = {}  # by recorder id and file name, what was saved; of this process
 
 
 def task_findings() -> list[Finding]:
@@ -62,7 +62,7 @@ def record_run(settings: Settings, dataset: KLineDataset) -> None:
             "horizon": dataset.horizon,
             "segments": dataset.segments,
         },
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": package_versions(),
         "machine": {
             "python": platform.python_version(),
             "processor": platform.processor() or platform.machine(),
@@ -70,14 +70,30 @@ def record_run(settings: Settings, dataset: KLineDataset) -> None:
             "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
     }
-    recorder, content = R.get_recorder(), json.dumps(run, indent=2, default=str) + "\n"
-    if _recorded.get(recorder.id) == content:
+    _save_json(RECORD, run)
+
+
+def record_factors(provenance: dict[str, Any]) -> None:
+    """Save what factors are made of as kronos_factors.json in the active recorder, if any."""
+    if _recording():
+        _save_json(FACTORS_RECORD, provenance)
+
+
+def package_versions() -> dict[str, str | None]:
+    """Return the versions of the packages that results depend on."""
+    return {name: _version(name) for name in PACKAGES}
+
+
+def _save_json(name: str, values: dict[str, Any]) -> None:
+    """Save values in the active recorder under a name, unless it holds the very same already."""
+    recorder, content = R.get_recorder(), json.dumps(values, indent=2, default=str) + "\n"
+    if _recorded.get((recorder.id, name)) == content:
         return
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / RECORD
+        path = Path(folder) / name
         path.write_text(content)
         recorder.save_objects(local_path=str(path))
-    _recorded[recorder.id] = content
+    _recorded[recorder.id, name] = content
 
 
 def record_metrics(metrics: dict[str, float], step: int | None) -> None:
@@ -119,7 +135,18 @@ def warn_of_pretraining_overlap(tokenizer: HubModule, model: HubModule, windows:
 
 
 def pretraining_overlap(tokenizer: HubModule, model: HubModule, first: np.datetime64) -> str | None:
-    """Return a warning if scores from `first` on fall into the pre-training data of a published checkpoint, else None.
+    """Return a warning if scores from `first` on fall into the pre-training data of a checkpoint, else None."""
+    for known, until in pretraining(tokenizer, model):
+        if first <= np.datetime64(until):
+            return (
+                f"the scores start on {pd.Timestamp(first).date()}, but {known} trained on data up to "
+                f"{until}: up to then they are not out of sample"
+            )
+    return None
+
+
+def pretraining(tokenizer: HubModule, model: HubModule) -> Iterator[tuple[str, str]]:
+    """Yield what is known of the pre-training data of each network: whose they were ("nano was"), and their last date.
 
     A loaded network of a published shape counts as that checkpoint or a descendant of it.
     """
@@ -129,14 +156,10 @@ def pretraining_overlap(tokenizer: HubModule, model: HubModule, first: np.dateti
         own = network.entries.get(network.source) or zoo.published(network.source)
         alike = {name: e for name, e in network.entries.items() if _shape(e.config) == _shape(network.config)}
         entry = own or next((e for e in alike.values() if e.trained_until), None)
-        if entry and entry.trained_until and first <= np.datetime64(entry.trained_until):
+        if entry and entry.trained_until:
             name = entry.hub_id or next(name for name, e in alike.items() if e is entry)
             known = f"{network.source} was" if own else f"{network.source} may descend from {name}, which was"
-            return (
-                f"the scores start on {pd.Timestamp(first).date()}, but {known} trained on data up to "
-                f"{entry.trained_until}: up to then they are not out of sample"
-            )
-    return None
+            yield known, entry.trained_until
 
 
 def _version(package: str) -> str | None:

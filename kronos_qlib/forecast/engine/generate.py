@@ -174,7 +174,7 @@ def _draw_paths(
     layout = CacheLayout.divide(windows, samples, horizon)
     surplus = layout.groups_per_window * layout.group_size - samples  # samples that are drawn and dropped
     uniform = F.pad(uniform, (0, surplus)).reshape(horizon, 2, layout.groups, layout.group_size)
-    s1, s2 = _encode(weights.tokenizer, x)
+    s1, s2 = encode(weights.tokenizer, x)
     model = weights.model
     time, own_time = model.embed_time(x_stamp[:, -max_context:]), model.embed_time(y_stamp)
     own_time = own_time.repeat_interleave(layout.groups_per_window, 0)
@@ -247,7 +247,7 @@ def _as_integers(keys: Sequence[int] | np.ndarray | Tensor, count: int) -> np.nd
     return np.array(integers, np.uint64).view(np.int64)
 
 
-def _encode(tokenizer: TokenizerWeights, x: Tensor) -> tuple[Tensor, Tensor]:
+def encode(tokenizer: TokenizerWeights, x: Tensor) -> tuple[Tensor, Tensor]:
     """Encode normalised bars [B, L, D] as tokens s1 and s2 [B, L]."""
     h, _ = prefill(tokenizer.encoder, tokenizer.embed(x).float())
     signs = torch.where(tokenizer.quant_embed(h) > 0, 1.0, -1.0)
