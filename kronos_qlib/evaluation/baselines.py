@@ -61,9 +61,7 @@ class BaselineForecast:
     about: dict[str, Any] = field(default_factory=dict)
 
 
-def forecast_baselines(
-    windows: Windows, horizon: int, names: Sequence[str], progress: bool = True
-) -> dict[str, BaselineForecast]:
+def forecast_baselines(windows: Windows, horizon: int, names: Sequence[str]) -> dict[str, BaselineForecast]:
     """Forecast the closes of the `horizon` bars after each window by each baseline of `names`.
 
     last_value: a point, the last close. volatility, ewma, garman_klass: log-normal, the daily variance times the step;
@@ -78,7 +76,7 @@ def forecast_baselines(
     unknown = [name for name in names if name not in FORECASTS]
     if unknown:
         raise ValueError(f"unknown baseline {unknown[0]!r}; known: {', '.join(FORECASTS)}")
-    return {name: FORECASTS[name](windows, horizon, progress) for name in names}
+    return {name: FORECASTS[name](windows, horizon) for name in names}
 
 
 def log_returns(bars: Bars) -> Floats:
@@ -141,14 +139,14 @@ class _Process:
     failed: NDArray[np.bool_]
 
 
-def forecast_garch(windows: Windows, horizon: int, progress: bool = True) -> BaselineForecast:
+def forecast_garch(windows: Windows, horizon: int) -> BaselineForecast:
     """Forecast by a GARCH(1,1) with Student's t and a mean of zero (Bollerslev 1987), fitted by arch.
 
     The parameters of an instrument's windows of a calendar month are fitted on its bars before that month, the last
     1,000 returns of them, so they do not depend on which days of the month are asked for. The variance goes on from the
     fit to the score date by the bars in between. The sum of several steps has no closed form: quantiles are those of
     1,000 paths, whose random numbers depend on the window alone; the variance is exact. With fewer than 250 returns, or
-    where the fit does not converge or has no finite variance, the draws are normal with EWMA's variance; counted.
+    where the fit fails, the draws are normal with EWMA's variance; counted.
     """
     bars, ends = windows.bars, windows.ends
     returns = log_returns(bars)
@@ -160,7 +158,7 @@ def forecast_garch(windows: Windows, horizon: int, progress: bool = True) -> Bas
         "failed_fits": 0,
     }
     groups = pd.Series(range(len(ends))).groupby([bars.codes[ends], windows.dates.astype("datetime64[M]")])
-    for (code, month), members in tqdm(groups, "garch_t: fits", unit="fit", disable=not progress):
+    for (code, month), members in tqdm(groups, "garch_t: fits", unit="fit"):
         first = bars.offsets[code] + 1
         until = first + bars.dates[first : bars.offsets[code + 1]].searchsorted(month.to_datetime64())
         fitted = returns[max(first, until - MOST_BARS) : until]
@@ -175,7 +173,8 @@ def forecast_garch(windows: Windows, horizon: int, progress: bool = True) -> Bas
             variances, _ = lfilter([1.0], [1.0, -beta], shocks, zi=[beta * variance])  # of the bar after each
             found[rows] = [(variances[end - until + 1], omega, alpha, beta, freedom) for end in ends[rows]]
     failed = np.isnan(found[:, 0])
-    found[failed] = [(variance, 0.0, 0.0, 1.0, np.nan) for variance in ewma_variance(bars)[ends[failed]]]
+    found[failed] = [0, 0, 0, 1, np.nan]
+    found[failed, 0] = ewma_variance(bars)[ends[failed]]
     *parts, freedom = found.T
 
     def draw(window: int, random: np.random.Generator) -> Floats:
@@ -184,7 +183,7 @@ def forecast_garch(windows: Windows, horizon: int, progress: bool = True) -> Bas
         return random.standard_t(freedom[window], (horizon, DRAWN)) * np.sqrt(1 - 2 / freedom[window])
 
     process = _Process(*parts, residual=np.ones(len(ends)), failed=failed)
-    return _simulate(windows, horizon, process, draw, _GARCH, about, "garch_t: paths" if progress else "")
+    return _simulate(windows, horizon, process, draw, _GARCH, about, "garch_t: paths")
 
 
 def fit_garch(returns: Floats) -> tuple[float, float, float, float, float] | None:
@@ -192,7 +191,7 @@ def fit_garch(returns: Floats) -> tuple[float, float, float, float, float] | Non
 
     Returns:
         omega, alpha, beta, the degrees of freedom, and the variance of the last return; None if the fit does not
-        converge, or ends at a process without a finite variance.
+        converge, or ends at a process whose variance explodes (alpha + beta = 1, of which it does not, is common).
     """
     scale = np.sqrt(np.mean(returns**2))
     model = ZeroMean(returns / scale, volatility=GARCH(1, 0, 1), distribution=StudentsT(), rescale=False)
@@ -200,18 +199,18 @@ def fit_garch(returns: Floats) -> tuple[float, float, float, float, float] | Non
     omega, alpha, beta, freedom = (float(value) for value in fit.params)
     variance = float(fit.conditional_volatility[-1]) ** 2
     finite = np.isfinite([omega, alpha, beta, freedom, variance]).all()
-    if fit.convergence_flag or not finite or alpha + beta >= 1 or freedom <= 2 or min(omega, alpha, beta) < 0:
+    if fit.convergence_flag or not finite or alpha + beta > 1 + 1e-6 or freedom <= 2:
         return None
     return omega * scale**2, alpha, beta, freedom, variance * scale**2
 
 
-def simulate_history(windows: Windows, horizon: int, progress: bool = True) -> BaselineForecast:
+def simulate_history(windows: Windows, horizon: int) -> BaselineForecast:
     """Forecast by filtered historical simulation (Hull & White 1998; Barone-Adesi, Giannopoulos & Vosper 1999).
 
     The last 1,000 returns of the instrument, each over the EWMA volatility before it, less their mean, are drawn with
-    equal chance, and multiplied by the volatility at the score date. Quantiles are those of 1,000 paths, whose random
-    numbers depend on the window alone; the variance is exact. With fewer than 30 such returns the draws are normal with
-    EWMA's variance; counted.
+    equal chance and multiplied by the volatility of now, which goes on along a path as EWMA's does. Quantiles are those
+    of 1,000 paths, whose random numbers depend on the window alone; the variance is exact. With fewer than 30 such
+    returns the draws are normal and the volatility stays as it is; counted.
     """
     bars, ends = windows.bars, windows.ends
     variances = ewma_variance(bars)
@@ -235,9 +234,15 @@ def simulate_history(windows: Windows, horizon: int, progress: bool = True) -> B
         return (values - values.mean())[random.integers(0, len(values), (horizon, DRAWN))]
 
     about = {"method": f"standardised returns, the last {MOST_BARS}, at the EWMA volatility; {DRAWN} simulated paths"}
-    zero, one = np.zeros(len(ends)), np.ones(len(ends))
-    process = _Process(variances[ends], zero, zero, one, np.where(failed, 1.0, residual), failed)
-    return _simulate(windows, horizon, process, draw, _HISTORICAL, about, "historical_simulation" if progress else "")
+    process = _Process(
+        variance=variances[ends],
+        omega=np.zeros(len(ends)),
+        alpha=np.where(failed, 0, 1 - DECAY),
+        beta=np.where(failed, 1, DECAY),
+        residual=np.where(failed, 1, residual),
+        failed=failed,
+    )
+    return _simulate(windows, horizon, process, draw, _HISTORICAL, about, "historical_simulation")
 
 
 def _simulate(
@@ -253,7 +258,7 @@ def _simulate(
     count, keys = len(windows), windows.keys
     quantiles = np.empty((count, horizon, len(LEVELS)))
     kept = np.empty((count, KEPT, horizon), np.float32)
-    with tqdm(total=count, desc=description, unit="window", disable=not description) as bar:
+    with tqdm(total=count, desc=description, unit="window") as bar:
         for start in range(0, count, _BLOCK):
             rows = np.arange(start, min(start + _BLOCK, count))
             paths = np.stack(
@@ -282,21 +287,21 @@ def _fallback(windows: Windows, failed: NDArray[np.bool_]) -> dict[str, Any]:
     return {"ewma_instead": int(failed.sum()), "instruments_of_these": sorted(set(windows.take(failed).instruments))}
 
 
-def _forecast_last_value(windows: Windows, horizon: int, progress: bool) -> BaselineForecast:
+def _forecast_last_value(windows: Windows, horizon: int) -> BaselineForecast:
     shape = (len(windows), horizon)
     return BaselineForecast(np.ones((*shape, len(LEVELS))), np.full(shape, np.nan), about={"method": "the last close"})
 
 
-def _forecast_volatility(windows: Windows, horizon: int, progress: bool) -> BaselineForecast:
+def _forecast_volatility(windows: Windows, horizon: int) -> BaselineForecast:
     return _log_normal(lookback_volatility(windows) ** 2, horizon, {"method": "log-normal, the lookback's returns"})
 
 
-def _forecast_ewma(windows: Windows, horizon: int, progress: bool) -> BaselineForecast:
+def _forecast_ewma(windows: Windows, horizon: int) -> BaselineForecast:
     about = {"method": f"log-normal, squared returns with weights of {DECAY} to the power of their age"}
     return _log_normal(ewma_variance(windows.bars)[windows.ends], horizon, about)
 
 
-def _forecast_garman_klass(windows: Windows, horizon: int, progress: bool) -> BaselineForecast:
+def _forecast_garman_klass(windows: Windows, horizon: int) -> BaselineForecast:
     variance, used = range_variance(windows)
     failed = np.isnan(variance)
     variance = np.where(failed, ewma_variance(windows.bars)[windows.ends], variance)
@@ -311,7 +316,7 @@ def _log_normal(variance: Floats, horizon: int, about: dict[str, Any]) -> Baseli
     return BaselineForecast(lognorm.ppf(LEVELS, np.sqrt(variances)[..., None]), variances, about=about)
 
 
-FORECASTS: dict[str, Callable[[Windows, int, bool], BaselineForecast]] = {
+FORECASTS: dict[str, Callable[[Windows, int], BaselineForecast]] = {
     "last_value": _forecast_last_value,
     "volatility": _forecast_volatility,
     "ewma": _forecast_ewma,
