@@ -294,7 +294,7 @@ def _baseline_tables(folder: Path) -> Iterator[_Table]:
 
 def _figure_cell(layout: str, *names: str) -> tables.Cell:
     """Make a cell of the figures of some columns; n/a where the first is missing."""
-    return lambda row: "n/a" if pd.isna(row[names[0]]) else layout.format(*(row[name] for name in names))
+    return lambda row: "n/a" if pd.isna(row.get(names[0])) else layout.format(*(row[name] for name in names))
 
 
 _BASELINES = {

@@ -332,14 +332,17 @@ def compare_baselines(outcomes: Outcomes, baselines: Mapping[str, BaselineForeca
     Returns:
         A row per forecast (`kronos`, then the baselines) and step (1 … H and `all`), with means over the forecasts
         whose bar came: crps of the quantiles, interval_50 and interval_90 (interval scores of the bands), coverage_50,
-        coverage_90, qlike, and for `all` energy (of whole paths). Then crps_difference, the model's less the
-        baseline's, below zero if the model is better, with the ends of its 95 % interval (see `interval`), and dm_t and
-        dm_p, see `diebold_mariano`.
+        coverage_90, qlike, and for `all` energy (of whole paths, where a baseline has them). Then crps_difference, the
+        model's less the baseline's, below zero if the model is better, with the ends of its 95 % interval (see
+        `interval`), and dm_t and dm_p, see `diebold_mariano`.
     """
     variance = implied_variance(outcomes.quantiles, outcomes.paths)
-    model = BaselineForecast(outcomes.quantiles, variance, outcomes.paths)
-    scores = {name: _scores(outcomes.closes, each) for name, each in {"kronos": model, **baselines}.items()}
-    energy = {name: energy_scores(outcomes.closes, each.paths) for name, each in {"kronos": model, **baselines}.items()}
+    forecasts = {"kronos": BaselineForecast(outcomes.quantiles, variance, outcomes.paths), **baselines}
+    scores = {name: _scores(outcomes.closes, each) for name, each in forecasts.items()}
+    simulated = any(each.paths is not None for each in baselines.values())
+    energy = {
+        name: energy_scores(outcomes.closes, each.paths if simulated else None) for name, each in forecasts.items()
+    }
     rows = []
     for name, values in scores.items():
         for step in [*range(1, outcomes.horizon + 1), None]:

@@ -19,6 +19,7 @@ from kronos_qlib.evaluation.measures import Floats, interval
 
 RISK_LEVELS = 0.01, 0.05
 DRAWDOWN = 0.1
+_BLOCK = 1024  # windows whose paths are worked on at a time
 
 
 def value_at_risk(closes: NDArray[np.floating], level: float = 0.05) -> Floats:
@@ -52,7 +53,8 @@ def expected_shortfall(closes: NDArray[np.floating], level: float = 0.05) -> Flo
 
 def drawdown_probability(closes: NDArray[np.floating], drawdown: float = DRAWDOWN) -> Floats:
     """Compute the share of paths that fall by more than `drawdown` from a close before, the last one included: [W]."""
-    return (_deepest_drawdown(np.asarray(closes, np.float64)) > drawdown).mean(-1)
+    blocks = np.array_split(closes, len(closes) // _BLOCK + 1)
+    return np.concatenate([(_deepest_drawdown(block.astype(np.float64)) > drawdown).mean(-1) for block in blocks])
 
 
 def expected_range(bars: NDArray[np.floating], last_close: ArrayLike) -> tuple[Floats, Floats]:
@@ -194,7 +196,7 @@ def backtest_risk(
         rows.append(row | dict(zip(("es_residual_low", "es_residual_high"), ends)))
     whole = ~np.isnan(closes).any(1)
     fell = _deepest_drawdown(closes[whole]) > drawdown
-    expected = drawdown_probability(paths[whole], drawdown)
+    expected = drawdown_probability(paths, drawdown)[whole]
     rows.append(_observed("drawdown", drawdown, expected, fell, dates[whole], closes.shape[1]))
     return pd.DataFrame(rows)
 

@@ -30,6 +30,7 @@ from kronos_qlib.evaluation.calibration import (
 )
 from kronos_qlib.evaluation.figure import Evaluation, draw_evaluation
 from kronos_qlib.evaluation.measures import (
+    BASELINES,
     Outcomes,
     lookback_volatility,
     measure,
@@ -41,7 +42,7 @@ from kronos_qlib.evaluation.measures import (
     summarise_steps,
     volatility_terciles,
 )
-from kronos_qlib.evaluation.risk import DRAWDOWN, RISK_LEVELS, backtest_risk
+from kronos_qlib.evaluation.risk import backtest_risk
 from kronos_qlib.forecast.forecaster import QUANTILES, quantile_columns
 from kronos_qlib.settings import Settings, read_settings
 from kronos_qlib.workflow.model import KronosModel
@@ -119,10 +120,11 @@ class ForecastRecord(RecordTemp):
         for name, given, kind in (("model", model, KronosModel), ("dataset", dataset, KLineDataset)):
             if not isinstance(given, kind):
                 raise ValueError(f"ForecastRecord: {name} should be a {kind.__name__}, not a {type(given).__name__}")
-        for key, name in (("segment", settings.segment), ("calibrate_on", settings.calibrate_on)):
-            if name is not None and name not in dataset.segments:
+        for key in ("segment", "calibrate_on"):
+            named = getattr(settings, key)
+            if named is not None and named not in dataset.segments:
                 raise ValueError(
-                    f"ForecastRecord: {key}: unknown segment {name!r}; known: {', '.join(dataset.segments)}"
+                    f"ForecastRecord: {key}: unknown segment {named!r}; known: {', '.join(dataset.segments)}"
                 )
         if dataset.lookback < 3:
             raise ValueError(
@@ -193,10 +195,11 @@ class ForecastRecord(RecordTemp):
         windows = self.dataset.score_windows(self.settings.segment)
         baselines = forecast_baselines(windows, self.dataset.horizon, self.settings.baselines)
         for name, forecast in baselines.items():
-            instead, names = (forecast.about.get(key) for key in ("ewma_instead", "instruments_of_these"))
+            instead = forecast.about.get("ewma_instead", 0)
             if instead:
+                count = len(forecast.about["instruments_of_these"])
                 logger.warning(
-                    f"ForecastRecord: {name}: {instead:,} of {len(windows):,} forecasts, of {len(names)} instruments, "
+                    f"ForecastRecord: {name}: {instead:,} of {len(windows):,} forecasts, of {count} instruments, "
                     "have too few bars or no fit: ewma in their place (about.json names the instruments)"
                 )
         return baselines
@@ -308,7 +311,12 @@ def _write(
         tables["risk.csv"] = evaluation.risk.set_index("forecast")
     for name, table in tables.items():
         table.to_csv(folder / name)
-    about = _about(evaluation, calibration, outcomes) | {"baselines": {n: each.about for n, each in baselines.items()}}
+    about = _about(evaluation, calibration, outcomes)
+    about["baselines"] = {name: forecast.about for name, forecast in baselines.items()}
+    if evaluation.risk is not None:
+        about["risk"] = {
+            "tested": "VaR and ES: the first step alone, as horizons overlap; drawdowns: the whole horizon"
+        }
     (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
     draw_evaluation(evaluation).savefig(folder / "forecast_evaluation.png", format="png")
     return sorted(folder.iterdir())
@@ -322,7 +330,6 @@ def _about(evaluation: Evaluation, calibration: Calibration | None, outcomes: Ou
         "first": _day(evaluation.first),
         "last": _day(evaluation.last),
         "note": evaluation.note,
-        "risk": {"levels": RISK_LEVELS, "drawdown": DRAWDOWN, "backtests_of": "the first step; drawdowns: the horizon"},
         "intervals": "95 %, Driscoll-Kraay: dependence within a day and between overlapping horizons (lag step - 1)",
     }
     if calibration is not None:
@@ -342,8 +349,18 @@ def describe(evaluation: Evaluation) -> str:
     """Summarise an evaluation in one line."""
     row = evaluation.overall.iloc[0]
     parts = [f"{row['evaluated_windows']:,.0f} forecasts from {evaluation.samples} samples", f"CRPS {row['crps']:.5f}"]
-    for name, baseline in (("last_value", "last value"), ("volatility", "historical volatility")):
-        difference, low, high = (row[f"crps_less_{name}{end}"] for end in ("", "_low", "_high"))
+    differences = {
+        baseline: [row[f"crps_less_{name}{end}"] for end in ("", "_low", "_high")]
+        for name, baseline in (("last_value", "last value"), ("volatility", "historical volatility"))
+    }
+    if evaluation.baselines is not None:
+        table = evaluation.baselines
+        table = table[(table["step"] == "all") & ~table["forecast"].isin(["kronos", *BASELINES])]
+        columns = [f"crps_difference{end}" for end in ("", "_low", "_high")]
+        differences |= {
+            name.replace("_", " "): list(found) for name, *found in table[["forecast", *columns]].to_numpy()
+        }
+    for baseline, (difference, low, high) in differences.items():
         verdict = "no evidence of a difference" if not high < 0 and not low > 0 else "better" if high < 0 else "worse"
         parts.append(f"{difference:+.5f} ({low:+.5f} … {high:+.5f}) against {baseline}: {verdict}")
     parts += [f"the {band[-2:]} % band covers {row[band]:.1%}" for band in ("coverage_50", "coverage_90")]

@@ -12,6 +12,7 @@ from kronos_qlib.data.windows import Bars, Windows
 from kronos_qlib.evaluation.baselines import (
     FORECASTS,
     KEPT,
+    BaselineForecast,
     compare_baselines,
     ewma_variance,
     fit_garch,
@@ -270,23 +271,18 @@ def test_the_energy_score_is_that_of_the_paths_and_fair():
 
 
 def test_the_table_compares_the_model_with_each_baseline():
-    outcomes = simulated(spread=2.0, paths=40)
-    baselines = {"ewma": replace_with_truth(outcomes)}
-    table = compare_baselines(outcomes, baselines).set_index(["forecast", "step"])
-    assert list(table.index) == [(name, step) for name in ("kronos", "ewma") for step in ("1", "2", "all")]
-    row = table.loc[("ewma", "all")]
-    crps = crps_of_quantiles(outcomes.closes, outcomes.quantiles).mean()
-    assert table.loc[("kronos", "all"), "crps"] == pytest.approx(crps)
-    assert row["crps_difference"] == pytest.approx(crps - row["crps"])
-    assert row["crps_difference_low"] > 0 and row["dm_t"] > 2 and row["dm_p"] < 0.05, "twice the spread is worse"
-    assert row["coverage_90"] == pytest.approx(0.9, abs=0.02) and table.loc[("kronos", "1"), "coverage_90"] > 0.97
-    assert row["interval_90"] < table.loc[("kronos", "all"), "interval_90"]
-    assert row["qlike"] < table.loc[("kronos", "all"), "qlike"]
-    assert np.isfinite(table.loc[("kronos", "all"), "energy"]) and np.isnan(row["energy"])
-    assert table.loc["kronos", ["dm_t", "crps_difference"]].isna().all(axis=None)
-
-
-def replace_with_truth(outcomes):
-    right = simulated(paths=0)
+    outcomes, right = simulated(spread=2.0, paths=40), simulated(seed=1, paths=40)
     variance = np.broadcast_to(DAILY**2 * np.arange(1, outcomes.horizon + 1), outcomes.closes.shape)
-    return next(iter(forecast_baselines(WINDOWS, 1, ["last_value"]).values())).__class__(right.quantiles, variance)
+    truth = BaselineForecast(right.quantiles, variance)
+    table = compare_baselines(outcomes, {"ewma": truth}).set_index(["forecast", "step"])
+    assert list(table.index) == [(name, step) for name in ("kronos", "ewma") for step in ("1", "2", "all")]
+    row, kronos = table.loc[("ewma", "all")], table.loc[("kronos", "all")]
+    assert kronos["crps"] == pytest.approx(crps_of_quantiles(outcomes.closes, outcomes.quantiles).mean())
+    assert row["crps_difference"] == pytest.approx(kronos["crps"] - row["crps"])
+    assert row["crps_difference_low"] > 0 and row["dm_t"] > 2 and row["dm_p"] < 0.05, "twice the spread is worse"
+    assert row["coverage_90"] == pytest.approx(0.9, abs=0.02) and kronos["coverage_90"] > 0.97
+    assert row["interval_90"] < kronos["interval_90"] and row["qlike"] < kronos["qlike"]
+    assert table.loc["kronos", ["dm_t", "crps_difference"]].isna().all(axis=None)
+    assert table["energy"].isna().all(), "no baseline has paths to compare with"
+    energy = compare_baselines(outcomes, {"garch_t": replace(truth, paths=right.paths)}).groupby("forecast")["energy"]
+    assert 0 < energy.last()["garch_t"] < energy.last()["kronos"]
