@@ -162,7 +162,7 @@ def forecast_garch(windows: Windows, horizon: int) -> BaselineForecast:
         first = bars.offsets[code] + 1
         until = first + bars.dates[first : bars.offsets[code + 1]].searchsorted(month.to_datetime64())
         fitted = returns[max(first, until - MOST_BARS) : until]
-        if len(fitted) < FEWEST_FITTED or np.ptp(fitted) == 0:
+        if len(fitted) < FEWEST_FITTED or not np.isfinite(fitted).all() or np.ptp(fitted) == 0:
             continue
         parameters = fit_garch(fitted)
         about["fits"] += 1
