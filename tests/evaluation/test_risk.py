@@ -141,7 +141,7 @@ def test_exceedances_are_measured_by_the_shortfall():
     assert residuals == pytest.approx([-0.25, np.nan, 0.5], nan_ok=True)
 
 
-def backtested(spread=1.0, samples=400, days=200, names=10):
+def backtested(spread=1.0, samples=500, days=200, names=10):
     paths = 1 + spread * (normal_paths(days * names, samples, 3, seed=4) - 1)
     closes = normal_paths(1, days * names, 3, seed=5)[0]
     dates = np.repeat(np.arange(days).astype("datetime64[D]").astype("datetime64[ns]"), names)
@@ -165,5 +165,13 @@ def test_paths_that_are_too_narrow_fail_them():
     assert (var["es_residual_low"] > 0).all() and (var["rejected_kupiec"] > 0.7).all()
 
 
-def test_levels_with_too_few_paths_are_left_out():
-    assert backtested(samples=20)[0]["level"].to_list() == [0.05, 0.05]
+def test_levels_with_too_few_paths_are_left_out_and_shortfalls_of_few_not_tested():
+    table = backtested(samples=20)[0]
+    assert table["level"].to_list() == [0.05, 0.05] and table["es_residual"].isna().all()
+    assert backtested(samples=100)[0]["es_residual"].notna().to_list() == [False, True, False]
+
+
+def test_few_paths_in_the_tail_make_the_shortfall_look_too_small_by_as_much_as_said():
+    losses, paths = 1 - normal_paths(1, 40_000, 1, seed=8)[0, :, 0], normal_paths(40_000, 100, 1, seed=9)
+    residuals = exceedance_residuals(losses, value_at_risk(paths)[:, 0], expected_shortfall(paths)[:, 0])
+    assert np.nanmean(residuals) == pytest.approx(0.05, abs=0.025)
