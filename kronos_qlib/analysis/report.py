@@ -255,7 +255,7 @@ def _calibration_of(run: RunResult) -> _Part | None:
     if (folder / "prob_up.csv").is_file():
         prob_up = pd.read_csv(folder / "prob_up.csv")
         figures.append(_Figure(charts.reliability(prob_up), "prob_up and the share that rose; size: forecasts"))
-    return _Part(figures, title=run.name, columns=2, tables=_evaluation_tables(folder))
+    return _Part(figures, title=run.name, columns=2, tables=[*_evaluation_tables(folder), *_baseline_tables(folder)])
 
 
 def _evaluation_tables(folder: Path) -> list[_Table]:
@@ -270,6 +270,56 @@ def _evaluation_tables(folder: Path) -> list[_Table]:
     columns = ["", "CRPS", "last value", "hist. volatility", "MAE", "RMSE", "50 % band", "90 % band"]
     columns += ["direction", "95 %"]
     return [_Table("Forecast closes against actual closes, over the last close", columns, rows)] if rows else []
+
+
+def _baseline_tables(folder: Path) -> Iterator[_Table]:
+    """Tabulate the comparison with baseline forecasts, all steps, and the backtests of risk."""
+    for name, title, columns in (
+        (
+            "baselines.csv",
+            "Beside baseline forecasts, all steps; differences: this model less the baseline",
+            _BASELINES,
+        ),
+        ("risk.csv", "Risk: losses beyond the VaR of one step, drawdowns within the horizon", _RISK),
+    ):
+        if (folder / name).is_file():
+            table = pd.read_csv(folder / name, dtype={"step": str})
+            rows = table[table["step"] == "all"] if "step" in table else table
+            body = [
+                [row["forecast"].replace("_", " "), *(_minus(cell(row)) for cell in columns.values())]
+                for _, row in rows.iterrows()
+            ]
+            yield _Table(title, ["", *columns], body)
+
+
+def _figure_cell(layout: str, *names: str) -> tables.Cell:
+    """Make a cell of the figures of some columns; n/a where the first is missing."""
+    return lambda row: "n/a" if pd.isna(row.get(names[0])) else layout.format(*(row[name] for name in names))
+
+
+_BASELINES = {
+    "CRPS": _figure_cell("{:.3%}", "crps"),
+    "difference": _figure_cell("{:+.3%}", "crps_difference"),
+    "95 %": _figure_cell("{:+.3%} … {:+.3%}", "crps_difference_low", "crps_difference_high"),
+    "DM p": _figure_cell("{:.2g}", "dm_p"),
+    "interval score 50 %": _figure_cell("{:.2%}", "interval_50"),
+    "90 %": _figure_cell("{:.2%}", "interval_90"),
+    "in the 50 % band": _figure_cell("{:.1%}", "coverage_50"),
+    "in the 90 % band": _figure_cell("{:.1%}", "coverage_90"),
+    "QLIKE": _figure_cell("{:.3f}", "qlike"),
+    "energy score": _figure_cell("{:.2%}", "energy"),
+}
+_RISK = {
+    "": lambda row: f"{row['measure'].replace('var', 'VaR')} {row['level']:.0%}",
+    "expected": _figure_cell("{:.2%}", "expected"),
+    "observed": _figure_cell("{:.2%}", "observed"),
+    "95 %": _figure_cell("{:.2%} … {:.2%}", "observed_low", "observed_high"),
+    "Kupiec p": _figure_cell("{:.2g}", "kupiec_p"),
+    "Christoffersen p": _figure_cell("{:.2g}", "conditional_p"),
+    "instruments rejected": _figure_cell("{:.0%} and {:.0%}", "rejected_kupiec", "rejected_conditional"),
+    "loss beyond over ES": _figure_cell("{:+.1%}", "es_residual"),
+    "its 95 %": _figure_cell("{:+.1%} … {:+.1%}", "es_residual_low", "es_residual_high"),
+}
 
 
 def _evaluation_cells(row: pd.Series) -> list[str]:

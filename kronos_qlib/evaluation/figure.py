@@ -12,6 +12,8 @@ from kronos_qlib.evaluation.measures import BANDS, perfect_coverage
 from kronos_qlib.evaluation.palette import INK, KRONOS, LAST_VALUE, QUIET, VOLATILITY
 from kronos_qlib.evaluation.style import DASHED, draw_legend_below, draw_title, new_figure, style_axes
 
+_COMPARED = "crps", "interval_50", "interval_90", "coverage_50", "coverage_90", "qlike", "energy", "dm_p"
+_COMPARED += "crps_difference", "crps_difference_low", "crps_difference_high"
 _NAMES = {"volatility": "historical volatility", "last_value": "last value"}
 
 
@@ -20,7 +22,7 @@ class Evaluation:
     """The tables of an evaluation, of `kronos_qlib.evaluation.measures` and `.calibration`.
 
     samples: paths a forecast. first, last: score dates. note: shown in the figure. calibration, prob_up: None without a
-    calibration.
+    calibration; baselines: of `compare_baselines`, None without any; risk: of `backtest_risk`, None without paths.
     """
 
     overall: pd.DataFrame
@@ -34,6 +36,8 @@ class Evaluation:
     note: str = ""
     calibration: pd.DataFrame | None = None
     prob_up: pd.DataFrame | None = None
+    baselines: pd.DataFrame | None = None
+    risk: pd.DataFrame | None = None
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -45,6 +49,10 @@ class Evaluation:
             for row in self.calibration[self.calibration["step"] == "all"].to_dict("records"):
                 figures[f"calibrated.{row['measure']}"] = row["after"]
                 figures[f"uncalibrated.{row['measure']}"] = row["before"]
+        if self.baselines is not None:
+            for row in self.baselines[self.baselines["step"] == "all"].to_dict("records"):
+                prefix = "" if row["forecast"] == "kronos" else f"{row['forecast']}."
+                figures |= {f"{prefix}{name}": row[name] for name in _COMPARED}
         return figures
 
 

@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 import scoringrules
 from numpy.typing import NDArray
-from scipy.stats import kstest, lognorm
+from scipy.stats import kstest, lognorm, norm
 from scipy.stats import t as t_distribution
 from statsmodels.regression.linear_model import OLS
+from statsmodels.tsa.stattools import acovf
 
 from kronos_qlib.data.windows import CLOSE, Windows
 from kronos_qlib.forecast.forecaster import QUANTILES
@@ -28,6 +29,7 @@ BANDS = {"coverage_50": (0.25, 0.75), "coverage_90": (0.05, 0.95)}
 BASELINES = "last_value", "volatility"
 TERCILES = "low", "middle", "high"
 PIT_BINS = np.linspace(0, 1, 21)  # all levels are edges of them
+ENERGY_PATHS, ENERGY_BLOCK = 50, 32  # an energy score compares each path with each; that many windows at a time
 LEAST_VOLATILITY = 1e-8  # for a close that never moved: the closed forms divide by it
 
 
@@ -126,7 +128,7 @@ def measure(outcomes: Outcomes) -> dict[str, Floats]:
         found[f"crps{name}"] = crps_of_quantiles(closes, values)
         found[f"error{name}"] = closes - values[..., QUANTILES.index(50)]
         for band, bounds in BANDS.items():
-            found[f"{band}{name}"] = _inside(closes, values, bounds)
+            found[f"{band}{name}"] = inside(closes, values, bounds)
     found["pit_volatility"] = lognorm.cdf(closes, spread[..., 0])
     if outcomes.paths is None:
         found["pit"] = pit_of_quantiles(closes, outcomes.quantiles)
@@ -152,9 +154,60 @@ def _spread(outcomes: Outcomes) -> Floats:
     return outcomes.volatility[:, None] * np.sqrt(np.arange(1, outcomes.horizon + 1))
 
 
-def _inside(closes: Floats, quantiles: Floats, bounds: tuple[float, float]) -> Floats:
-    low, high = (quantiles[..., QUANTILES.index(round(100 * level))] for level in bounds)
+def inside(closes: Floats, quantiles: Floats, bounds: tuple[float, float]) -> Floats:
+    """Say whether closes [...] lie in a band of quantiles [..., 7]: 1 or 0, NaN where no bar follows."""
+    low, high = _band(quantiles, bounds)
     return np.where(np.isnan(closes), np.nan, (closes >= low) & (closes <= high))
+
+
+def _band(quantiles: Floats, bounds: tuple[float, float]) -> list[Floats]:
+    return [quantiles[..., QUANTILES.index(round(100 * level))] for level in bounds]
+
+
+def interval_scores(closes: Floats, quantiles: Floats, bounds: tuple[float, float]) -> Floats:
+    """Compute the interval score of a band of quantiles [..., 7]: width plus 2/α times what closes [...] miss it by.
+
+    α is the share that should lie outside. Gneiting & Raftery 2007; less is better.
+    """
+    return scoringrules.interval_score(closes, *_band(quantiles, bounds), 1 - (bounds[1] - bounds[0]))
+
+
+def implied_variance(quantiles: Floats, paths: NDArray[np.floating] | None = None) -> Floats:
+    """Compute the variance that a forecast implies for the log return since the last close, about zero [W, H].
+
+    From paths [W, S, H] their mean square. From quantiles [W, H, 7] that of the normal distribution nearest to them
+    (least squares on the normal quantiles): what lies beyond 5 … 95 % is not known, so fat tails count too little.
+    """
+    if paths is not None:
+        return np.square(np.log(paths.astype(np.float64))).mean(1)
+    logs, scores = np.log(quantiles), norm.ppf(LEVELS)  # the scores are symmetric: their mean is zero
+    return logs.mean(-1) ** 2 + (logs @ scores / (scores @ scores)) ** 2
+
+
+def qlike(closes: Floats, variance: Floats) -> Floats:
+    """Compute QLIKE, log variance + squared log return / variance, of closes [...], ratios to the last close.
+
+    The ranking of variances by it is right although the squared return is a noisy stand-in (Patton 2011). Only
+    differences mean something. NaN where a variance is.
+    """
+    variance = np.maximum(variance, LEAST_VOLATILITY**2)
+    return np.log(variance) + np.log(closes) ** 2 / variance
+
+
+def energy_scores(closes: Floats, paths: NDArray[np.floating] | None) -> Floats | None:
+    """Compute the energy score of paths [W, S, H] for the closes [W, H]: how well whole paths are forecast.
+
+    Gneiting & Raftery 2007, in its fair form, so that numbers of paths compare; of the first 50 paths. NaN where not
+    all bars follow, None without two paths.
+    """
+    if paths is None or paths.shape[1] < 2:
+        return None
+    paths, scores = paths[:, :ENERGY_PATHS], np.full(len(closes), np.nan)
+    rows = np.flatnonzero(~np.isnan(closes).any(1))
+    for block in np.split(rows, range(ENERGY_BLOCK, len(rows), ENERGY_BLOCK)):
+        each = paths[block].astype(np.float64)
+        scores[block] = scoringrules.es_ensemble(closes[block], each, estimator="fair", backend="numpy")
+    return scores
 
 
 def _direction(outcomes: Outcomes) -> dict[str, Floats]:
@@ -219,6 +272,27 @@ def interval(values: Floats, dates: np.ndarray, steps: int) -> tuple[float, floa
     fit = OLS(values, np.ones(len(values))).fit(cov_type="hac-groupsum", cov_kwds=lags)
     margin = t_distribution.ppf(0.975, len(days) - 1) * fit.bse[0]
     return float(fit.params[0] - margin), float(fit.params[0] + margin)
+
+
+def diebold_mariano(differences: Floats, dates: np.ndarray, steps: int) -> tuple[float, float]:
+    """Test whether the mean of loss differences [N] of forecasts `steps` ahead is zero: t and its two-sided p.
+
+    Diebold & Mariano (1995) on the mean difference of each day, with the correction for few days and Student's t of
+    Harvey, Leybourne & Newbold (1997). The variance counts autocovariances up to lag `steps` − 1 in full; where their
+    sum is not positive, by Bartlett's weights. NaN for fewer than 5 × `steps` days or without variance.
+    """
+    daily = pd.Series(differences).groupby(np.asarray(dates)).mean().to_numpy()
+    days = len(daily)
+    if days < max(5 * steps, 2) or np.ptp(daily) == 0:
+        return np.nan, np.nan
+    covariances = acovf(daily, nlag=steps - 1, fft=False)
+    lags = np.arange(1, steps)
+    variance = covariances[0] + 2 * covariances[1:].sum()
+    if variance <= 0:
+        variance = covariances[0] + 2 * (1 - lags / steps) @ covariances[1:]
+    correction = (days + 1 - 2 * steps + steps * (steps - 1) / days) / days
+    t = daily.mean() / np.sqrt(variance / days) * np.sqrt(correction)
+    return float(t), float(2 * t_distribution.sf(abs(t), days - 1))
 
 
 def summarise_steps(outcomes: Outcomes, measured: Mapping[str, Floats]) -> pd.DataFrame:

@@ -2,11 +2,14 @@
 
 import json
 import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
+from pydantic import AfterValidator
 from qlib.config import C
 from qlib.data.dataset import Dataset
 from qlib.log import get_module_logger
@@ -16,7 +19,8 @@ from qlib.workflow.recorder import Recorder
 
 from kronos_qlib.data.dataset import KLineDataset
 from kronos_qlib.data.demo_market import is_synthetic
-from kronos_qlib.data.windows import CLOSE
+from kronos_qlib.data.windows import CLOSE, Windows
+from kronos_qlib.evaluation.baselines import BaselineForecast, BaselineName, compare_baselines, forecast_baselines
 from kronos_qlib.evaluation.calibration import (
     Calibration,
     NoSpread,
@@ -26,6 +30,7 @@ from kronos_qlib.evaluation.calibration import (
 )
 from kronos_qlib.evaluation.figure import Evaluation, draw_evaluation
 from kronos_qlib.evaluation.measures import (
+    BASELINES,
     Outcomes,
     lookback_volatility,
     measure,
@@ -37,12 +42,20 @@ from kronos_qlib.evaluation.measures import (
     summarise_steps,
     volatility_terciles,
 )
+from kronos_qlib.evaluation.risk import backtest_risk
 from kronos_qlib.forecast.forecaster import QUANTILES, quantile_columns
 from kronos_qlib.settings import Settings, read_settings
 from kronos_qlib.workflow.model import KronosModel
 
 logger = get_module_logger("ForecastRecord")
 FEW_SAMPLES = 20  # with fewer the 90 % band of the right forecast covers less than 81 %
+
+
+def _all_different(names: list[str]) -> list[str]:
+    """Check the setting `baselines`. Raises ValueError."""
+    if len(set(names)) < len(names):
+        raise ValueError("should name each baseline once")
+    return names
 
 
 class RecordSettings(Settings):
@@ -52,16 +65,21 @@ class RecordSettings(Settings):
     """The segment whose forecasts are measured."""
     calibrate_on: str | None = None
     """A segment that ends before `segment` starts; on its forecasts a calibration is fitted."""
+    baselines: Annotated[list[BaselineName], AfterValidator(_all_different)] = ["last_value", "volatility"]
+    """What the forecasts are compared with: `last_value`, `volatility`, `ewma`, `garman_klass`, `garch_t`,
+    `historical_simulation`; the last two take minutes, see [Baselines and risk](forecasting.md#baselines-and-risk)."""
 
 
 class ForecastRecord(RecordTemp):
-    """Measures the forecasts of a KronosModel against the actual bars, beside two simple forecasts.
+    """Measures the forecasts of a KronosModel against the actual bars, beside baseline forecasts.
 
     The forecasts come from the model's `forecast.cache_dir`; without one they are computed again. See
     `kronos_qlib.evaluation.measures` for what is measured. Artifacts, in forecast_evaluation/: steps.csv (a row per
     step), overall.csv, by_year.csv, by_volatility.csv (thirds of each day by the lookback's volatility), pit.csv,
-    about.json, forecast_evaluation.png; with a calibration calibration.csv and prob_up.csv. The figures of overall.csv
-    are metrics of the recorder, `forecast.crps` and so on.
+    about.json, forecast_evaluation.png; baselines.csv, where there are any (see `compare_baselines`); where paths are
+    kept risk.csv, backtests of the forecasts and of the baselines that have paths (see `backtest_risk`); with a
+    calibration calibration.csv and prob_up.csv. The figures of overall.csv are metrics of the recorder, `forecast.crps`
+    and so on, and those of baselines.csv over all steps, `forecast.ewma.crps` and so on.
 
     Args:
         model, dataset: a fitted KronosModel and its KLineDataset (`<MODEL>` and `<DATASET>` in a workflow). For another
@@ -71,9 +89,12 @@ class ForecastRecord(RecordTemp):
             it, a spread per step and an isotonic `prob_up` are fitted; what they change on `segment` is recorded. It
             changes no score. The forecasts of this segment are computed too, unless they are in the cache. Where they
             have no spread to widen (few samples, a low temperature), a warning says so and nothing is calibrated.
+        baselines: what the forecasts are compared with in baselines.csv, see `forecast_baselines`; by default
+            last_value and volatility. garch_t and historical_simulation take minutes for a year of 300 instruments.
 
     Raises:
-        ValueError: an unknown key, no model, another dataset, an unknown segment, a lookback of fewer than 3 bars.
+        ValueError: an unknown key or baseline, no model, another dataset, an unknown segment, a lookback of fewer than
+            3 bars.
     """
 
     artifact_path = "forecast_evaluation"
@@ -85,10 +106,12 @@ class ForecastRecord(RecordTemp):
         recorder: Recorder | None = None,
         segment: str = "test",
         calibrate_on: str | None = None,
+        baselines: Sequence[str] = ("last_value", "volatility"),
         **unknown: Any,
     ) -> None:
         super().__init__(recorder)
-        values = {"segment": segment, "calibrate_on": calibrate_on, **unknown}
+        listed = list(baselines) if isinstance(baselines, tuple) else baselines
+        values = {"segment": segment, "calibrate_on": calibrate_on, "baselines": listed, **unknown}
         self.model, self.dataset = model, dataset
         self.settings = settings = read_settings(RecordSettings, "ForecastRecord", values)
         self._calibrated = settings.calibrate_on is not None
@@ -97,10 +120,11 @@ class ForecastRecord(RecordTemp):
         for name, given, kind in (("model", model, KronosModel), ("dataset", dataset, KLineDataset)):
             if not isinstance(given, kind):
                 raise ValueError(f"ForecastRecord: {name} should be a {kind.__name__}, not a {type(given).__name__}")
-        for key, name in settings:
-            if name is not None and name not in dataset.segments:
+        for key in ("segment", "calibrate_on"):
+            named = getattr(settings, key)
+            if named is not None and named not in dataset.segments:
                 raise ValueError(
-                    f"ForecastRecord: {key}: unknown segment {name!r}; known: {', '.join(dataset.segments)}"
+                    f"ForecastRecord: {key}: unknown segment {named!r}; known: {', '.join(dataset.segments)}"
                 )
         if dataset.lookback < 3:
             raise ValueError(
@@ -129,9 +153,11 @@ class ForecastRecord(RecordTemp):
                 "its forecasts cannot be measured yet"
             )
         self._warn_of_few_samples(outcomes.samples)
+        baselines = self._baselines()
         evaluation = _evaluate(outcomes, calibration, self._note())
+        evaluation = replace(evaluation, **self._comparison(outcomes, baselines))
         with tempfile.TemporaryDirectory() as folder:
-            for path in _write(evaluation, calibration, outcomes, Path(folder)):
+            for path in _write(evaluation, calibration, outcomes, baselines, Path(folder)):
                 self.recorder.save_objects(local_path=str(path), artifact_path=self.get_path())
         figures = {**evaluation.overall.iloc[0], **evaluation.metrics}
         known = {f"forecast.{name}": float(value) for name, value in figures.items() if np.isfinite(value)}
@@ -144,6 +170,8 @@ class ForecastRecord(RecordTemp):
             return []
         names = ["steps.csv", "overall.csv", "by_year.csv", "by_volatility.csv", "pit.csv", "about.json"]
         names += ["calibration.csv", "prob_up.csv"] if self._calibrated else []
+        names += ["baselines.csv"] if self.settings.baselines else []
+        names += ["risk.csv"] if self.model.settings.forecast.keep_paths else []
         return [*names, "forecast_evaluation.png"]
 
     def _calibration(self) -> Calibration | None:
@@ -161,6 +189,34 @@ class ForecastRecord(RecordTemp):
             return None
         except ValueError as error:
             raise ValueError(f"ForecastRecord: calibrate_on: segment {name!r}: {error}") from None
+
+    def _baselines(self) -> dict[str, BaselineForecast]:
+        """Forecast by the baselines, with a warning of the windows that one of them could not forecast its own way."""
+        windows = self.dataset.score_windows(self.settings.segment)
+        baselines = forecast_baselines(windows, self.dataset.horizon, self.settings.baselines)
+        for name, forecast in baselines.items():
+            instead = forecast.about.get("ewma_instead", 0)
+            if instead:
+                count = len(forecast.about["instruments_of_these"])
+                logger.warning(
+                    f"ForecastRecord: {name}: {instead:,} of {len(windows):,} forecasts, of {count} instruments, "
+                    "have too few bars or no fit: ewma in their place (about.json names the instruments)"
+                )
+        return baselines
+
+    def _comparison(self, outcomes: Outcomes, baselines: dict[str, BaselineForecast]) -> dict[str, pd.DataFrame]:
+        """Compare with the baselines, and backtest the risk of all that have paths: tables by field of `Evaluation`."""
+        tables = {"baselines": compare_baselines(outcomes, baselines)} if baselines else {}
+        if outcomes.paths is not None:
+            runs = _runs(self.dataset.score_windows(self.settings.segment))
+            paths = {"kronos": outcomes.paths} | {name: each.paths for name, each in baselines.items()}
+            backtests = {
+                name: backtest_risk(each, outcomes.closes, outcomes.dates, runs)
+                for name, each in paths.items()
+                if each is not None
+            }
+            tables["risk"] = pd.concat(backtests, names=["forecast"]).reset_index("forecast")
+        return tables
 
     def _warn_of_few_samples(self, samples: int) -> None:
         if samples < FEW_SAMPLES:
@@ -204,6 +260,16 @@ def segment_outcomes(model: KronosModel, dataset: KLineDataset, segment: str) ->
     )
 
 
+def _runs(windows: Windows) -> np.ndarray:
+    """Label the runs of windows on successive bars of an instrument [W]."""
+    order = np.argsort(windows.ends)
+    new = np.diff(windows.ends[order], prepend=-1) != 1
+    new |= np.diff(windows.bars.codes[windows.ends[order]], prepend=-1) != 0
+    labels = np.empty(len(windows), int)
+    labels[order] = np.cumsum(new)
+    return labels
+
+
 def _evaluate(outcomes: Outcomes, calibration: Calibration | None, note: str) -> Evaluation:
     measured = measure(outcomes)
     years = outcomes.dates.astype("datetime64[Y]").astype(str)
@@ -222,7 +288,13 @@ def _evaluate(outcomes: Outcomes, calibration: Calibration | None, note: str) ->
     )
 
 
-def _write(evaluation: Evaluation, calibration: Calibration | None, outcomes: Outcomes, folder: Path) -> list[Path]:
+def _write(
+    evaluation: Evaluation,
+    calibration: Calibration | None,
+    outcomes: Outcomes,
+    baselines: dict[str, BaselineForecast],
+    folder: Path,
+) -> list[Path]:
     tables = {
         "overall.csv": evaluation.overall.set_index("evaluated_windows"),
         "steps.csv": evaluation.steps,
@@ -233,9 +305,19 @@ def _write(evaluation: Evaluation, calibration: Calibration | None, outcomes: Ou
     if evaluation.calibration is not None and evaluation.prob_up is not None:
         tables["calibration.csv"] = evaluation.calibration.set_index("measure")
         tables["prob_up.csv"] = evaluation.prob_up.set_index("when")
+    if evaluation.baselines is not None:
+        tables["baselines.csv"] = evaluation.baselines.set_index("forecast")
+    if evaluation.risk is not None:
+        tables["risk.csv"] = evaluation.risk.set_index("forecast")
     for name, table in tables.items():
         table.to_csv(folder / name)
-    (folder / "about.json").write_text(json.dumps(_about(evaluation, calibration, outcomes), indent=2) + "\n")
+    about = _about(evaluation, calibration, outcomes)
+    about["baselines"] = {name: forecast.about for name, forecast in baselines.items()}
+    if evaluation.risk is not None:
+        about["risk"] = {
+            "tested": "VaR and ES: the first step alone, as horizons overlap; drawdowns: the whole horizon"
+        }
+    (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
     draw_evaluation(evaluation).savefig(folder / "forecast_evaluation.png", format="png")
     return sorted(folder.iterdir())
 
@@ -267,8 +349,18 @@ def describe(evaluation: Evaluation) -> str:
     """Summarise an evaluation in one line."""
     row = evaluation.overall.iloc[0]
     parts = [f"{row['evaluated_windows']:,.0f} forecasts from {evaluation.samples} samples", f"CRPS {row['crps']:.5f}"]
-    for name, baseline in (("last_value", "last value"), ("volatility", "historical volatility")):
-        difference, low, high = (row[f"crps_less_{name}{end}"] for end in ("", "_low", "_high"))
+    differences = {
+        baseline: [row[f"crps_less_{name}{end}"] for end in ("", "_low", "_high")]
+        for name, baseline in (("last_value", "last value"), ("volatility", "historical volatility"))
+    }
+    if evaluation.baselines is not None:
+        table = evaluation.baselines
+        table = table[(table["step"] == "all") & ~table["forecast"].isin(["kronos", *BASELINES])]
+        columns = [f"crps_difference{end}" for end in ("", "_low", "_high")]
+        differences |= {
+            name.replace("_", " "): list(found) for name, *found in table[["forecast", *columns]].to_numpy()
+        }
+    for baseline, (difference, low, high) in differences.items():
         verdict = "no evidence of a difference" if not high < 0 and not low > 0 else "better" if high < 0 else "worse"
         parts.append(f"{difference:+.5f} ({low:+.5f} … {high:+.5f}) against {baseline}: {verdict}")
     parts += [f"the {band[-2:]} % band covers {row[band]:.1%}" for band in ("coverage_50", "coverage_90")]

@@ -111,6 +111,14 @@ def _write_evaluation(folder: Path) -> None:
         for step in [*range(1, HORIZON + 1), "all"]
     ]
     pd.DataFrame(fitted).to_csv(folder / "calibration.csv", index=False)
+    compared = [{"forecast": "kronos", "step": "all", "crps": 0.0281, "energy": 0.09, "coverage_90": 0.4}]
+    ends = {"crps_difference": -0.0002, "crps_difference_low": -0.0005, "crps_difference_high": 0.0001, "dm_p": 0.21}
+    compared += [{"forecast": "historical_simulation", "step": step, "crps": 0.0283} | ends for step in ("1", "all")]
+    every = {"interval_50": 0.1, "interval_90": 0.2, "coverage_50": 0.5, "qlike": -5.5}
+    pd.DataFrame([row | every for row in compared]).to_csv(folder / "baselines.csv", index=False)
+    drawdown = {"measure": "drawdown", "level": 0.1, "expected": 0.04, "observed": 0.05}
+    risk = [{"forecast": "kronos", "observed_low": 0.03, "observed_high": 0.07} | drawdown]
+    pd.DataFrame(risk).to_csv(folder / "risk.csv", index=False)
     prob_up = {"when": ["before", "before", "after"], "forecast": [0.2, 0.8, 0.5], "share": 0.5, "windows": [5, 5, 10]}
     pd.DataFrame(prob_up).to_csv(folder / "prob_up.csv", index=False)
 
@@ -236,6 +244,14 @@ def test_calibration_says_how_many_samples_and_gives_the_figures(page: Page) -> 
     rows = re.findall(r'<th scope="row">([^<]*)</th><td>2.81%</td>', section)
     assert rows == ["All", "2019", "2020", "Volatility low", "Volatility middle", "Volatility high"]
     assert "<td>48.0% … 55.0%</td>" in section
+
+
+def test_baselines_and_risk_have_a_table(page: Page) -> None:
+    section = _sections(page.text)["calibration"]
+    rows = dict(re.findall(r'<th scope="row">(kronos|historical simulation)</th>(<td>2.8.*)', section))
+    assert rows.keys() == {"kronos", "historical simulation"}
+    assert "<td>2.830%</td><td>−0.020%</td><td>−0.050% … +0.010%</td><td>0.21</td>" in section
+    assert "<td>drawdown 10%</td><td>4.00%</td><td>5.00%</td><td>3.00% … 7.00%</td><td>n/a</td>" in section
 
 
 def test_neutralised_scores_are_shown_with_the_forecasts_they_were_made_of(page: Page) -> None:

@@ -47,7 +47,8 @@ def recorded(market, workplace, tmp_path_factory):
         with R.start(experiment_name="forecast_record"):
             recorder = R.get_recorder()
             SignalRecord(model, dataset, recorder).generate()
-            record = ForecastRecord(model, dataset, recorder, calibrate_on="valid")
+            baselines = ["last_value", "ewma", "garch_t", "historical_simulation"]
+            record = ForecastRecord(model, dataset, recorder, calibrate_on="valid", baselines=baselines)
             record.generate()
         return Recorded(model, dataset, recorder, record)
 
@@ -61,7 +62,7 @@ def here(recorded, store):
 def test_every_artifact_it_names_is_there(here):
     here.record.check(include_self=True)
     present = {Path(path).name for path in here.recorder.list_artifacts("forecast_evaluation")}
-    assert set(here.record.list()) == present >= {"steps.csv", "by_year.csv", "calibration.csv"}
+    assert set(here.record.list()) == present >= {"steps.csv", "by_year.csv", "calibration.csv", "risk.csv"}
     height, width, _ = imread(here.path("forecast_evaluation.png")).shape
     assert height > width > 1000
 
@@ -81,6 +82,43 @@ def test_the_figures_are_metrics_of_the_recorder(here):
         assert metrics[f"forecast.{name}"] == pytest.approx(overall[name])
     assert metrics["forecast.samples"] == 4
     assert metrics["forecast.calibrated.coverage_90"] != metrics["forecast.uncalibrated.coverage_90"]
+
+
+def test_the_baselines_it_names_are_compared_and_what_they_could_not_do_is_told(here):
+    table = here.table("baselines.csv").set_index(["forecast", "step"])
+    names = ["kronos", "last_value", "ewma", "garch_t", "historical_simulation"]
+    assert list(table.index) == [(name, step) for name in names for step in ("1", "2", "3", "all")]
+    overall, metrics = here.table("overall.csv").iloc[0], here.recorder.list_metrics()
+    assert table.loc[("kronos", "all"), "crps"] == pytest.approx(overall["crps"])
+    for name in ("crps_less_last_value", "crps_less_last_value_low", "crps_less_last_value_high"):
+        ours = name.replace("less_last_value", "difference")
+        assert table.loc[("last_value", "all"), ours] == pytest.approx(overall[name])
+    assert metrics["forecast.ewma.crps"] == pytest.approx(table.loc[("ewma", "all"), "crps"])
+    assert metrics["forecast.historical_simulation.energy"] > 0 and np.isfinite(metrics["forecast.interval_90"])
+    about = json.loads(here.path("about.json").read_text())["baselines"]
+    assert list(about) == names[1:]
+    scored = len(here.recorder.load_object("pred.pkl"))
+    assert about["garch_t"]["ewma_instead"] == scored, "160 days are too few for a GARCH"
+    assert about["historical_simulation"]["ewma_instead"] == 0
+
+
+def test_the_risk_of_all_that_have_paths_is_backtested(here):
+    table = here.table("risk.csv").set_index(["forecast", "measure"])
+    assert set(table.index) == {
+        ("kronos", "drawdown"),  # four paths have no 5 %
+        *((name, measure) for name in ("garch_t", "historical_simulation") for measure in ("var", "drawdown")),
+    }
+    var = table.loc[("historical_simulation", "var")].set_index("level")
+    assert list(var.index) == [0.01, 0.05]
+    scored = len(here.recorder.load_object("pred.pkl"))
+    assert (var["windows"] == scored).all() and var["kupiec_p"].between(0, 1).all()
+
+
+def test_without_baselines_there_is_no_such_table(here):
+    record = ForecastRecord(here.model, here.dataset, baselines=[])
+    assert "baselines.csv" not in record.list()
+    assert ForecastRecord(make_model(), here.dataset).settings.baselines == ["last_value", "volatility"]
+    assert "risk.csv" not in ForecastRecord(make_model(), here.dataset).list()
 
 
 def test_what_came_is_what_qlib_says_came(here):
@@ -164,6 +202,9 @@ def test_a_workflow_names_it_and_qlib_fills_in_model_and_dataset(here, warnings_
         ({"calibrate": "valid"}, "unknown key 'calibrate'; known keys: segment, calibrate_on"),
         ({"segment": "tset"}, "segment: unknown segment 'tset'; known: train, valid, test"),
         ({"calibrate_on": "later"}, "calibrate_on: unknown segment 'later'"),
+        ({"baselines": ["arima"]}, "baselines.0: Input should be 'last_value', 'volatility', 'ewma'.* not 'arima'"),
+        ({"baselines": ["ewma", "ewma"]}, "baselines: should name each baseline once"),
+        ({"baselines": "ewma"}, "baselines: Input should be a valid list, not 'ewma'"),
         ({"model": "x"}, "model should be a KronosModel, not a str"),
     ],
 )
