@@ -174,7 +174,7 @@ def compare_runs(runs: Sequence[RunResult], trials: int | None = None) -> Compar
         horizons=_horizons(tables, markets, lag),
         seeds=_seeds(runs, table),
         costs=pd.DataFrame({run.name: sweep_costs(run.report) for run in runs}).T.rename_axis("run"),
-        drawdowns=pd.concat({run.name: drawdowns(run.report) for run in runs}, names=["run", "number"]),
+        drawdowns=_drawdowns(runs),
         overfitting={
             "excess_return": probability_of_overfitting(
                 pd.DataFrame({run.name: excess_returns(run.report) for run in runs if len(run.report)})
@@ -337,7 +337,9 @@ def _held(config: Mapping[str, Any]) -> int | None:
 def _horizons(tables: dict[str, pd.DataFrame], markets: dict[str, pd.DataFrame | None], lag: int) -> pd.DataFrame:
     rows = {}
     for name, market in markets.items():
-        for days in HORIZONS if market is not None else ():
+        if market is None:
+            continue
+        for days in HORIZONS:
             later = wide(market[f"return_{days}"]).reindex_like(tables[name])
             daily = daily_rank_ic(tables[name], later).dropna()
             t, _ = newey_west(daily, max(lag, days))
@@ -345,6 +347,12 @@ def _horizons(tables: dict[str, pd.DataFrame], markets: dict[str, pd.DataFrame |
             rows[(name, days)] = [daily.mean() if len(daily) else np.nan, t, low, high, len(daily)]
     index = pd.MultiIndex.from_tuples(list(rows), names=["run", "days"])
     return pd.DataFrame(list(rows.values()), index, HORIZON_COLUMNS, dtype=float)
+
+
+def _drawdowns(runs: Sequence[RunResult]) -> pd.DataFrame:
+    tables = {run.name: drawdowns(run.report) for run in runs}
+    kept = {name: table for name, table in tables.items() if len(table)} or tables
+    return pd.concat(kept, names=["run", "number"])
 
 
 def _seeds(runs: Sequence[RunResult], table: pd.DataFrame) -> pd.DataFrame:
