@@ -5,11 +5,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.colors import hex_to_rgb, sample_colorscale
 from plotly.subplots import make_subplots
 
 from kronos_qlib.analysis.comparison import Comparison
 from kronos_qlib.analysis.fans import Fan
+from kronos_qlib.analysis.portfolio import COST_MULTIPLES
 from kronos_qlib.analysis.results import RunResult
+from kronos_qlib.analysis.significance import bootstrap_interval
 from kronos_qlib.evaluation.palette import DARK, DARK_SERIES, GRID, INK, QUIET, SERIES
 
 ROLLING_DAYS, TURNOVER_DAYS = 60, 20
@@ -17,6 +20,7 @@ MOST_POINTS = 600  # of a line: ten years of seven runs would make the page too 
 _DASHES = ("solid", "dash", "dot", "dashdot")
 _LOW, _MIDDLE, _HIGH = "#C2570C", "#F7F7F7", "#2166AC"
 _BANDS = {"90 %": ("q05", "q95", "rgba(0, 114, 178, 0.18)"), "50 %": ("q25", "q75", "rgba(0, 114, 178, 0.35)")}
+_GREY = "#9AA0A8"  # between the two, on either ground
 _SIGNED = "0>+.2f"  # plotly.js 3, in plotly 6, puts a ~ before "+.2f", which is no format then
 DARK_COLOURS = {
     **dict(zip(SERIES, DARK_SERIES)),
@@ -96,6 +100,77 @@ def deciles(comparison: Comparison) -> go.Figure:
         figure.add_trace(trace)
     figure.update_xaxes(title_text="decile of the score, 10 the highest", dtick=1, showgrid=False)
     return figure.update_layout(height=380).update_yaxes(title_text="mean label", tickformat=".2%", hoverformat=".3%")
+
+
+def decile_returns(days: pd.DataFrame) -> go.Figure:
+    """Draw the labels of each decile of the score, summed over the days: `days` is day × decile of one run."""
+    figure = _figure()
+    for decile in days:
+        share = (decile - days.columns[0]) / max(days.columns[-1] - days.columns[0], 1)
+        line = {"color": sample_colorscale([_LOW, _GREY, _HIGH], share)[0], "width": 1.5}
+        figure.add_trace(_curve(f"{decile}", days[decile].fillna(0).cumsum(), line))
+    figure.update_layout(height=360, legend_title_text="decile")
+    return figure.update_yaxes(title_text="labels, summed", tickformat=".0%", hoverformat=".2%")
+
+
+def decile_spread(comparison: Comparison) -> go.Figure:
+    """Draw the label of the top decile less the bottom one's, summed; shaded: the 95 % interval of its mean a day."""
+    figure = _figure()
+    for number, (name, spread) in enumerate(comparison.decile_spread.items()):
+        low, high = bootstrap_interval(spread)
+        line = _line(number)
+        if np.isfinite(low):
+            passed = np.arange(1, len(spread) + 1)
+            edges = [pd.Series(end * passed, spread.index) for end in (low, high)]
+            quiet = {"width": 0, "color": line["color"]}
+            figure.add_trace(_curve(name, edges[0], quiet, legend=False).update(hoverinfo="skip"))
+            shade = "rgba({}, {}, {}, 0.14)".format(*hex_to_rgb(str(line["color"])))
+            band = _curve(name, edges[1], quiet, legend=False)
+            figure.add_trace(band.update(fill="tonexty", fillcolor=shade, hoverinfo="skip"))
+        figure.add_trace(_curve(name, spread.fillna(0).cumsum(), line))
+    figure.update_yaxes(title_text="top less bottom decile, summed", tickformat=".0%", hoverformat=".2%")
+    return figure.update_layout(height=400)
+
+
+def rank_ic_by_days(comparison: Comparison) -> go.Figure:
+    """Draw the rank IC of every run with the return over 1, 5, 10 and 20 days, with 95 % intervals."""
+    figure = _figure()
+    for number, run in enumerate(comparison.runs):
+        if run.name in comparison.horizons.index:
+            rows = comparison.horizons.loc[run.name]
+            line, shift = _line(number), 0.12 * (number - (len(comparison.runs) - 1) / 2)
+            errors = {"array": rows["high"] - rows["rank_ic"], "arrayminus": rows["rank_ic"] - rows["low"]}
+            figure.add_trace(
+                go.Scatter(
+                    x=np.arange(len(rows)) + shift,
+                    y=rows["rank_ic"],
+                    error_y={"type": "data", "symmetric": False, "color": line["color"], "thickness": 1.2} | errors,
+                    name=run.name,
+                    mode="markers",
+                    marker={"color": line["color"], "size": 8},
+                    text=[f"{days} days" for days in rows.index],
+                    hovertemplate="%{text}: %{y:+.4f}<extra></extra>",
+                )
+            )
+    labels = [f"{days} day{'s' if days > 1 else ''}" for days in comparison.horizons.index.unique("days")]
+    figure.add_hline(0, line={"color": INK, "width": 1})
+    figure.update_xaxes(tickvals=list(range(len(labels))), ticktext=labels, showgrid=False)
+    return figure.update_layout(height=360, hovermode="closest").update_yaxes(title_text="rank IC", hoverformat=".4f")
+
+
+def costs(comparison: Comparison) -> go.Figure:
+    """Draw the excess return a year against the multiple of the costs recorded."""
+    figure = _figure()
+    for number, (name, row) in enumerate(comparison.costs.iterrows()):
+        values = [row[f"excess_return_{multiple:g}x"] for multiple in COST_MULTIPLES]
+        figure.add_trace(
+            go.Scatter(x=list(COST_MULTIPLES), y=values, name=name, line=_line(number), mode="lines+markers")
+        )
+    figure.add_hline(0, line={"color": INK, "width": 1})
+    figure.update_xaxes(title_text="costs, as a multiple of those recorded", showgrid=False)
+    return figure.update_layout(height=340).update_yaxes(
+        title_text="excess return a year", tickformat=".0%", hoverformat=".1%"
+    )
 
 
 def turnover_and_cost(runs: Sequence[RunResult]) -> go.Figure:

@@ -1,17 +1,33 @@
-"""Runs side by side on the rows that all of them score: signal, significance, backtest, pairs, simple factors."""
+"""Runs side by side on the rows that all of them score: signal, significance, backtest, pairs, factors, trials."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from kronos_qlib.analysis.exposure import exposures, residual_scores
-from kronos_qlib.analysis.market import MarketError, read_market
+from kronos_qlib.analysis.market import HORIZONS, MarketError, read_market
 from kronos_qlib.analysis.notes import reservations
-from kronos_qlib.analysis.portfolio import capacity, cost_a_year, mean_turnover
+from kronos_qlib.analysis.overfitting import (
+    deflated_mean,
+    deflated_sharpe,
+    minimum_track_record,
+    probability_of_overfitting,
+    spread_of_trials,
+)
+from kronos_qlib.analysis.portfolio import (
+    capacity,
+    cost_a_year,
+    drawdowns,
+    excess_returns,
+    mean_turnover,
+    sweep_costs,
+)
 from kronos_qlib.analysis.results import ResultsError, RunResult
 from kronos_qlib.analysis.signals import (
     daily_ic,
@@ -19,7 +35,9 @@ from kronos_qlib.analysis.signals import (
     decile_labels,
     half_life,
     monotonicity,
+    pass_over_ties,
     rank_autocorrelation,
+    tied_share,
     wide,
 )
 from kronos_qlib.analysis.significance import bootstrap_interval, holm, newey_west
@@ -33,7 +51,14 @@ TABLE_COLUMNS = [
     *("residual_rank_ic", "residual_rank_ic_t", "residual_rank_ic_p", "residual_rank_ic_p_holm"),
     *("residual_rank_ic_low", "residual_rank_ic_high"),
     *("turnover", "excess_return", "excess_return_with_cost", "information_ratio", "max_drawdown", "cost", "capacity"),
+    *("trials", "deflated_rank_ic", "deflated_sharpe", "track_record_days"),
+    *("tied_share", "topk", "topk_label", "topk_label_sd"),
 ]
+HORIZON_COLUMNS = ["rank_ic", "t", "low", "high", "days"]
+SEED_COLUMNS = ["seeds"] + [
+    f"{name}_{part}" for name in ("rank_ic", "rank_icir", "excess_return_with_cost") for part in ("mean", "sd")
+]
+_FOLDERS = {"seed", "output_dir", "cache_dir", "experiment_name"}  # runs of several seeds differ in these alone
 PAIR_COLUMNS = ["rank_ic_difference", "t", "p", "p_holm", "low", "high", "score_correlation", "days"]
 ASSUMED_HORIZON = 10
 
@@ -49,6 +74,14 @@ class Comparison:
     ic, rank_ic, decile_spread, residual_rank_ic: day × run. deciles: decile 1 (lowest scores) … 10 × run, mean label.
     autocorrelation: lag in days × run, of the scores' ranks. score_correlation: run × run, mean of the daily rank
         correlation. exposures: run × factor, mean daily rank correlation of the score with each simple factor.
+    decile_days: run → day × decile, the labels that `deciles` are the means of.
+    horizons: index (run, days), columns `HORIZON_COLUMNS`: rank IC with the return over 1, 5, 10 and 20 days from
+        tomorrow's close on, and Newey–West's t with the longer of lag and days. Empty without the runs' stores.
+    seeds: one row per group of runs whose settings differ in the seed alone, columns `SEED_COLUMNS`, ratios a year.
+    costs: run × what the trades would have earned at other costs, see `portfolio.sweep_costs`.
+    drawdowns: index (run, number), the five deepest, see `portfolio.drawdowns`.
+    overfitting: probability of backtest overfitting among the runs, by `excess_return` and by `rank_ic`; NaN with fewer
+        than four runs.
     lag: of Newey–West, days: the longest horizon recorded. notes: see `analysis.notes`.
     """
 
@@ -64,11 +97,17 @@ class Comparison:
     score_correlation: pd.DataFrame
     residual_rank_ic: pd.DataFrame
     exposures: pd.DataFrame
+    decile_days: dict[str, pd.DataFrame]
+    horizons: pd.DataFrame
+    seeds: pd.DataFrame
+    costs: pd.DataFrame
+    drawdowns: pd.DataFrame
+    overfitting: dict[str, float]
     lag: int
     notes: list[str]
 
 
-def compare_runs(runs: Sequence[RunResult]) -> Comparison:
+def compare_runs(runs: Sequence[RunResult], trials: int | None = None) -> Comparison:
     """Measure every run on the dates and instruments for which all have a finite score and a finite label.
 
     The columns of `table`: ic, rank_ic: mean of the daily (rank) information coefficient; icir, rank_icir: that mean
@@ -80,7 +119,13 @@ def compare_runs(runs: Sequence[RunResult]) -> Comparison:
     per day.
     Of the backtest, whatever its rows: turnover a day; excess_return, excess_return_with_cost (a year, over the
     benchmark), information_ratio (annualised) and max_drawdown with cost, as Qlib stored them; cost a year; capacity
-    (`portfolio.capacity`), in the market's currency. Ratios: 0.05 is 5 %. NaN: cannot be computed.
+    (`portfolio.capacity`), in the market's currency.
+    After counting trials: trials, as `trials` says or else as the MLflow store tells; deflated_rank_ic and
+    deflated_sharpe, the probability that the figure is above that of the best of so many by chance (see
+    `analysis.overfitting`); track_record_days, after which such a Sharpe ratio would be above 0 with 95 % confidence.
+    Of ties: tied_share of the scores; topk, the number held by the run's strategy, or a tenth of the instruments;
+    topk_label, the mean label of a day's highest topk scores, over several random orders of equal ones, and its _sd.
+    Ratios: 0.05 is 5 %. NaN: cannot be computed.
 
     Raises ResultsError if the runs have no row in common.
     """
@@ -108,7 +153,9 @@ def compare_runs(runs: Sequence[RunResult]) -> Comparison:
             "rank_icir": rank_ic.mean() / rank_ic.std(),
         }
     ).join([_test_means("rank_ic", rank_ic, lag), _test_means("residual_rank_ic", residual, lag)])
-    table = signal.join(_backtests(runs, markets)).reindex(columns=TABLE_COLUMNS).rename_axis("run")
+    counted = _count_trials(runs, rank_ic, lag, trials)
+    ties = _ties(runs, tables, returns)
+    table = signal.join([_backtests(runs, markets), counted, ties]).reindex(columns=TABLE_COLUMNS).rename_axis("run")
     correlation = _score_correlation(tables)
     return Comparison(
         runs=runs,
@@ -123,6 +170,17 @@ def compare_runs(runs: Sequence[RunResult]) -> Comparison:
         score_correlation=correlation,
         residual_rank_ic=residual,
         exposures=_exposures(tables, markets),
+        decile_days=deciles,
+        horizons=_horizons(tables, markets, lag),
+        seeds=_seeds(runs, table),
+        costs=pd.DataFrame({run.name: sweep_costs(run.report) for run in runs}).T.rename_axis("run"),
+        drawdowns=_drawdowns(runs),
+        overfitting={
+            "excess_return": probability_of_overfitting(
+                pd.DataFrame({run.name: excess_returns(run.report) for run in runs if len(run.report)})
+            ),
+            "rank_ic": probability_of_overfitting(rank_ic),
+        },
         lag=lag,
         notes=reservations(runs, labels, tables, rank_ic, residual, lag, unread),
     )
@@ -237,6 +295,90 @@ def _backtests(runs: Sequence[RunResult], markets: dict[str, pd.DataFrame | None
     return pd.DataFrame(rows).T
 
 
+def _count_trials(runs: Sequence[RunResult], rank_ic: pd.DataFrame, lag: int, trials: int | None) -> pd.DataFrame:
+    rows = {}
+    for run in runs:
+        count, excess = trials or run.trials, excess_returns(run.report)
+        rows[run.name] = {
+            "trials": count,
+            "deflated_rank_ic": deflated_mean(rank_ic[run.name], lag, count, spread_of_trials(run.trial_rank_ics)),
+            "deflated_sharpe": deflated_sharpe(excess, count),
+            "track_record_days": minimum_track_record(excess),
+        }
+    return pd.DataFrame(rows).T
+
+
+def _ties(runs: Sequence[RunResult], tables: dict[str, pd.DataFrame], returns: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    rows = {}
+    for run in runs:
+        scores = tables[run.name]
+        topk = _held(run.config) or max(1, round(scores.notna().sum(axis=1).mean() / 10))
+        passes = pass_over_ties(scores, returns[run.name], topk)
+        rows[run.name] = {
+            "tied_share": tied_share(scores),
+            "topk": topk,
+            "topk_label": passes.mean(),
+            "topk_label_sd": passes.std(ddof=1),
+        }
+    return pd.DataFrame(rows).T
+
+
+def _held(config: Mapping[str, Any]) -> int | None:
+    """Return how many instruments the strategy of a run's backtest holds, if its configuration says."""
+    records = config.get("task", {}).get("record")
+    for record in records if isinstance(records, list) else []:
+        options = record.get("kwargs", {}).get("config") if isinstance(record, dict) else None
+        topk = options.get("strategy", {}).get("kwargs", {}).get("topk") if isinstance(options, dict) else None
+        if isinstance(topk, int) and topk > 0:
+            return topk
+    return None
+
+
+def _horizons(tables: dict[str, pd.DataFrame], markets: dict[str, pd.DataFrame | None], lag: int) -> pd.DataFrame:
+    rows = {}
+    for name, market in markets.items():
+        if market is None:
+            continue
+        for days in HORIZONS:
+            later = wide(market[f"return_{days}"]).reindex_like(tables[name])
+            daily = daily_rank_ic(tables[name], later).dropna()
+            t, _ = newey_west(daily, max(lag, days))
+            low, high = bootstrap_interval(daily)
+            rows[(name, days)] = [daily.mean() if len(daily) else np.nan, t, low, high, len(daily)]
+    index = pd.MultiIndex.from_tuples(list(rows), names=["run", "days"])
+    return pd.DataFrame(list(rows.values()), index, HORIZON_COLUMNS, dtype=float)
+
+
+def _drawdowns(runs: Sequence[RunResult]) -> pd.DataFrame:
+    tables = {run.name: drawdowns(run.report) for run in runs}
+    kept = {name: table for name, table in tables.items() if len(table)} or tables
+    return pd.concat(kept, names=["run", "number"])
+
+
+def _seeds(runs: Sequence[RunResult], table: pd.DataFrame) -> pd.DataFrame:
+    """Group the runs whose settings differ in the seed alone, and in where they keep their files."""
+    groups: dict[str, list[RunResult]] = {}
+    for run in runs:
+        if run.config.get("task"):
+            settings = json.dumps(_without_seeds(run.config["task"]), sort_keys=True, default=str)
+            groups.setdefault(settings, []).append(run)
+    rows = {}
+    for group in groups.values():
+        if len({json.dumps(run.config["task"], sort_keys=True, default=str) for run in group}) > 1:
+            names = [run.name for run in group]
+            figures = table.loc[names, ["rank_ic", "rank_icir", "excess_return_with_cost"]]
+            measured = {f"{column}_mean": figures[column].mean() for column in figures}
+            measured |= {f"{column}_sd": figures[column].std(ddof=1) for column in figures}
+            rows[", ".join(names)] = {"seeds": len(names)} | measured
+    return pd.DataFrame.from_dict(rows, orient="index", columns=SEED_COLUMNS, dtype=float).rename_axis("runs")
+
+
+def _without_seeds(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _without_seeds(part) for key, part in value.items() if key not in _FOLDERS}
+    return [_without_seeds(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
 def _capacity(run: RunResult, market: pd.DataFrame | None) -> float:
     if run.trades is None or run.trades.empty or market is None:
         return np.nan
@@ -269,17 +411,24 @@ def _pairs(rank_ic: pd.DataFrame, correlation: pd.DataFrame, lag: int) -> pd.Dat
 
 
 def write_tables(comparison: Comparison, folder: Path) -> list[Path]:
-    """Write comparison.csv and pairs.csv with full precision, and return their paths.
+    """Write the tables with full precision, and return their paths.
 
-    comparison.csv has beside `TABLE_COLUMNS` those of `Comparison.dropped`, `lag`, and `synthetic` (True for a demo
-    market).
+    comparison.csv has beside `TABLE_COLUMNS` those of `Comparison.dropped`, `lag`, `synthetic` (True for a demo
+    market), and the probabilities of overfitting. pairs.csv, horizons.csv, costs.csv, drawdowns.csv and seeds.csv are
+    those of `Comparison`; the last is there if runs differ in their seed alone.
     """
     runs = comparison.table.join(comparison.dropped).assign(
-        lag=comparison.lag, synthetic=[run.synthetic for run in comparison.runs]
+        lag=comparison.lag,
+        synthetic=[run.synthetic for run in comparison.runs],
+        **{f"overfitting_{name}": share for name, share in comparison.overfitting.items()},
     )
     written = {folder / "comparison.csv": runs, folder / "pairs.csv": comparison.pairs}
+    others = {"horizons": comparison.horizons, "costs": comparison.costs, "drawdowns": comparison.drawdowns}
+    written |= {folder / f"{name}.csv": table for name, table in others.items()}
+    if len(comparison.seeds):
+        written[folder / "seeds.csv"] = comparison.seeds
     for path, table in written.items():
-        names = table.index.to_frame().map(csv_cell)
+        names = table.index.to_frame().map(lambda name: csv_cell(name) if isinstance(name, str) else name)
         with whole_file(path) as draft:
             table.set_index([names[name] for name in names]).to_csv(draft)
     return list(written)

@@ -1,4 +1,4 @@
-"""The simple factors and traded amounts of a Qlib store, read in another process: qlib.init is for a whole process."""
+"""Factors, amounts and later returns of a Qlib store, read in another process: qlib.init is for a whole process."""
 
 import pickle
 import subprocess
@@ -11,6 +11,8 @@ import pandas as pd
 
 from kronos_qlib.data.factors import FACTORS, amount_expression, read_factors
 
+HORIZONS = 1, 5, 10, 20  # days over which later returns are read
+
 
 class MarketError(Exception):
     """A Qlib store cannot be read; the message names the reason."""
@@ -19,10 +21,11 @@ class MarketError(Exception):
 def read_market(
     store: Path, instruments: Sequence[str], first: pd.Timestamp, last: pd.Timestamp, region: str = "cn"
 ) -> pd.DataFrame:
-    """Read `FACTORS` and the traded amount of `instruments` from `first` to `last`, both included.
+    """Read `FACTORS`, the traded amount and later returns of `instruments` from `first` to `last`, both included.
 
-    Index (datetime, instrument), sorted; columns the factors' names and `amount`, in the market's currency. Days
-    without a bar are missing, what cannot be computed (the first 20 days of an instrument, say) is NaN.
+    Index (datetime, instrument), sorted; columns the factors' names; `amount`, in the market's currency; `return_5` and
+    so on for `HORIZONS`: from tomorrow's close to the close so many days after, the usual label for 1. Days without a
+    bar are missing, what cannot be computed (the first 20 days of an instrument, say) is NaN.
 
     Raises MarketError if Qlib cannot read the store.
     """
@@ -40,10 +43,14 @@ def read_market(
 
 def _read(store: str, instruments: list[str], first: pd.Timestamp, last: pd.Timestamp, region: str) -> pd.DataFrame:
     import qlib
+    from qlib.data import D
 
     qlib.init(provider_uri=store, region=region, kernels=1, logging_level=50)
     amount = amount_expression(instruments, first, last, "day")
-    return read_factors([*FACTORS, "amount"], instruments, first, last, amount, "day")
+    table = read_factors([*FACTORS, "amount"], instruments, first, last, amount, "day")
+    later = [f"Ref($close, {-1 - days})/Ref($close, -1) - 1" for days in HORIZONS]
+    returns = D.features(instruments, later, start_time=first, end_time=last, freq="day")
+    return table.join(returns.set_axis([f"return_{days}" for days in HORIZONS], axis=1).swaplevel())
 
 
 if __name__ == "__main__":

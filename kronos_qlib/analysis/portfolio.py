@@ -1,9 +1,11 @@
-"""Turnover, costs and capacity of a backtest."""
+"""Turnover, costs, drawdowns and capacity of a backtest."""
 
+import numpy as np
 import pandas as pd
 
 # Qlib's trading days a year (`risk_analysis`, daily frequency), so that cost is the difference of its two returns.
 DAYS_A_YEAR = 238
+COST_MULTIPLES = 0.0, 0.5, 1.0, 2.0, 3.0  # of the costs recorded
 _SHARE = 0.01
 _QUANTILE = 0.05
 
@@ -16,6 +18,53 @@ def mean_turnover(report: pd.DataFrame) -> float:
 def cost_a_year(report: pd.DataFrame) -> float:
     """Annualise the costs over the account's value, a ratio a year of 238 days, summed as in Qlib's risk analysis."""
     return float(report["cost"].groupby(report.index.normalize()).sum().mean() * DAYS_A_YEAR)
+
+
+def excess_returns(report: pd.DataFrame, cost_multiple: float = 1.0) -> pd.Series:
+    """Return the returns over the benchmark after costs, of each day, at a multiple of the costs recorded."""
+    excess = report["return"] - report["bench"] - cost_multiple * report["cost"]
+    return excess.groupby(report.index.normalize()).sum()
+
+
+def sweep_costs(report: pd.DataFrame) -> dict[str, float]:
+    """Compute what the same trades would have earned at other costs.
+
+    Returns:
+        `excess_return_0.5x` and so on for `COST_MULTIPLES`: over the benchmark, a year of 238 days;
+        `information_ratio_0.5x` and so on; `break_even`: the multiple of the costs at which nothing is left, infinite
+        without costs, below 0 where there is nothing before costs. All NaN without a backtest.
+    """
+    found = {}
+    for multiple in COST_MULTIPLES:
+        excess = excess_returns(report, multiple)
+        ratio = excess.mean() / excess.std() if len(excess) > 1 and excess.std() > 0 else np.nan
+        found[f"excess_return_{multiple:g}x"] = float(excess.mean() * DAYS_A_YEAR)
+        found[f"information_ratio_{multiple:g}x"] = float(ratio * np.sqrt(DAYS_A_YEAR))
+    gain, cost = (report["return"] - report["bench"]).mean(), report["cost"].mean()
+    return found | {"break_even": float(gain / cost) if cost > 0 else np.nan if np.isnan(cost) else np.inf}
+
+
+def drawdowns(report: pd.DataFrame, count: int = 5) -> pd.DataFrame:
+    """List the deepest drawdowns of the summed excess return after costs.
+
+    Returns:
+        A row each, the deepest first: start (the day of the high before it), trough, end (the first day that is back
+        at the high, NaT if none is), depth (a ratio, below 0), days (of trade from start to end, or to the last day).
+    """
+    total = excess_returns(report).cumsum()
+    before = total.index[:1] - pd.Timedelta(1, "D")
+    total = pd.concat([pd.Series(0.0, before), total])
+    under = total - total.cummax()
+    spells = (under == 0).cumsum()  # a spell begins with the day of its high
+    rows = []
+    for _, spell in under.groupby(spells.to_numpy()):
+        if len(spell) > 1:
+            place = total.index.get_loc(spell.index[-1]) + 1
+            end = total.index[place] if place < len(total) else pd.NaT
+            days = len(spell) - (place == len(total))
+            rows.append((spell.index[0], spell.idxmin(), end, spell.min(), days))
+    table = pd.DataFrame(rows, columns=["start", "trough", "end", "depth", "days"])
+    return table.sort_values("depth").head(count).reset_index(drop=True)
 
 
 def capacity(trades: pd.Series, amounts: pd.Series, report: pd.DataFrame) -> float:

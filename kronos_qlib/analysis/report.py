@@ -18,7 +18,7 @@ from kronos_qlib.analysis.comparison import Comparison
 from kronos_qlib.analysis.fans import Fan, FansError, load_fans
 from kronos_qlib.analysis.notes import backtest_period, synthetic_note
 from kronos_qlib.analysis.results import RunResult
-from kronos_qlib.analysis.verdicts import pair_verdict, residual_verdict, run_verdict
+from kronos_qlib.analysis.verdicts import pair_verdict, residual_verdict, run_verdict, trials_verdict
 from kronos_qlib.evaluation.palette import DARK, LIGHT
 from kronos_qlib.files import whole_file
 
@@ -114,11 +114,13 @@ def _verdicts(comparison: Comparison) -> list[_Sentences]:
     first = [pair for pair in pairs if kronos & set(pair)] or pairs
     others = [pair for pair in pairs if pair not in first]
     names = list(comparison.table.index)
+    tried = [name for name in names if comparison.table.loc[name, "trials"] > 1]
     residual = [name for name in names if comparison.residual_rank_ic[name].notna().any()]
     return [
         _sentences("One against the other", [pair_verdict(comparison, *pair) for pair in first], folded=False),
         _sentences("The other pairs", [pair_verdict(comparison, *pair) for pair in others], folded=True),
         _sentences("Each run by itself", [run_verdict(comparison, name) for name in names]),
+        _sentences("After counting trials", [trials_verdict(comparison, name) for name in tried]),
         _sentences("After simple factors", [residual_verdict(comparison, name) for name in residual]),
     ]
 
@@ -131,7 +133,11 @@ def _tables(comparison: Comparison) -> list[_Table]:
     blocks = [
         _table("Scores against returns", comparison.table, tables.SIGNAL),
         _table("Shape of the signal", comparison.table, tables.SHAPE),
+        _table("Rank IC by days to come", tables.by_days(comparison), tables.BY_DAYS),
         _table("Backtest", comparison.table, tables.BACKTEST),
+        _table("Backtest at other costs, excess a year", comparison.costs, tables.COSTS),
+        _table("After counting trials (P that it is not by chance), and ties", comparison.table, tables.TRIALS),
+        _table("Seeds: mean ± standard deviation", comparison.seeds, tables.SEEDS),
         _table("Pairs: first less second", comparison.pairs, tables.PAIRS),
         _table("After simple factors: rank IC of the residual score", comparison.table, tables.RESIDUAL),
         _exposures(comparison.exposures),
@@ -164,7 +170,7 @@ def _name(name: str | tuple[str, str]) -> str:
 
 
 def _sections(comparison: Comparison) -> Iterator[_Section]:
-    runs = comparison.runs
+    runs, days = comparison.runs, len(comparison.rank_ic)
     yield _uncertainty(comparison)
     yield _section(
         "excess-return",
@@ -180,6 +186,30 @@ def _sections(comparison: Comparison) -> Iterator[_Section]:
     yield _section(
         "deciles", "Deciles", "Mean label of the tenths of the instruments by score.", charts.deciles(comparison)
     )
+    yield _Section(
+        "decile-returns",
+        "Labels of the deciles, summed",
+        "As if each tenth were held from every label's day to the next, without costs." + _thinning(days),
+        [
+            _Part(
+                [_Figure(charts.decile_returns(rows), name) for name, rows in comparison.decile_days.items()], columns=2
+            ),
+            _Part(
+                [_Figure(charts.decile_spread(comparison))],
+                title="Top decile less bottom decile",
+                text="Shaded: the 95 % interval of the mean a day (stationary bootstrap), from the first day on.",
+            ),
+        ],
+    )
+    if len(comparison.horizons):
+        yield _section(
+            "horizons",
+            "Rank IC by days to come",
+            "With the return from tomorrow's close over so many days. Longer ones overlap: their intervals say so.",
+            charts.rank_ic_by_days(comparison),
+        )
+    if any(len(run.report) for run in runs):
+        yield _costs_and_drawdowns(comparison)
     yield _section(
         "turnover",
         "Turnover and cost",
@@ -223,6 +253,34 @@ def _rolling(comparison: Comparison) -> _Section:
         return _Section("rolling-ic", title, f"Not drawn: the runs have {days} days in common.", [])
     text = f"Mean of the last {charts.ROLLING_DAYS} days: rank IC above, IC below." + _thinning(days)
     return _section("rolling-ic", title, text, charts.rolling_ic(comparison))
+
+
+def _costs_and_drawdowns(comparison: Comparison) -> _Section:
+    rows = [
+        [run, f"{row['start']:%d %b %Y}", f"{row['trough']:%d %b %Y}", _day(row["end"]), _minus(f"{row['depth']:.1%}")]
+        + [f"{row['days']:,}"]
+        for (run, _), row in comparison.drawdowns.iterrows()
+    ]
+    shares = [
+        f"{share:.0%} by {name.replace('_', ' ')}"
+        for name, share in comparison.overfitting.items()
+        if not pd.isna(share)
+    ]
+    text = "The same trades at other costs: a strategy that knew them would trade less. Returns over the benchmark."
+    if shares:
+        text += (
+            f" Probability that choosing the best of these {len(comparison.runs)} runs is overfitting (CSCV): "
+            f"{', '.join(shares)}; a half is chance."
+        )
+    columns = ["", "from", "lowest", "back at the high", "depth", "days"]
+    part = _Part(
+        [_Figure(charts.costs(comparison))], tables=[_Table("The deepest drawdowns after costs", columns, rows)]
+    )
+    return _Section("costs", "Costs and drawdowns", text, [part])
+
+
+def _day(date: pd.Timestamp) -> str:
+    return "not yet" if pd.isna(date) else f"{date:%d %b %Y}"
 
 
 def _calibration(runs: list[RunResult]) -> _Section:

@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,6 +28,8 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
 SECONDS_TO_ANSWER = 5.0
+TRIALS = "_trials"  # after an experiment's name: where its trials are
+_ALL, _MOST_RUNS = ":all", 50_000
 _SQLITE = b"SQLite format 3\0"
 _BACKTEST = "portfolio_analysis"
 _REPORT, _TRADES = "report_normal_{freq}.pkl", "indicators_normal_{freq}_obj.pkl"
@@ -62,6 +64,8 @@ class RunResult:
     synthetic: the store is a demo market.
     horizon: trading days forecast, of a Kronos run; else None.
     forecast_digest: the folder in `forecast.cache_dir` that holds the run's forecasts; None if not recorded.
+    trials: settings that were tried up to this run: the finished runs of its experiment and of the experiment with
+        `_trials` after its name, where `kronos-qlib tune` leaves them. trial_rank_ics: those that the latter recorded.
     overlap: KronosModel's warning that the scores fall into the pre-training data, if it gave one.
     config: qrun's, the plain data in it; kronos_run: kronos_run.json. Either is empty if the run has none.
     artifacts: the folder of the run's artifacts if they are files of this machine.
@@ -84,10 +88,14 @@ class RunResult:
     config: dict[str, Any]
     kronos_run: dict[str, Any]
     artifacts: Path | None
+    trials: int = 1
+    trial_rank_ics: tuple[float, ...] = ()
 
 
 def load_runs(names: Sequence[str], uri: str = DEFAULT_URI) -> list[RunResult]:
     """Load the newest finished run of each experiment in `names`, or the run itself where a name is a recorder id.
+
+    A name with `:all` after it stands for all finished runs of an experiment, such as those of several seeds.
 
     Raises ResultsError if `uri` cannot be read, a name is unknown, has no finished run, or a run lacks its scores,
     labels or signal analysis, or an artifact is damaged or holds something else.
@@ -102,9 +110,12 @@ def load_runs(names: Sequence[str], uri: str = DEFAULT_URI) -> list[RunResult]:
     folder = database.parent if database else Path.cwd()
     found: dict[str, tuple[str, MlflowRun]] = {}
     for name in names:  # an experiment and its newest recorder are one run
-        called, run = _find_run(client, experiments, name, uri)
-        found.setdefault(run.info.run_id, (called, run))
-    return [_load_run(client, name, run, folder) for name, run in found.values()]
+        for called, run in _find_runs(client, experiments, name, uri):
+            found.setdefault(run.info.run_id, (called, run))
+    trials = {run.info.experiment_id: _trials(client, experiments, run) for _, run in found.values()}
+    return [
+        replace(_load_run(client, name, run, folder), **trials[run.info.experiment_id]) for name, run in found.values()
+    ]
 
 
 def _check_reachable(uri: str) -> None:
@@ -136,18 +147,40 @@ def _database(uri: str) -> Path | None:
     return database
 
 
-def _find_run(client: MlflowClient, experiments: list[Experiment], name: str, uri: str) -> tuple[str, MlflowRun]:
+def _trials(client: MlflowClient, experiments: list[Experiment], run: MlflowRun) -> dict[str, Any]:
+    """Count the finished runs of a run's experiment and of its trials, and collect the rank ICs of the latter."""
+    names = {known.experiment_id: known.name for known in experiments}
+    tried = f"{names.get(run.info.experiment_id)}{TRIALS}"
+    own, others = (
+        [each for known in experiments if known.name == name for each in _finished(client, known)]
+        for name in (names.get(run.info.experiment_id), tried)
+    )
+    rank_ics = tuple(each.data.metrics["rank_ic"] for each in others if "rank_ic" in each.data.metrics)
+    return {"trials": max(len(own), 1) + len(others), "trial_rank_ics": rank_ics}
+
+
+def _finished(client: MlflowClient, experiment: Experiment, most: int = _MOST_RUNS) -> list[MlflowRun]:
+    """List the finished runs of an experiment, the newest first."""
+    newest = ["attributes.start_time DESC"]
+    return client.search_runs(
+        [experiment.experiment_id], "attributes.status = 'FINISHED'", order_by=newest, max_results=most
+    )
+
+
+def _find_runs(client: MlflowClient, experiments: list[Experiment], name: str, uri: str) -> list[tuple[str, MlflowRun]]:
+    """Find the runs that a name stands for, and what to call each."""
     experiment = next((known for known in experiments if known.name == name), None)
+    whole = next((known for known in experiments if f"{known.name}{_ALL}" == name), None)
+    if experiment is None and whole is not None:
+        runs = _finished(client, whole)
+        if runs:
+            return [(f"{whole.name} {run.info.run_id[:8]}", run) for run in runs[::-1]]
+        experiment = whole
     if experiment is not None:
-        runs = client.search_runs(
-            [experiment.experiment_id],
-            "attributes.status = 'FINISHED'",
-            order_by=["attributes.start_time DESC"],
-            max_results=1,
-        )
+        runs = _finished(client, experiment, 1)
         if not runs:
             raise ResultsError(f"experiment {name!r} in {uri} has no finished run; {_known(client, experiments)}")
-        return name, runs[0]
+        return [(name, runs[0])]
     try:
         run = client.get_run(name)
     except MlflowException as error:
@@ -157,15 +190,11 @@ def _find_run(client: MlflowClient, experiments: list[Experiment], name: str, ur
             f"recorder {name!r} in {uri} is not finished but {run.info.status}; {_known(client, experiments)}"
         )
     names = {known.experiment_id: known.name for known in experiments}
-    return f"{names.get(run.info.experiment_id, 'deleted experiment')} {name[:8]}", run
+    return [(f"{names.get(run.info.experiment_id, 'deleted experiment')} {name[:8]}", run)]
 
 
 def _known(client: MlflowClient, experiments: list[Experiment]) -> str:
-    finished = [
-        known.name
-        for known in experiments
-        if client.search_runs([known.experiment_id], "attributes.status = 'FINISHED'", max_results=1)
-    ]
+    finished = [known.name for known in experiments if _finished(client, known, 1)]
     return f"experiments with a finished run: {', '.join(sorted(finished)) or 'none'}"
 
 

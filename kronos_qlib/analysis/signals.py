@@ -8,6 +8,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 DECILES = 10
+PASSES = 20  # orders of equal scores that are drawn
 LONGEST_LAG = 60  # trading days looked ahead for the half-life
 CELLS_AT_ONCE = 2_000_000  # of tables at several lags: 16 MB each
 
@@ -76,6 +77,31 @@ def _at_lags(scores: pd.DataFrame, lags: list[int]) -> pd.Series:
     earlier = pd.concat([scores.iloc[:-lag] for lag in lags], keys=lags)
     later = pd.concat([scores.iloc[lag:] for lag in lags], keys=lags).set_axis(earlier.index)
     return daily_rank_ic(earlier, later).groupby(level=0).mean()
+
+
+def tied_share(scores: pd.DataFrame) -> float:
+    """Return the share of the scores that another instrument has on the same day."""
+    return sum(_tied(row) for row in scores.to_numpy(float)) / max(int(scores.notna().sum().sum()), 1)
+
+
+def _tied(row: NDArray[np.float64]) -> int:
+    counts = np.unique(row[~np.isnan(row)], return_counts=True)[1]
+    return int(counts[counts > 1].sum())
+
+
+def pass_over_ties(scores: pd.DataFrame, labels: pd.DataFrame, topk: int, seed: int = 0) -> NDArray[np.float64]:
+    """Average the labels of each day's `topk` highest scores, for `PASSES` random orders of equal ones: [PASSES].
+
+    All alike where nothing is tied; how far they lie apart is what chance has in a portfolio of the highest scores.
+    """
+    rng, means = np.random.default_rng(seed), np.empty((PASSES, len(scores)))
+    for day, (score, label) in enumerate(zip(scores.to_numpy(float), labels.to_numpy(float))):
+        known = ~np.isnan(score) & ~np.isnan(label)
+        score, label = score[known], label[known]
+        for number in range(PASSES):
+            order = np.lexsort((rng.random(len(score)), score))
+            means[number, day] = label[order[-topk:]].mean() if len(score) else np.nan
+    return np.nanmean(means, axis=1)
 
 
 def half_life(autocorrelation: pd.Series) -> float:

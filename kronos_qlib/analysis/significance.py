@@ -21,7 +21,7 @@ def newey_west(daily: pd.Series, lag: int) -> tuple[float, float]:
     all days are equal. Newey & West (1987), "A Simple, Positive Semi-definite, Heteroskedasticity and
     Autocorrelation Consistent Covariance Matrix"; p by Student's t.
     """
-    values = _finite(daily)
+    values = finite(daily)
     if len(values) < max(4 * lag, 4) or np.ptp(values) == 0:
         return np.nan, np.nan
     fit = sm.OLS(values, np.ones(len(values))).fit(cov_type="HAC", cov_kwds={"maxlags": lag}, use_t=True)
@@ -39,7 +39,7 @@ def bootstrap_interval(daily: pd.Series, seed: int = 0) -> tuple[float, float]:
     The mean block length is the one of Politis & White (2004), corrected 2009, at least a day. Days without a value are
     left out. Both ends are NaN with fewer than 20 days, or if every day is the same. The same seed gives the same ends.
     """
-    values = _finite(daily)
+    values = finite(daily)
     if len(values) < _FEWEST_DAYS or np.ptp(values) == 0:
         return np.nan, np.nan
     block = float(optimal_block_length(values)["stationary"].iloc[0])
@@ -58,6 +58,7 @@ def holm(p_values: Sequence[float] | pd.Series) -> NDArray[np.float64]:
     return corrected
 
 
-def _finite(daily: pd.Series) -> NDArray[np.float64]:
+def finite(daily: pd.Series) -> NDArray[np.float64]:
+    """Return the values that are numbers."""
     values = daily.to_numpy(dtype=np.float64)
     return values[np.isfinite(values)]

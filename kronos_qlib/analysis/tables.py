@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 
 from kronos_qlib.analysis.comparison import Comparison
+from kronos_qlib.analysis.market import HORIZONS
+from kronos_qlib.analysis.portfolio import COST_MULTIPLES
 from kronos_qlib.analysis.signals import LONGEST_LAG
 from kronos_qlib.analysis.verdicts import verdicts
 from kronos_qlib.text import printable
@@ -23,7 +25,11 @@ def terminal_text(comparison: Comparison) -> str:
         _block("Scores against returns", comparison.table, SIGNAL),
         _block("Shape of the signal", comparison.table, SHAPE),
         _block("After simple factors (reversal, momentum, volatility, volume, size)", comparison.table, RESIDUAL),
+        _block("Rank IC by days to come", by_days(comparison), BY_DAYS) if len(comparison.horizons) else "",
         _block("Backtest", comparison.table, BACKTEST),
+        _block("Backtest at other costs, excess a year", comparison.costs, COSTS),
+        _block("After counting trials (P that it is not by chance), and ties", comparison.table, TRIALS),
+        _block("Seeds: mean ± standard deviation", comparison.seeds, SEEDS) if len(comparison.seeds) else "",
         _block("Pairs: first less second", comparison.pairs, PAIRS) if len(comparison.pairs) else "",
         _block("Rows that count: scored and labelled in all runs", comparison.dropped, DROPPED),
         _list("Verdict", verdicts(comparison)),
@@ -91,6 +97,57 @@ PAIRS: dict[str, Cell] = {
     "95 %": _interval(""),
     "Corr.": _number("score_correlation", "{:+.2f}"),
 }
+
+
+def _by_days(days: int) -> Cell:
+    t = _number(f"t_{days}", "{:+.1f}")
+    return lambda row: f"{row[f'rank_ic_{days}']:+.4f} ({t(row)})" if np.isfinite(row[f"rank_ic_{days}"]) else "n/a"
+
+
+def _spread(name: str, layout: str) -> Cell:
+    mean, deviation = f"{name}_mean", f"{name}_sd"
+    return lambda row: f"{layout} ± {layout.replace('+', '')}".format(row[mean], row[deviation])
+
+
+def _track_record(row: pd.Series) -> str:
+    days = row["track_record_days"]
+    return "n/a" if np.isnan(days) else "never" if np.isinf(days) else f"{days:,.0f} d"
+
+
+def _topk_label(row: pd.Series) -> str:
+    if not np.isfinite(row["topk_label"]):
+        return "n/a"
+    return f"{row['topk_label']:+.3%} ± {row['topk_label_sd']:.3%}"
+
+
+def by_days(comparison: Comparison) -> pd.DataFrame:
+    """Lay `horizons` out by run, for `BY_DAYS`."""
+    wide = comparison.horizons[["rank_ic", "t"]].unstack("days")
+    return wide.set_axis([f"{name}_{days}" for name, days in wide.columns], axis=1).loc[
+        [run.name for run in comparison.runs if run.name in wide.index]
+    ]
+
+
+BY_DAYS: dict[str, Cell] = {f"{days} day{'s' if days > 1 else ''} (t)": _by_days(days) for days in HORIZONS}
+COSTS: dict[str, Cell] = {
+    **{f"{multiple:g} ×": _number(f"excess_return_{multiple:g}x", "{:+.1%}") for multiple in COST_MULTIPLES},
+    "break-even": _number("break_even", "{:.2f} ×"),
+}
+TRIALS: dict[str, Cell] = {
+    "Trials": _number("trials", "{:,.0f}"),
+    "Rank IC": _number("deflated_rank_ic", "{:.2f}"),
+    "Sharpe": _number("deflated_sharpe", "{:.2f}"),
+    "Record": _track_record,
+    "Tied": _number("tied_share", "{:.1%}"),
+    "Top k": _number("topk", "{:.0f}"),
+    "label a day": _topk_label,
+}
+SEEDS: dict[str, Cell] = {
+    "Seeds": _number("seeds", "{:.0f}"),
+    "Rank IC": _spread("rank_ic", "{:+.4f}"),
+    "Rank ICIR": _spread("rank_icir", "{:+.3f}"),
+    "Excess/yr after cost": _spread("excess_return_with_cost", "{:+.1%}"),
+}
 DROPPED: dict[str, Cell] = {
     "scored": _number("scored_rows", "{:,}"),
     "no label": _number("unlabelled_rows", "{:,}"),
@@ -107,6 +164,12 @@ LEGEND = (
     "rank correlation of the scores.",
     "Excess: over the benchmark. Inf. ratio and Drawdown: after costs. Turnover: a day, bought and sold. Capacity: the "
     "account, in millions, at which 95 % of the trades are at most 1 % of the traded amount.",
+    "By days to come: rank IC with the return from tomorrow's close over so many days. Other costs: the same trades "
+    "at multiples of the costs recorded; break-even: the multiple that leaves nothing.",
+    "P after counting trials: probability that the rank IC, and the Sharpe ratio of the excess return after costs, is "
+    "above that of the best of so many tries by chance; 0.95 is evidence. Record: days after which such a Sharpe "
+    "ratio is above 0 with 95 % confidence. Top k: mean label of the k highest scores ± its deviation over random "
+    "orders of equal ones.",
 )
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 
 from kronos_qlib.analysis.comparison import Comparison
+from kronos_qlib.analysis.significance import LEVEL
 
 _EVIDENCE = 0.05
 
@@ -14,6 +15,7 @@ def verdicts(comparison: Comparison) -> list[str]:
     return [
         *(pair_verdict(comparison, one, other) for one, other in comparison.pairs.index),
         *(run_verdict(comparison, name) for name in names),
+        *(trials_verdict(comparison, name) for name in names if comparison.table.loc[name, "trials"] > 1),
         *(residual_verdict(comparison, name) for name in names if comparison.residual_rank_ic[name].notna().any()),
     ]
 
@@ -43,6 +45,16 @@ def run_verdict(comparison: Comparison, run: str) -> str:
         tried=_counted(comparison.table["rank_ic_p_holm"], "run"),
         days=comparison.rank_ic[run],
     )
+
+
+def trials_verdict(comparison: Comparison, run: str) -> str:
+    """State whether a run's rank IC is above what the best of its trials has by chance."""
+    trials, p = comparison.table.loc[run, ["trials", "deflated_rank_ic"]]
+    subject = f"{run} rank IC after counting {trials:.0f} trials"
+    if np.isnan(p):
+        return f"{subject}: n/a"
+    word = "it stands" if p >= LEVEL else "no evidence that stands"
+    return f"{subject}: {p:.0%} likely to be above the best of so many by chance: {word}"
 
 
 def residual_verdict(comparison: Comparison, run: str) -> str:

@@ -12,19 +12,25 @@ _DESCRIPTION = """\
     and instruments that all runs score count; how many rows that drops is printed.
 
     Printed: IC and rank IC with Newey-West t, 95 % intervals (stationary bootstrap) and p corrected by Holm; deciles,
-    hit rate, half-life; what simple factors leave; the backtest with costs and capacity; every two runs against each
-    other; verdicts in words. The runs need Qlib's SignalRecord, SigAnaRecord and PortAnaRecord; factors and capacity
-    need the Qlib store they ran on.
+    hit rate, half-life; rank IC by days to come; what simple factors leave; the backtest with costs and capacity, and
+    at other costs; what is left after counting how many settings were tried (deflated rank IC and Sharpe ratio, track
+    record); what ties leave to chance; every two runs against each other; verdicts in words. The runs need Qlib's
+    SignalRecord, SigAnaRecord and PortAnaRecord; factors, days to come and capacity need the Qlib store they ran on.
 
     With --out, DIR gets report.html (one page that needs no network: verdicts, tables, figures, forecasts over the
-    actual bars, settings), comparison.csv and pairs.csv (the same figures with all their digits, returns as
-    ratios: 0.05 is 5 %) and excess_return.png, rolling_ic.png and deciles.png.
+    actual bars, settings), comparison.csv, pairs.csv, horizons.csv, costs.csv and drawdowns.csv (the same figures with
+    all their digits, returns as ratios: 0.05 is 5 %) and excess_return.png, rolling_ic.png and deciles.png.
+
+    Trials are the finished runs of an experiment, and of the one with _trials after its name, where kronos-qlib tune
+    leaves them. Runs whose settings differ in the seed alone are also shown as mean ± standard deviation; NAME:all
+    stands for all finished runs of an experiment.
 """
 
 _EXAMPLES = """\
     examples:
       kronos-qlib compare kronos_demo lightgbm_demo --out runs/demo
       kronos-qlib compare kronos_csi300 173aafb213a24eb4a9d063053aec4045 --uri sqlite:////data/mlflow.db
+      kronos-qlib compare ranker_csi300:all lightgbm_csi300 --trials 40     several seeds; 40 settings were looked at
 """
 
 
@@ -38,7 +44,10 @@ def add_command(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument(
-        "names", metavar="NAME", nargs="+", help="experiment name (the workflow's file stem) or recorder id"
+        "names", metavar="NAME", nargs="+", help="experiment name (the workflow's file stem), NAME:all, or recorder id"
+    )
+    command.add_argument(
+        "--trials", type=_count, metavar="N", help="settings tried up to each run (default: as the MLflow store counts)"
     )
     command.add_argument(
         "--uri",
@@ -51,6 +60,12 @@ def add_command(commands: Commands) -> None:
     command.set_defaults(run=run)
 
 
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"should be a whole number from 1, not {text!r}")
+    return int(text)
+
+
 def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit status."""
     from kronos_qlib.analysis.comparison import compare_runs, write_tables
@@ -58,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
     from kronos_qlib.analysis.tables import terminal_text
 
     try:
-        comparison = compare_runs(load_runs(options.names, options.uri))
+        comparison = compare_runs(load_runs(options.names, options.uri), options.trials)
         print(terminal_text(comparison))
         if options.out is not None:
             from kronos_qlib.analysis.figures import plot_comparison

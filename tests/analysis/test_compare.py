@@ -376,7 +376,8 @@ def test_compare_prints_and_writes_table_and_picture(
     assert "Backtest 2018-03-02 … 2018-05-18" in printed
     assert "Rank IC" in printed
     assert sorted(path.name for path in out.iterdir()) == [
-        *("comparison.csv", "deciles.png", "excess_return.png", "pairs.csv", "report.html", "rolling_ic.png")
+        *("comparison.csv", "costs.csv", "deciles.png", "drawdowns.csv", "excess_return.png", "horizons.csv"),
+        *("pairs.csv", "report.html", "rolling_ic.png"),
     ]
     table = pd.read_csv(out / "comparison.csv", index_col="run")
     pd.testing.assert_frame_equal(table[TABLE_COLUMNS], compared.table, check_exact=False, rtol=1e-12)
@@ -410,12 +411,109 @@ def test_runs_of_different_dates_and_partly_synthetic_are_called_out(recorded: R
 def test_metric_that_is_no_number_is_shown_as_such(recorded: Recorded) -> None:
     (run,) = _without_store(load_runs(["reversal"], recorded.uri))
     compared = compare_runs([dataclasses.replace(run, metrics=run.metrics | {"information_ratio": float("nan")})])
-    (row,) = [
-        line
-        for line in terminal_text(compared).splitlines()
-        if line.startswith("reversal") and "%" in line and "…" not in line
-    ][-1:]
+    (block,) = [block for block in terminal_text(compared).split("\n\n") if block.startswith("Backtest\n")]
+    (row,) = [line for line in block.splitlines() if line.startswith("reversal")]
     assert row.split().count("n/a") == 2, "and the capacity, without a store"
+
+
+# Days to come, costs, trials, ties, seeds
+
+
+def test_rank_ic_over_one_day_is_that_of_the_usual_label_and_longer_ones_are_of_longer_returns(
+    recorded: Recorded, compared: Comparison
+) -> None:
+    horizons = compared.horizons.loc["reversal"]
+    assert list(horizons.index) == [1, 5, 10, 20]
+    assert horizons.loc[1, "rank_ic"] == pytest.approx(compared.table.loc["reversal", "rank_ic"])
+    assert horizons.loc[1, "t"] == pytest.approx(compared.table.loc["reversal", "rank_ic_t"])
+    scores = wide(compared.runs[0].scores)
+    names, days = scores.columns, (recorded.folder / "market" / "calendars" / "day.txt").read_text().split()
+    closes = {}
+    for name in names:
+        first, *values = np.fromfile(recorded.folder / "market" / "features" / name.lower() / "close.day.bin", "<f4")
+        closes[name] = pd.Series(values, pd.DatetimeIndex(days[int(first) :]))
+    close = pd.DataFrame(closes)
+    later = (close.shift(-6) / close.shift(-1) - 1).reindex_like(scores)
+    counted = compared.rank_ic.index
+    rows = compared.runs[0].scores.reindex(compared.runs[0].labels.dropna().index).dropna()
+    daily = daily_rank_ic(wide(rows).loc[counted], later.loc[counted])
+    assert horizons.loc[5, "rank_ic"] == pytest.approx(daily.mean(), abs=1e-6)
+    assert (horizons["low"] < horizons["rank_ic"]).all() and (horizons["rank_ic"] < horizons["high"]).all()
+
+
+def test_costs_once_are_those_recorded_and_the_deepest_drawdown_is_qlibs(compared: Comparison) -> None:
+    row, costs = compared.table.loc["reversal"], compared.costs.loc["reversal"]
+    assert costs["excess_return_1x"] == pytest.approx(row["excess_return_with_cost"])
+    assert costs["information_ratio_1x"] == pytest.approx(row["information_ratio"])
+    assert costs["excess_return_0x"] == pytest.approx(row["excess_return"])
+    assert costs["excess_return_3x"] == pytest.approx(row["excess_return"] - 3 * row["cost"])
+    assert costs["excess_return_0x"] - costs["break_even"] * row["cost"] == pytest.approx(0, abs=1e-9)
+    deepest = compared.drawdowns.loc["reversal"].iloc[0]
+    report = compared.runs[0].report
+    total = (report["return"] - report["bench"] - report["cost"]).cumsum()
+    under = total - np.maximum(total.cummax(), 0)
+    assert deepest["depth"] == pytest.approx(under.min()) and deepest["trough"] == under.idxmin()
+    assert deepest["start"] < deepest["trough"]
+    back = under[deepest["trough"] :]
+    assert pd.isna(deepest["end"]) == (back < 0).all()
+
+
+def test_trials_are_the_finished_runs_of_the_experiment_and_of_its_trials(recorded: Recorded, clone) -> None:
+    uri = clone("reversal_trials", {})
+    runs = _without_store(load_runs(["reversal", "momentum"], uri))
+    assert [run.trials for run in runs] == [3, 1], "two of its own, one trial; the failed run is none"
+    compared = compare_runs(runs)
+    table = compared.table
+    assert list(table["trials"]) == [3, 1]
+    more = compare_runs(runs, trials=50).table
+    for column in ("deflated_rank_ic", "deflated_sharpe"):
+        assert more.loc["reversal", column] < table.loc["reversal", column] < 1
+    said = " ".join(terminal_text(compared).split())
+    assert "reversal rank IC after counting 3 trials: " in said and "momentum rank IC after counting" not in said
+    every = load_runs(["reversal:all"], recorded.uri)
+    assert [run.run_id for run in every][-1] == recorded.ids["newest"] and len(every) == 2
+    assert every[0].name == f"reversal {every[0].run_id[:8]}"
+
+
+def test_what_ties_leave_to_chance_is_measured(recorded: Recorded) -> None:
+    (run,) = _without_store(load_runs(["reversal"], recorded.uri))
+    config = {"task": {"record": [{"kwargs": {"config": {"strategy": {"kwargs": {"topk": 3}}}}}]}}
+    signs = dataclasses.replace(run, name="signs", scores=np.sign(run.scores - 1))
+    table = compare_runs([dataclasses.replace(each, config=config) for each in (run, signs)]).table
+    assert list(table["topk"]) == [3, 3]
+    assert table.loc["reversal", "tied_share"] == 0 and table.loc["reversal", "topk_label_sd"] == pytest.approx(0)
+    assert table.loc["signs", "tied_share"] > 0.9 and table.loc["signs", "topk_label_sd"] > 1e-4
+    rows = pd.DataFrame({"score": run.scores, "label": run.labels}).dropna()
+    best = rows.groupby(level="datetime").apply(lambda day: day.nlargest(3, "score")["label"].mean())
+    assert table.loc["reversal", "topk_label"] == pytest.approx(best.mean())
+
+
+def test_runs_that_differ_in_their_seed_alone_are_averaged(recorded: Recorded) -> None:
+    one, other = _without_store(load_runs(["reversal", "momentum"], recorded.uri))
+
+    def seeded(run: RunResult, name: str, seed: int, **kwargs) -> RunResult:
+        model = {"class": "KronosRanker", "kwargs": {"seed": seed, "ranker": {"output_dir": name, **kwargs}}}
+        return dataclasses.replace(run, name=name, config={"task": {"model": model}})
+
+    runs = [seeded(one, "a", 1), seeded(other, "b", 2), seeded(other, "c", 3, epochs=9)]
+    compared = compare_runs(runs)
+    assert list(compared.seeds.index) == ["a, b"] and compared.seeds.loc["a, b", "seeds"] == 2
+    figures = compared.table.loc[["a", "b"], "rank_ic"]
+    assert compared.seeds.loc["a, b", "rank_ic_mean"] == pytest.approx(figures.mean())
+    assert compared.seeds.loc["a, b", "rank_ic_sd"] == pytest.approx(figures.std())
+    assert "Seeds: mean ± standard deviation" in terminal_text(compared)
+    assert "Seeds" not in terminal_text(compare_runs(runs[1:]))
+
+
+def test_overfitting_is_a_figure_of_four_runs_and_more(recorded: Recorded) -> None:
+    (run,) = _without_store(load_runs(["reversal"], recorded.uri))
+    rng = np.random.default_rng(0)
+    others = [
+        dataclasses.replace(run, name=name, scores=pd.Series(rng.normal(size=len(run.scores)), run.scores.index))
+        for name in "bcd"
+    ]
+    assert compare_runs([run, *others]).overfitting["rank_ic"] < 0.2, "one of them has a signal"
+    assert all(np.isnan(share) for share in compare_runs([run, *others[:2]]).overfitting.values())
 
 
 # Runs of other kinds, and damaged ones

@@ -187,7 +187,7 @@ def test_page_is_one_file_that_needs_no_network(page: Page) -> None:
 def test_verdict_comes_first_then_warnings_then_tables_and_figures(page: Page) -> None:
     assert list(_sections(page.text)) == [
         *("verdict", "warnings", "tables", "uncertainty", "excess-return", "rolling-ic", "monthly", "deciles"),
-        *("turnover", "score-correlation", "calibration", "fans", "settings"),
+        *("decile-returns", "costs", "turnover", "score-correlation", "calibration", "fans", "settings"),
     ]
     assert "rank IC: " in _sections(page.text)["verdict"]
     warnings = _sections(page.text)["warnings"]
@@ -204,7 +204,9 @@ def test_names_are_text_and_never_markup(page: Page) -> None:
 
 def test_tables_have_every_run_and_pair(page: Page) -> None:
     text = _sections(page.text)["tables"]
-    assert text.count('<th scope="row">reversal</th>') == 5, "signal, shape, backtest, after factors, rows"
+    assert text.count('<th scope="row">reversal</th>') == 7, (
+        "signal, shape, backtest, other costs, trials and ties, after factors, rows"
+    )
     assert '<th scope="row">kronos_demo − reversal</th>' in text
 
 
