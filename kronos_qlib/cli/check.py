@@ -42,7 +42,7 @@ def add_command(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("source", metavar="WORKFLOW.yaml|STORE", type=Path, help="a file for qrun, or a Qlib store")
-    command.add_argument("--freq", help="of a store: which bars (default: day, or the only ones)")
+    command.add_argument("--freq", help="of a store: which bars (default: the finest there are)")
     command.add_argument("--json", action="store_true", help="of a store: print JSON, with a row for each instrument")
     command.add_argument("--html", type=Path, metavar="PAGE", help="of a store: write a page, too")
     command.set_defaults(run=run)

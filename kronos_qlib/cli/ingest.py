@@ -45,7 +45,7 @@ def add_command(commands: Commands) -> None:
     command.add_argument("--map", action="append", default=[], metavar="COLUMN=NAME", help="a foreign column's name")
     command.add_argument("--unit", default="auto", help="shares, lots, lots,thousands or thousands (default: auto)")
     command.add_argument("--adjust", default="auto", help="none, adjusted_close or factor (default: auto)")
-    command.add_argument("--freq", default="auto", help="day, or minutes such as 5min (default: auto)")
+    command.add_argument("--freq", default="auto", help="day, 1week, or minutes such as 5min (default: auto)")
     command.add_argument("--label", default="auto", help="what a bar's time is: start or end (default: auto)")
     command.add_argument(
         "--tz", metavar="ZONE", help="time zone of the store's clock, for sources whose times have one"

@@ -39,7 +39,7 @@ def add_command(commands: Commands) -> None:
     command.add_argument("--universe", default="all", metavar="NAME", help="a universe of the store (default: all)")
     command.add_argument("--model", default="nano", help="nano, mini, small or base (default: nano)")
     command.add_argument("--region", default="auto", help="cn, us or crypto (default: auto, by names and days)")
-    command.add_argument("--freq", help="which bars of the store, such as 5min (default: day, or the only ones)")
+    command.add_argument("--freq", help="which bars of the store, such as 5min (default: the finest there are)")
     command.add_argument("--benchmark", metavar="NAME", help="an instrument (default: the index, or the mean of all)")
     command.add_argument("--copy", nargs="+", metavar="NAME", help="copy workflows of the package instead, or all")
     command.add_argument(

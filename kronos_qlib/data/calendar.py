@@ -22,9 +22,9 @@ class SessionCalendar:
     After the store's `sessions` come the days of `exchange` (a name of `exchange_calendars`, such as XSHG, XNYS or
     24/7), by default those of the `region`'s (XSHG for cn, XNYS for us, XTAI for tw). A store that trades on weekends
     is not of its region: there, and without the package, come the days of the week on which the store trades, without
-    holidays. For an intraday `freq` each day has the times that are usual on that day of the week in the store, up to
-    the exchange's close where it closes early; a last day that ends early goes on with them. What was taken is logged.
-    `source` names the calendar in messages.
+    holidays. Weeks are followed by weeks. For an intraday `freq` each day has the times that are usual on that day of
+    the week in the store, up to the exchange's close where it closes early; a last day that ends early goes on with
+    them. What was taken is logged. `source` names the calendar in messages.
 
     Raises ValueError for duplicate or unsorted sessions, and for an unknown exchange if one is named.
     """
@@ -72,8 +72,11 @@ class SessionCalendar:
 
     def _extend(self) -> None:
         """Append the rest of the store's last day, and the sessions of the year after the last one."""
-        last = self._times[-1].astype("datetime64[D]")
-        days, early = self._days_after(last)
+        last, early = self._times[-1].astype("datetime64[D]"), {}
+        if self.freq == "1week":
+            days = np.arange(last + 7 * DAY, last + 366 * DAY, 7 * DAY)
+        else:
+            days, early = self._days_after(last)
         rest = [] if self._begun else [last]
         times = np.concatenate([self._pattern.times(day, early.get(day)) for day in [*rest, *days]])
         times = times[times > self._times[-1]]
@@ -163,8 +166,8 @@ def _weekday(days: np.ndarray | np.datetime64) -> np.ndarray:
 
 
 def is_intraday(freq: str) -> bool:
-    """Return whether bars of this Qlib frequency (day, 5min, …) are shorter than a day."""
-    return freq != "day"
+    """Return whether bars of this Qlib frequency (day, 1week, 5min, …) are shorter than a day."""
+    return freq.endswith("min")
 
 
 def range_end(date: pd.Timestamp | None, freq: str) -> pd.Timestamp | None:

@@ -14,9 +14,10 @@ from qlib.utils import init_instance_by_config
 from kronos_qlib.data.calendar import SessionCalendar, check_exchange, range_end, store_calendar
 from kronos_qlib.data.dates import Date
 from kronos_qlib.data.handler import KLineHandler
-from kronos_qlib.data.windows import Normalisation, Windows
+from kronos_qlib.data.windows import Bars, Normalisation, Windows
 from kronos_qlib.settings import MISSING, Settings, check_configuration, read_settings
 
+LONG_GAP = 60  # sessions missed that are worth a warning: three months of days
 Segment = tuple[pd.Timestamp | None, pd.Timestamp | None]
 _DATE = TypeAdapter(Date, config={"arbitrary_types_allowed": True})
 
@@ -67,6 +68,9 @@ class DatasetSettings(Settings):
     normalisation: Normalisation = "unit_free"
     """How small prices are normalised: `unit_free`, whatever their unit, or with the absolute 1e-5 as `published`,
     which flattens prices of 1e-4 and below. Other prices do not differ."""
+    max_gap: int | None = Field(default=None, ge=0)
+    """Sessions that an instrument may miss between two bars of a window, suspended say; windows with a longer gap are
+    left out, and counted. null: any, with a warning that counts windows over more than 60 missed sessions."""
     fetch_kwargs: dict[str, Any] = {}
     """Arguments of the handler's `fetch`, as of Qlib's `DatasetH`."""
 
@@ -79,6 +83,7 @@ class KLineDataset(DatasetH):
     lookback, horizon: bars seen and bars forecast.
     exchange: whose sessions follow the end of the store's calendar (see `SessionCalendar`).
     normalisation: of small prices (see `windows.normalise`).
+    max_gap: sessions that may be missing between two bars of a window; None: any.
 
     `prepare` is DatasetH's, so that Qlib's records find features and labels. A pickle keeps the settings only.
 
@@ -86,6 +91,7 @@ class KLineDataset(DatasetH):
     """
 
     normalisation: Normalisation = "unit_free"  # of datasets pickled before there was a choice
+    max_gap: int | None = None  # likewise
 
     def __init__(
         self,
@@ -96,12 +102,14 @@ class KLineDataset(DatasetH):
         exchange: str | None = None,
         fetch_kwargs: Mapping[str, Any] | None = None,
         normalisation: Normalisation = "unit_free",
+        max_gap: int | None = None,
         **unknown: Any,
     ) -> None:
         values: dict[str, Any] = {"handler": handler, "segments": segments, "lookback": lookback, "horizon": horizon}
         values |= {
             "exchange": exchange,
             "normalisation": normalisation,
+            "max_gap": max_gap,
             "fetch_kwargs": {} if fetch_kwargs is None else fetch_kwargs,
         }
         values |= unknown
@@ -119,7 +127,7 @@ class KLineDataset(DatasetH):
 
         A score needs `lookback` valid bars that end on its date, and membership on that date; `future` is 0, so that
         the last date of the store has scores too. Instruments of the segment without any window, for want of a
-        lookback, are in `left_out`; see `warn_of_left_out`.
+        lookback, are in `left_out`, and `gaps` counts windows over long gaps; see `warn_of_left_out`.
 
         Args:
             segment: a name, or a pair of dates.
@@ -142,17 +150,25 @@ class KLineDataset(DatasetH):
         `score_windows` and `training_windows` do not warn, because counts and checks call them too; `KronosModel` and
         `training_set` call this where they train or score.
         """
-        names = windows.left_out
-        if not names:
-            return
-        message = (
-            f"KLineDataset: {len(names)} instruments are left out of {windows.segment}, they never have "
-            f"{windows.lookback} valid bars behind them there: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
-        )
+        names, messages = windows.left_out, []
+        if names:
+            messages.append(
+                f"KLineDataset: {len(names)} instruments are left out of {windows.segment}, they never have "
+                f"{windows.lookback} valid bars behind them there: {', '.join(names[:5])}"
+                f"{', …' if len(names) > 5 else ''}"
+            )
+        if windows.gaps:
+            missed = LONG_GAP if self.max_gap is None else self.max_gap
+            said = "set max_gap to leave them out" if self.max_gap is None else "they are left out (max_gap)"
+            messages.append(
+                f"KLineDataset: {windows.gaps:,} windows of {windows.segment} reach over a gap of more than {missed} "
+                f"sessions, such as a suspension; {said}"
+            )
         warned = self.__dict__.setdefault("_warned", set())  # of this process: Qlib pickles no such name
-        if message not in warned:
-            warned.add(message)
-            warnings.warn(message, stacklevel=2)
+        for message in messages:
+            if message not in warned:
+                warned.add(message)
+                warnings.warn(message, stacklevel=2)
 
     @property
     def calendar(self) -> SessionCalendar:
@@ -162,12 +178,12 @@ class KLineDataset(DatasetH):
         return self._calendar
 
     def config(self, handler_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Change segments, lookback, horizon, exchange or normalisation; the handler; or what a pickle keeps.
+        """Change segments, lookback, horizon, exchange, normalisation, max_gap; the handler; or what a pickle keeps.
 
         The handler goes on loading from its own `start_time` if a later one is given, as Qlib's `PredUpdater` gives the
         first date to be scored: a window reaches `lookback` valid bars back, over suspensions of any length.
         """
-        known = ("segments", "lookback", "horizon", "exchange", "normalisation")
+        known = ("segments", "lookback", "horizon", "exchange", "normalisation", "max_gap")
         ours = {key: kwargs.pop(key) for key in known if key in kwargs}
         unknown = set(kwargs) - {"dump_all", "exclude", "include", "recursive"}
         if unknown:
@@ -191,6 +207,7 @@ class KLineDataset(DatasetH):
         self.horizon = settings.horizon
         self.exchange = settings.exchange
         self.normalisation = settings.normalisation
+        self.max_gap = settings.max_gap
         self.__dict__.pop("_calendar", None)
 
     def _bounds(self, segment: Any) -> tuple[str, np.datetime64, np.datetime64]:
@@ -240,6 +257,14 @@ class KLineDataset(DatasetH):
                 f"{(wanted & enough).sum()} have a lookback of {self.lookback} valid bars"
                 + (f", and none has the {future} bars after it within the segment" if future else "")
             )
+        bridged = self._bridges_gap(bars, ends, future)
+        if self.max_gap is not None:
+            ends = ends[~bridged]
+            if not len(ends):
+                raise ValueError(
+                    f"KLineDataset: {name} has no window: each of its {len(bridged)} misses more than max_gap "
+                    f"({self.max_gap}) sessions between two of its bars"
+                )
         without_lookback = np.setdiff1d(bars.codes[wanted], bars.codes[wanted & enough])
         left_out = tuple(bars.instruments[code] for code in without_lookback)
         order = np.lexsort((bars.codes[ends], bars.dates[ends]))
@@ -251,7 +276,16 @@ class KLineDataset(DatasetH):
             normalisation=self.normalisation,
             segment=name,
             left_out=left_out,
+            gaps=int(bridged.sum()),
         )
+
+    def _bridges_gap(self, bars: Bars, ends: np.ndarray, future: int) -> np.ndarray:
+        """Return which windows reach over a gap longer than allowed, or than `LONG_GAP`: bool [W]."""
+        session = self.handler.dates.to_numpy().searchsorted(bars.dates)
+        missed = np.diff(session, prepend=session[0]) - 1
+        missed[bars.offsets[:-1]] = 0  # before an instrument's first bar
+        long = np.cumsum(missed > (LONG_GAP if self.max_gap is None else self.max_gap))
+        return long[ends + future] > long[ends - self.lookback + 1]
 
 
 def window_index(windows: Windows) -> pd.MultiIndex:

@@ -19,13 +19,18 @@ With signal 0, given everything up to t, the whole cross-section of t+1 is as li
 function of past bars has an expected information coefficient, plain or rank, other than zero. Listing, membership,
 suspensions and splits are drawn without regard to prices, and a suspended instrument resumes with one ordinary day's
 return: the returns that it missed are not made up for, which would be predictable.
+
+Bars of other frequencies are drawn by the same rules, ten of theirs for ten days, with volatilities in proportion to
+the root of a bar's length. Coins trade all day on every day, without limits or suspensions; futures have no suspensions
+either, and roll to the next contract every two months, by a ratio.
 """
 
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -45,12 +50,80 @@ _PRICE_LIMIT = 0.10
 _BURN_IN = 100  # days simulated and thrown away, after which volatilities have spread
 _GARCH_SHOCK, _GARCH_MEMORY = 0.08, 0.90
 _NOISE_DEGREES = 5
+_ROLL_DAYS = 42  # business days between two rolls of the futures: two months
+
+DemoFreq = Literal["day", "week", "60min", "30min", "15min", "5min", "1min"]
+DemoMarket = Literal["stocks", "crypto", "futures"]
+# Hours of trade, in minutes of the day: first and last.
+_SESSIONS = {"stocks": [(570, 690), (780, 900)], "crypto": [(0, 1440)], "futures": [(540, 690), (810, 900)]}
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What bars a market has.
+
+    freq: as Qlib names it in files. starts: minutes of the day at which its bars begin; one for days and weeks.
+    days_a_bar: 5 for weeks. scale: of a bar's volatility, relative to a day of stocks. limit: of a bar's return.
+    """
+
+    market: DemoMarket
+    freq: str
+    starts: tuple[int, ...]
+    days_a_bar: int
+    scale: float
+    limit: float
+
+    @property
+    def intraday(self) -> bool:
+        return self.freq.endswith("min")
+
+    def dates(self, days: int) -> pd.DatetimeIndex:
+        """Return the times of the bars of so many days: the start of a bar, the date of a day, a week's Friday."""
+        if self.days_a_bar > 1:
+            return pd.date_range(_FIRST_DAY, periods=days // self.days_a_bar, freq="W-FRI")
+        dates = (pd.date_range if self.market == "crypto" else pd.bdate_range)(_FIRST_DAY, periods=days)
+        minutes = pd.to_timedelta(self.starts, unit="min")
+        return pd.DatetimeIndex((dates.to_numpy()[:, None] + minutes.to_numpy()).ravel())
+
+    def spread(self, by_day: NDArray[np.float64], bars: int) -> NDArray[np.float64]:
+        """Give every bar what its day has: [bars, …] of [days, …]."""
+        return by_day[:: self.days_a_bar][:bars] if self.days_a_bar > 1 else np.repeat(by_day, len(self.starts), axis=0)
+
+
+def _kind(freq: str, market: str) -> _Kind:
+    for name, value, known in (("freq", freq, DemoFreq), ("market", market, DemoMarket)):
+        if value not in get_args(known):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(known))}; it is {value!r}")
+    scale, limit = (
+        (2.0, 0.5) if market == "crypto" else (0.6, _PRICE_LIMIT) if market == "futures" else (1.0, _PRICE_LIMIT)
+    )
+    if freq in ("day", "week"):
+        weeks = freq == "week"
+        kind = _Kind(market, "1week" if weeks else "day", (0,), 5 if weeks else 1, scale, 3 * limit if weeks else limit)
+    else:
+        step = int(freq.removesuffix("min"))
+        starts = tuple(minute for first, last in _SESSIONS[market] for minute in range(first, last, step))
+        kind = _Kind(market, freq, starts, 1, scale, limit)
+    return replace(kind, scale=scale * (kind.days_a_bar / len(kind.starts)) ** 0.5)
+
+
+def usual_days(freq: DemoFreq, market: DemoMarket = "stocks") -> int:
+    """Return how many days make a market of usual size: 900, 3,000 of weeks, or those of some 2,000 intraday bars."""
+    bars_a_day = len(_kind(freq, market).starts)
+    return {"day": 900, "week": 3_000}.get(freq, max(40, -(-2_000 // bars_a_day)))
 
 
 def write_demo_market(
-    folder: str | Path, *, instruments: int = 60, days: int = 900, signal: float = 0.05, seed: int = 0
+    folder: str | Path,
+    *,
+    instruments: int = 60,
+    days: int = 900,
+    signal: float = 0.05,
+    seed: int = 0,
+    freq: DemoFreq = "day",
+    market: DemoMarket = "stocks",
 ) -> Path:
-    """Write a synthetic Qlib store of daily bars and return its absolute path.
+    """Write a synthetic Qlib store of bars and return its absolute path.
 
     The store holds `instruments` stocks DEMO0000, DEMO0001, … and the index DEMOINDEX (the equally weighted members;
     in `all`, not in the universe) with adjusted open, high, low, close, volume, the adjustment factor (adjusted price
@@ -60,7 +133,12 @@ def write_demo_market(
     same arguments give the same bytes.
 
     signal: the information coefficient, approximately, of `PLANTED_PREDICTOR` against Ref($close, -2)/Ref($close, -1)
-    - 1; 0 is no predictability at all.
+    - 1, in bars of the market's; 0 is no predictability at all.
+    freq: of the bars; intraday ones have the times of their starts, weeks the dates of their Fridays. A store of weeks
+    names them 1week, as Qlib reads them.
+    Intraday markets and weeks have bars of day beside theirs: Qlib's backtests ask for the benchmark's days first.
+    market: stocks with suspensions, splits, price limits of 10 % and the hours of Shanghai; crypto, on all days and
+    hours; futures with rolls, which are in their factor.
 
     The folder is written whole or not at all. A demo market that is already there is replaced if every file in it is
     as it was written: files.json lists them.
@@ -69,20 +147,24 @@ def write_demo_market(
     unchanged demo market.
     """
     _check_integer("instruments", instruments, 4, 9_999)
-    _check_integer("days", days, 60, 10_000)
+    kind = _kind(freq, market)
+    _check_integer("days", days, 300 if freq == "week" else 20 if kind.intraday else 60, 10_000)
     _check_integer("seed", seed, 0, 2**63 - 1)
     if isinstance(signal, bool) or not isinstance(signal, (int, float)) or not 0 <= signal <= 0.5:
         raise ValueError(f"signal must be a number from 0 (none) to 0.5, an information coefficient; it is {signal!r}")
 
     folder = _resolve(folder)
     _check_replaceable(folder)
-    market = _simulate(instruments, days, float(signal), np.random.default_rng(seed))
+    simulated = _simulate(instruments, days, float(signal), np.random.default_rng(seed), kind)
+    settings = {"instruments": instruments, "days": days, "signal": float(signal), "seed": seed}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent) as scratch:
         draft = Path(scratch) / "market"
         try:
-            _write_store(draft, market)
-            _write_mark(draft, {"instruments": instruments, "days": days, "signal": float(signal), "seed": seed})
+            _write_store(draft, simulated, kind.freq)
+            if kind.freq != "day":
+                _write_store(draft, _days(simulated, len(kind.starts)), "day", only_bars=True)
+            _write_mark(draft, settings | {"freq": freq, "market": market})
         except OSError as error:
             raise OSError(f"{folder}: the demo market cannot be written ({error})") from error
         _move_into_place(draft, folder, Path(scratch) / "former")
@@ -113,15 +195,23 @@ class _Market:
     index: dict[str, NDArray[np.float64]]
 
 
-def _simulate(instruments: int, days: int, signal: float, rng: np.random.Generator) -> _Market:
-    first_bar, member = _membership(instruments, days, rng)
-    suspended = _suspensions(first_bar, days, rng)
+def _simulate(instruments: int, days: int, signal: float, rng: np.random.Generator, kind: _Kind) -> _Market:
+    dates = kind.dates(days)
+    first_day, member_days = _membership(instruments, days, rng)
+    suspended_days = _suspensions(first_day, days, rng)
     start = np.exp(rng.normal(np.log(20.0), 0.6, instruments))  # raw price of the first day
-    factor = _factors(instruments, days, rng)
-    close, sigma = _closes(start * factor[0], first_bar, suspended, signal, rng)
-    bars = _bars(close, sigma, suspended, rng) | {"factor": factor}
-    member = member & (np.arange(days)[:, None] >= first_bar)
-    return _Market(pd.bdate_range(_FIRST_DAY, periods=days), first_bar, member, bars, _index(bars, member))
+    factor = kind.spread(_factors(instruments, days, rng), len(dates))
+    first_bar = first_day * len(kind.starts) // kind.days_a_bar
+    member, suspended = (kind.spread(by_day, len(dates)) for by_day in (member_days, suspended_days))
+    if kind.market != "stocks":
+        suspended = np.zeros_like(suspended)
+        factor = (
+            np.ones_like(factor) if kind.market == "crypto" else kind.spread(_rolls(instruments, days, rng), len(dates))
+        )
+    close, sigma = _closes(start * factor[0], first_bar, suspended, signal, rng, kind)
+    bars = _bars(close, sigma, suspended, rng, kind) | {"factor": factor}
+    member = member & (np.arange(len(dates))[:, None] >= first_bar)
+    return _Market(dates, first_bar, member, bars, _index(bars, member))
 
 
 def _membership(instruments: int, days: int, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -164,12 +254,22 @@ def _factors(instruments: int, days: int, rng: np.random.Generator) -> NDArray[n
     return rng.uniform(1, 6, instruments) * steps.cumprod(axis=0)
 
 
+def _rolls(instruments: int, days: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Draw the factors of contracts that roll [days, instruments]: the next one costs up to 3 % more or less."""
+    steps = np.ones((days, instruments))
+    for i in range(instruments):
+        rolls = np.arange(rng.integers(1, _ROLL_DAYS), days, _ROLL_DAYS)
+        steps[rolls, i] = 1 + rng.uniform(-0.03, 0.03, len(rolls))
+    return steps.cumprod(axis=0)
+
+
 def _closes(
     start: NDArray[np.float64],
     first_bar: NDArray[np.int64],
     suspended: NDArray[np.bool_],
     signal: float,
     rng: np.random.Generator,
+    kind: _Kind,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Draw adjusted closes [1 + days, instruments], from the eve on, and volatilities [days, instruments]."""
     days, instruments = suspended.shape
@@ -179,8 +279,8 @@ def _closes(
     first_ranked = _BURN_IN + first_bar + _REVERSAL_BARS + 1
 
     beta = rng.normal(1.0, 0.25, instruments)
-    market_sigma, market = _market_returns(total, rng)
-    typical = np.exp(rng.normal(np.log(0.018), 0.3, instruments))
+    market_sigma, market = _market_returns(total, rng, kind.scale)
+    typical = np.exp(rng.normal(np.log(0.018), 0.3, instruments)) * kind.scale
     noise = rng.standard_t(_NOISE_DEGREES, (total, instruments)) * np.sqrt((_NOISE_DEGREES - 2) / _NOISE_DEGREES)
 
     close = np.empty((total + 1, instruments))
@@ -194,18 +294,20 @@ def _closes(
         if signal > 0 and seen.sum() > 1:
             planted[seen] = _standard_ranks(close[t - _REVERSAL_BARS, seen] / close[t, seen])
         own = sigma[t] * (signal * planted + np.sqrt(1 - signal**2) * noise[t])
-        returns = np.clip(beta * market[t] + own, -_PRICE_LIMIT, _PRICE_LIMIT)
+        returns = np.clip(beta * market[t] + own, -kind.limit, kind.limit)
         close[t + 1] = close[t] * np.where(trading[t], 1 + returns, 1)
         variance = _next_variance(variance, own, typical)
     volatility = np.hypot(sigma, beta * market_sigma[:, None])
     return close[_BURN_IN:], volatility[_BURN_IN:]
 
 
-def _market_returns(total: int, rng: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _market_returns(
+    total: int, rng: np.random.Generator, scale: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Draw the market's volatility and return, [total] each, without drift, by which beta would predict returns."""
     noise = rng.standard_t(_NOISE_DEGREES, total) * np.sqrt((_NOISE_DEGREES - 2) / _NOISE_DEGREES)
     sigma = np.empty(total)
-    typical = np.array(0.009)
+    typical = np.array(0.009 * scale)
     variance = typical**2
     for t in range(total):
         sigma[t] = np.sqrt(variance)
@@ -228,19 +330,25 @@ def _standard_ranks(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _bars(
-    close: NDArray[np.float64], sigma: NDArray[np.float64], suspended: NDArray[np.bool_], rng: np.random.Generator
+    close: NDArray[np.float64],
+    sigma: NDArray[np.float64],
+    suspended: NDArray[np.bool_],
+    rng: np.random.Generator,
+    kind: _Kind,
 ) -> dict[str, NDArray[np.float64]]:
     """Draw open, high, low, close, volume, change [days, instruments] for given closes [1 + days, instruments]."""
     before, close = close[:-1], close[1:]
     change = close / before - 1
     overnight = 0.35 * change + 0.3 * sigma * rng.standard_normal(close.shape)
-    opened = before * (1 + np.clip(overnight, -_PRICE_LIMIT, _PRICE_LIMIT))
+    if kind.intraday:  # within a session the next bar opens about where the last one closed
+        overnight *= np.where(np.arange(len(close)) % len(kind.starts) == 0, 1.0, 0.1)[:, None]
+    opened = before * (1 + np.clip(overnight, -kind.limit, kind.limit))
     # The extremes of a Brownian bridge from the open to the close, exactly (Karatzas & Shreve 1991, 4.3.40).
     reach = -2 * (0.8 * sigma) ** 2 * np.log(1 - rng.random((2, *close.shape)))
     move = np.log(close / opened)
     half_way = np.sqrt(opened * close)
-    high = np.minimum(half_way * np.exp(np.sqrt(move**2 + reach[0]) / 2), before * (1 + _PRICE_LIMIT))
-    low = np.maximum(half_way * np.exp(-np.sqrt(move**2 + reach[1]) / 2), before * (1 - _PRICE_LIMIT))
+    high = np.minimum(half_way * np.exp(np.sqrt(move**2 + reach[0]) / 2), before * (1 + kind.limit))
+    low = np.maximum(half_way * np.exp(-np.sqrt(move**2 + reach[1]) / 2), before * (1 - kind.limit))
     bars = {
         "open": opened,
         "high": np.maximum(high, np.maximum(opened, close)),  # rounding in exp may fall short of the higher end
@@ -249,9 +357,10 @@ def _bars(
     }
     bars = {field: np.where(suspended, close, price) for field, price in bars.items()}
 
-    amount = np.exp(rng.normal(np.log(2e8), 0.8, close.shape[1]))  # typical traded amount of a day
+    typical = 2e8 * kind.days_a_bar / len(kind.starts)  # traded amount of a bar
+    amount = np.exp(rng.normal(np.log(typical), 0.8, close.shape[1]))
     mood = _autoregression(rng.standard_normal(close.shape), memory=0.7) * 0.3
-    excitement = 0.35 * np.minimum(np.abs(change) / sigma, 4) + 0.8 * np.log(sigma / 0.02)
+    excitement = 0.35 * np.minimum(np.abs(change) / sigma, 4) + 0.8 * np.log(sigma / (0.02 * kind.scale))
     volume = amount / before[0] * np.exp(mood + excitement)
     # As in real stores, a suspended day has no volume, and sometimes a hole instead.
     missing = suspended & _hole_spells(suspended, rng)
@@ -291,30 +400,54 @@ def _index(bars: dict[str, NDArray[np.float64]], member: NDArray[np.bool_]) -> d
     }
 
 
-def _write_store(folder: Path, market: _Market) -> None:
-    days = market.dates.strftime("%Y-%m-%d").to_list()
+def _days(market: _Market, bars_a_day: int) -> _Market:
+    """Join the bars of each day; weeks are left as they are."""
+
+    def joined(field: str, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        by_day = values.reshape(-1, bars_a_day, *values.shape[1:])
+        if field in ("open", "factor"):
+            return by_day[:, 0]
+        if field in ("high", "low"):
+            return by_day.max(axis=1) if field == "high" else by_day.min(axis=1)
+        if field == "change":
+            return (1 + by_day).prod(axis=1) - 1
+        return by_day.sum(axis=1) if field == "volume" else by_day[:, -1]
+
+    return _Market(
+        dates=market.dates[::bars_a_day].normalize(),
+        first_bar=market.first_bar // bars_a_day,
+        member=market.member[::bars_a_day],
+        bars={field: joined(field, values) for field, values in market.bars.items()},
+        index={field: joined(field, values) for field, values in market.index.items()},
+    )
+
+
+def _write_store(folder: Path, market: _Market, freq: str, only_bars: bool = False) -> None:
+    times = market.dates.strftime("%Y-%m-%d %H:%M:%S" if freq.endswith("min") else "%Y-%m-%d").to_list()
     names = [f"DEMO{i:04d}" for i in range(len(market.first_bar))]
     for i, (name, first) in enumerate(zip(names, market.first_bar.tolist(), strict=True)):
-        _write_bars(folder, name, first, {field: values[first:, i] for field, values in market.bars.items()})
-    _write_bars(folder, BENCHMARK, 0, market.index)
+        _write_bars(folder, name, first, {field: values[first:, i] for field, values in market.bars.items()}, freq)
+    _write_bars(folder, BENCHMARK, 0, market.index, freq)
 
-    listed = [(name, days[first], days[-1]) for name, first in zip(names, market.first_bar, strict=True)]
+    _write_lines(folder / "calendars" / f"{freq}.txt", times)
+    if only_bars:
+        return
+    listed = [(name, times[first], times[-1]) for name, first in zip(names, market.first_bar, strict=True)]
     spans = [
-        (name, days[begin], days[end]) for i, name in enumerate(names) for begin, end in _spans(market.member[:, i])
+        (name, times[begin], times[end]) for i, name in enumerate(names) for begin, end in _spans(market.member[:, i])
     ]
-    _write_lines(folder / "calendars" / "day.txt", days)
     _write_lines(
-        folder / "instruments" / "all.txt", ["\t".join(row) for row in [*listed, (BENCHMARK, days[0], days[-1])]]
+        folder / "instruments" / "all.txt", ["\t".join(row) for row in [*listed, (BENCHMARK, times[0], times[-1])]]
     )
     _write_lines(folder / "instruments" / f"{UNIVERSE}.txt", ["\t".join(row) for row in spans])
 
 
-def _write_bars(folder: Path, name: str, first: int, bars: dict[str, NDArray[np.float64]]) -> None:
+def _write_bars(folder: Path, name: str, first: int, bars: dict[str, NDArray[np.float64]], freq: str) -> None:
     """Write Qlib's binary format: float32, little endian, the first bar's row in the calendar, then the bars."""
     home = folder / "features" / name.lower()
-    home.mkdir(parents=True)
+    home.mkdir(parents=True, exist_ok=True)
     for field, values in bars.items():
-        np.concatenate([[first], values]).astype("<f4").tofile(home / f"{field}.day.bin")
+        np.concatenate([[first], values]).astype("<f4").tofile(home / f"{field}.{freq}.bin")
 
 
 def _spans(member: NDArray[np.bool_]) -> list[tuple[int, int]]:
@@ -328,7 +461,7 @@ def _write_lines(path: Path, lines: list[str]) -> None:
     path.write_text("".join(f"{line}\n" for line in lines))
 
 
-def _write_mark(folder: Path, settings: dict[str, int | float]) -> None:
+def _write_mark(folder: Path, settings: dict[str, int | float | str]) -> None:
     (folder / _MARK).write_text(
         f"{_MARK_BEGINS}; no such instruments exist,\n"
         f"and results on them say nothing about a real market.\n\nsettings: {json.dumps(settings)}\n"

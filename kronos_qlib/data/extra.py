@@ -34,7 +34,7 @@ class ExtraData(Settings):
     """Its Qlib store; null: the one in use."""
     region: Literal["cn", "us", "tw"] | None = None
     """Of that store; null: the one in use."""
-    freq: str | None = Field(default=None, pattern=r"^(day|\d*min)$")
+    freq: str | None = Field(default=None, pattern=r"^(day|1week|\d*min)$")
     """Frequency of its bars; null: the dataset's."""
     amount: Literal["auto", "amount", "vwap", "ohlc"] = "auto"
     """As of `KLineHandler`."""

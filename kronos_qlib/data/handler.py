@@ -62,8 +62,8 @@ class HandlerSettings(Settings):
     """First session loaded; null: the store's first."""
     end_time: Date = None
     """Last session loaded; null: the store's last."""
-    freq: str = Field(default="day", pattern=r"^(day|\d*min)$")
-    """`day`, or minutes such as `5min`."""
+    freq: str = Field(default="day", pattern=r"^(day|1week|\d*min)$")
+    """`day`, `1week`, or minutes such as `5min`."""
     label: Annotated[list[str], BeforeValidator(_check_label)] = [LABEL]
     """A Qlib expression or several."""
     amount: Literal["auto", "amount", "vwap", "ohlc"] = "auto"
@@ -90,7 +90,7 @@ class KLineHandler(DataHandlerLP):
 
     instruments: a universe's name, a list of instruments (always members), or a stockpool config with filters.
     start_time, end_time: the range loaded, inclusive; null is the store's own end.
-    freq: day, or minutes such as 5min.
+    freq: day, 1week, or minutes such as 5min.
     label: a Qlib expression or several.
     amount: where the amount comes from: `$amount`, `$vwap × $volume` (vwap), `$volume × mean(OHLC)` (ohlc), or the
         first of these that all bars of the first session have (auto: no later bar must decide it). It is one rule for

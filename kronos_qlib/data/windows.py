@@ -118,8 +118,9 @@ class Windows:
 
     ends: int64 `[W]`, the row in `bars.values` of each window's score date. Nothing is copied before `normalised`.
     segment: what to call the segment of a dataset that the windows were selected from, in messages.
-    left_out: that segment's instruments which have no window there for want of a lookback. These two say where windows
-        come from, not what they are: `take` keeps them, comparing, digesting and saving pass over them.
+    left_out: that segment's instruments which have no window there for want of a lookback. gaps: how many of its
+        windows reach over a long gap. These three say where windows come from, not what they are: `take` keeps them,
+        comparing, digesting and saving pass over them.
     """
 
     bars: Bars
@@ -130,6 +131,7 @@ class Windows:
     normalisation: Normalisation = "unit_free"
     segment: str = field(default="", compare=False)
     left_out: tuple[str, ...] = field(default=(), compare=False)
+    gaps: int = field(default=0, compare=False)
 
     def __len__(self) -> int:
         return len(self.ends)

@@ -131,18 +131,20 @@ def find_frequency(bars: pd.DataFrame) -> Finding:
     """Find the frequency of the bars as a Qlib store names it.
 
     Raises:
-        ValueError: bars of a week or more apart, or of no whole minutes.
+        ValueError: bars of more than a week apart, or of no whole minutes.
     """
     same = bars["instrument"].cat.codes.to_numpy()
     distances = np.diff(bars["time"].to_numpy())[same[1:] == same[:-1]]
     median = pd.Timedelta(np.median(distances)) if len(distances) else pd.Timedelta(days=1)
+    if median > pd.Timedelta(days=8):
+        raise ValueError(f"frequency: bars are {median} apart; a store has weeks, days or minutes")
     if median >= pd.Timedelta(days=6):
-        raise ValueError(f"frequency: bars are {median} apart; a store has days or minutes")
+        return Finding("1week", f"frequency: 1week (median distance of bars {median})")
     if median >= pd.Timedelta(hours=20):
         return Finding("day", f"frequency: day (median distance of bars {median})")
     minutes = median / pd.Timedelta(minutes=1)
     if minutes != int(minutes) or minutes < 1:
-        raise ValueError(f"frequency: bars are {median} apart; a store has days or whole minutes")
+        raise ValueError(f"frequency: bars are {median} apart; a store has weeks, days or whole minutes")
     return Finding(f"{int(minutes)}min", f"frequency: {int(minutes)}min (median distance of bars {median})")
 
 

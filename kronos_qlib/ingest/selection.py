@@ -78,10 +78,9 @@ def _of_store(folder: Path, instrument: str) -> InstrumentBars:
     store = StoreFiles(folder)
     if not instrument:
         raise SourceError(f"{folder}: a Qlib store; name an instrument of it as {folder}:INSTRUMENT")
-    freqs = [freq for freq in store.freqs if store.has(instrument, "close", freq)]
-    if not freqs:
+    freq = next((freq for freq in store.freqs if store.has(instrument, "close", freq)), None)
+    if freq is None:
         raise SourceError(f"{folder}: the store has no bars of {instrument}")
-    freq = min(freqs, key=lambda name: (name == "day", len(name), name))
     first, bars = store.read(instrument, freq, COLUMNS)
     times = store.calendar(freq)[first : first + len(bars)]
     bars = bars.iloc[: len(times)].astype(float).set_index(times)  # Qlib does not read what lies beyond the calendar

@@ -125,8 +125,8 @@ def ingest(
             raise ValueError(f"--{name} {value!r} is unknown; use {', '.join(known)}")
     if rebase and not append:
         raise ValueError("--rebase goes with --append")
-    if freq != "auto" and not re.fullmatch(r"day|[1-9]\d*min", freq):
-        raise ValueError(f"--freq {freq!r} is unknown; use auto, day, or minutes such as 5min")
+    if freq != "auto" and not re.fullmatch(r"day|1week|[1-9]\d*min", freq):
+        raise ValueError(f"--freq {freq!r} is unknown; use auto, day, 1week, or minutes such as 5min")
     store = Path(os.path.abspath(store.expanduser()))
     before, about = _read_store(store) if append else (None, {})
     if not append and (store.is_file() or (store.is_dir() and any(store.iterdir()))):
@@ -271,7 +271,7 @@ def _adjusted(bars: pd.DataFrame, adjust: str) -> pd.DataFrame:
 
 def _at_starts(bars: pd.DataFrame, label: str, summary: IngestSummary) -> pd.DataFrame:
     """Name each bar by its start, days by their date."""
-    if summary.freq == "day":
+    if not summary.freq.endswith("min"):
         days = bars["time"].dt.normalize()
         twice = pd.DataFrame({"instrument": bars["instrument"], "time": days}).duplicated()
         if twice.any():
@@ -383,31 +383,18 @@ def _write(
         draft = Path(scratch) / "store"
         for name in ("calendars", "instruments", "features"):
             (draft / name).mkdir(parents=True)
-        form = "%Y-%m-%d" if summary.freq == "day" else "%Y-%m-%d %H:%M:%S"
-        calendar = np.unique(bars["time"].to_numpy("datetime64[ns]"))
-        texts = pd.DatetimeIndex(calendar).strftime(form)
-        (draft / "calendars" / f"{summary.freq}.txt").write_text("".join(f"{text}\n" for text in texts))
-        rows = np.searchsorted(calendar, bars["time"].to_numpy("datetime64[ns]"))
-        codes, names = bars["instrument"].cat.codes.to_numpy(), bars["instrument"].cat.categories
-        starts = np.flatnonzero(np.r_[True, codes[1:] != codes[:-1]])
-        fields = {name: bars[name].to_numpy("<f4") for name in FIELDS if name in bars}
-        lines = []
-        for start, end in zip(starts, [*starts[1:], len(bars)]):
-            name, first, last = names[codes[start]], int(rows[start]), int(rows[end - 1])
-            folder = draft / "features" / folder_name(name)
-            folder.mkdir()
-            for column, values in fields.items():
-                own = np.full(last - first + 2, np.nan, "<f4")
-                own[0] = first
-                own[1 + rows[start:end] - first] = values[start:end]
-                own.tofile(folder / f"{column}.{summary.freq}.bin")
-            if name != summary.benchmark:
-                lines.append(f"{name}\t{texts[first]}\t{texts[last]}\n")
+        spans = _write_bars(draft, bars, summary.freq)
+        if summary.freq != "day":  # Qlib's backtests ask for the benchmark's days first, whatever their frequency
+            _write_bars(draft, _days(bars), "day")
+            summary.findings.append(
+                f"bars of day, made of those of {summary.freq}, lie beside them, for Qlib's backtests"
+            )
+        lines = [f"{name}\t{first}\t{last}\n" for name, first, last in spans if name != summary.benchmark]
         (draft / "instruments" / "all.txt").write_text("".join(lines))
         for name in former:
             shutil.copyfile(store / "instruments" / f"{name}.txt", draft / "instruments" / f"{name}.txt")
         for name, path in universes.items():
-            _write_universe(draft, name, path, set(names.tolist()), summary)
+            _write_universe(draft, name, path, {name for name, _, _ in spans}, summary)
         rejected.to_csv(draft / REJECTED, index=False)
         about = {
             "freq": summary.freq,
@@ -427,13 +414,53 @@ def _write(
             raise
 
 
+def _write_bars(draft: Path, bars: pd.DataFrame, freq: str) -> list[tuple[str, str, str]]:
+    """Write the calendar and the binary files of some bars, and return each instrument's first and last time."""
+    form = "%Y-%m-%d %H:%M:%S" if freq.endswith("min") else "%Y-%m-%d"
+    calendar = np.unique(bars["time"].to_numpy("datetime64[ns]"))
+    texts = pd.DatetimeIndex(calendar).strftime(form)
+    (draft / "calendars" / f"{freq}.txt").write_text("".join(f"{text}\n" for text in texts))
+    rows = np.searchsorted(calendar, bars["time"].to_numpy("datetime64[ns]"))
+    codes, names = bars["instrument"].cat.codes.to_numpy(), bars["instrument"].cat.categories
+    starts = np.flatnonzero(np.r_[True, codes[1:] != codes[:-1]])
+    fields = {name: bars[name].to_numpy("<f4") for name in FIELDS if name in bars}
+    spans = []
+    for start, end in zip(starts, [*starts[1:], len(bars)]):
+        name, first, last = names[codes[start]], int(rows[start]), int(rows[end - 1])
+        folder = draft / "features" / folder_name(name)
+        folder.mkdir(exist_ok=True)
+        for column, values in fields.items():
+            own = np.full(last - first + 2, np.nan, "<f4")
+            own[0] = first
+            own[1 + rows[start:end] - first] = values[start:end]
+            own.tofile(folder / f"{column}.{freq}.bin")
+        spans.append((name, texts[first], texts[last]))
+    return spans
+
+
+def _days(bars: pd.DataFrame) -> pd.DataFrame:
+    """Join the bars of each instrument's days, which are those of the calendar: a night session is of two."""
+    joins = {"open": "first", "high": "max", "low": "min", "close": "last", "factor": "last"}
+    kept = {
+        column: joins.get(column, "sum") for column in FIELDS if column in bars and column not in ("change", "vwap")
+    }
+    keys = [bars["instrument"], bars["time"].dt.normalize().rename("time")]
+    days = bars.groupby(keys, observed=True, sort=False).agg(kept).reset_index()
+    _add_change(days)
+    if "vwap" in bars:
+        money = (bars["vwap"] * bars["volume"]).groupby(keys, observed=True, sort=False).sum(min_count=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            days["vwap"] = money.to_numpy() / days["volume"].where(days["volume"] > 0)
+    return days
+
+
 def _write_universe(draft: Path, name: str, path: Path, known: set[str], summary: IngestSummary) -> None:
     if not re.fullmatch(r"[a-z0-9_]+", name) or name == "all":
         raise ValueError(f"--universe {name!r}: a universe's name is small letters, digits and _, and not all")
     if not path.is_file():
         raise SourceError(f"--universe {name}: {path}: no such file")
     spans = _read_spans(path, f"--universe {name}", summary.last)
-    late = "" if summary.freq == "day" else " 23:59:59"  # the last day is a member's to its last minute
+    late = " 23:59:59" if summary.freq.endswith("min") else ""  # the last day is a member's to its last minute
     text = "".join(f"{member}\t{first:%Y-%m-%d}\t{last:%Y-%m-%d}{late}\n" for member, first, last in spans)
     (draft / "instruments" / f"{name}.txt").write_text(text)
     members = {member for member, _, _ in spans}

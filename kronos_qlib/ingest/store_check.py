@@ -69,7 +69,7 @@ def check_store(
     """Look at every bar of a store.
 
     Args:
-        freq: which bars; by default days, or the only ones there are.
+        freq: which bars; by default the finest there are.
         progress: wraps the list of instruments, to show how far it is.
 
     Raises:

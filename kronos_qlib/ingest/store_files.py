@@ -19,6 +19,9 @@ def folder_name(instrument: str) -> str:
     return f"{'_qlib_' if _RESERVED.fullmatch(instrument) else ''}{instrument}".lower()
 
 
+_ORDER = {"day": 1, "1week": 2}  # minutes come before
+
+
 def is_store(folder: Path) -> bool:
     """Return whether a folder is a Qlib store: it has calendars/."""
     return (folder / "calendars").is_dir()
@@ -27,7 +30,8 @@ def is_store(folder: Path) -> bool:
 class StoreFiles:
     """A Qlib store: calendars/<freq>.txt, instruments/<universe>.txt, features/<instrument>/<field>.<freq>.bin.
 
-    freqs: frequencies of which there is a calendar, days first. universes: by name.
+    freqs: frequencies of which there is a calendar, the finest first; but days that are bars of weeks under another
+        name, as `ingest` writes them for Qlib, come last. universes: by name.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,8 +39,13 @@ class StoreFiles:
         names = [path.stem for path in folder.glob("calendars/*.txt") if not path.stem.endswith(_FUTURE)]
         if not names:
             raise SourceError(f"{folder}: no Qlib store, which has calendars/")
-        self.freqs = sorted(names, key=lambda name: (name != "day", len(name), name))
+        self.freqs = sorted(names, key=lambda name: (_ORDER.get(name, 0), len(name), name))
+        if "1week" in names and "day" in names and self._same_calendar("1week", "day"):
+            self.freqs.append(self.freqs.pop(self.freqs.index("day")))
         self.universes = sorted(path.stem for path in folder.glob("instruments/*.txt"))
+
+    def _same_calendar(self, one: str, other: str) -> bool:
+        return self.calendar_file(one).read_bytes() == self.calendar_file(other).read_bytes()
 
     def calendar_file(self, freq: str, future: bool = False) -> Path:
         """Return the file of a calendar, or of the sessions to come."""

@@ -11,6 +11,7 @@ from qlib.config import C
 from qlib.data.data import Cal
 from qlib.utils import code_to_fname
 
+from kronos_qlib.data.calendar import is_intraday
 from kronos_qlib.data.dataset import KLineDataset
 
 QLIB_BENCHMARK = "SH000300"  # what Qlib takes where a backtest names none
@@ -83,7 +84,7 @@ def _date_findings(backtest: Mapping[str, Any], freq: str) -> Iterator[Finding]:
     except Exception as error:
         yield Finding("error", "backtest", one_line(error))
         return
-    if end.normalize() == end and freq != "day":
+    if end.normalize() == end and is_intraday(freq):
         end += pd.Timedelta(days=1) - pd.Timedelta(1, "ns")
     within = sessions[(sessions >= start) & (sessions <= end)]
     if not len(within):

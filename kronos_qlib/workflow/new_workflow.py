@@ -196,6 +196,7 @@ def _settings(
     trained = zoo.MODELS[model].max_context or lookback + horizon
     if lookback + horizon > trained:  # nano's: shorter windows
         lookback, horizon = trained - trained // 4, trained // 4
+    weeks = freq == "1week"
     bars_a_day = len(calendar) / len(days)
     segments = _segments(days, math.ceil(lookback / bars_a_day), math.ceil(horizon / bars_a_day), folder)
     index, index_note = _benchmark(store, freq, benchmark, known)
@@ -207,7 +208,7 @@ def _settings(
     absolute = json.dumps(str(folder.expanduser().resolve()), ensure_ascii=False)
     settings = {
         "store": printable(str(folder)),
-        "provider_uri": absolute if freq == "day" else f"{{{freq}: {absolute}}}",
+        "provider_uri": _provider_uri(absolute, freq, store.freqs),
         "qlib_region": market.qlib_region,
         "region_note": f"                       # {market.note}",
         "universe": universe,
@@ -215,7 +216,7 @@ def _settings(
         "freq": freq,
         "segments": segments,
         "shares": f"{TRAIN:.0%}, {VALID:.0%}, {1 - TRAIN - VALID:.0%}",
-        "bars_a_year": round(market.days_a_year * bars_a_day),
+        "bars_a_year": 52 if weeks else round(market.days_a_year * bars_a_day),
         "topk": topk,
         "members": len(shares),
         "n_drop": n_drop,
@@ -244,6 +245,13 @@ def _settings(
     if not traded:
         notes.append("no volume in the store: volume is optional")
     return settings, notes
+
+
+def _provider_uri(folder: str, freq: str, freqs: Sequence[str]) -> str:
+    """Name the store once, or for its own bars and for days, of which Qlib's backtests read the benchmark."""
+    if freq == "day":
+        return folder
+    return f"{{{freq}: {folder}, day: {folder}}}" if "day" in freqs else f"{{{freq}: {folder}}}"
 
 
 def _minutes(freq: str) -> float:

@@ -75,9 +75,15 @@ def write_calendar(path: Path, calendar: pd.DatetimeIndex | list[str]) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def use_store(folder: Path) -> None:
-    """Point Qlib, which is global, at a store, and forget what it had read of the last one."""
-    qlib.init(provider_uri=str(folder), region="cn", kernels=1, logging_level=30, clear_mem_cache=True)
+def use_store(folder: Path | dict[str, str]) -> None:
+    """Point Qlib, which is global, at a store (or one a frequency), and forget what it had read of the last one."""
+    qlib.init(
+        provider_uri=folder if isinstance(folder, dict) else str(folder),
+        region="cn",
+        kernels=1,
+        logging_level=30,
+        clear_mem_cache=True,
+    )
 
 
 def market_bars() -> dict[str, pd.DataFrame]:

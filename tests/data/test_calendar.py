@@ -210,3 +210,10 @@ def test_a_range_that_ends_on_a_day_ends_with_that_days_last_bar():
     assert range_end(pd.Timestamp("2024-01-02"), "5min") > pd.Timestamp("2024-01-02 23:59")
     assert range_end(pd.Timestamp("2024-01-02 10:00"), "5min") == pd.Timestamp("2024-01-02 10:00")
     assert range_end(None, "5min") is None
+
+
+def test_weeks_are_followed_by_weeks():
+    calendar = SessionCalendar(pd.date_range("2025-01-03", periods=30, freq="W-FRI"), region="cn", freq="1week")
+    after = calendar.sessions_after(np.array(days("2025-07-18", "2025-07-25")), 60)
+    assert after[0, :2].tolist() == np.array(days("2025-07-25", "2025-08-01")).tolist()
+    assert set(np.diff(after[1]).tolist()) == {np.timedelta64(7, "D").astype("m8[ns]").item()}

@@ -296,3 +296,55 @@ def test_config_refuses_what_it_does_not_know(market):
         make_dataset().config(look_back=3)
     with pytest.raises(ValueError, match="lookback: "):
         make_dataset().config(lookback=0)
+
+
+def bridging(lookback: int, future: int, allowed: int) -> set[tuple[str, str]]:
+    """Windows (date, instrument) with more missed sessions than allowed between two bars, in plain pandas."""
+    found = set()
+    for name, bars in market_bars().items():
+        bars.index = np.arange(DAYS)[-len(bars) :]
+        valid = bars.index[(bars["volume"] > 0) & bars["close"].notna()]
+        for i in range(lookback - 1, len(valid) - future):
+            if (np.diff(valid[i - lookback + 1 : i + future + 1]) - 1 > allowed).any():
+                found.add((DAY[valid[i]], name))
+    return found
+
+
+@pytest.mark.parametrize("allowed", [2, 3, 7, 8])
+def test_windows_over_a_longer_gap_than_max_gap_are_left_out_and_counted(market, allowed):
+    dataset, plain = make_dataset(max_gap=allowed), make_dataset()
+    for select, future in (("score_windows", 0), ("training_windows", 4)):
+        kept, all_of_them = (getattr(each, select)("train") for each in (dataset, plain))
+        over = bridging(6, future, allowed) & set(listed(all_of_them))
+        assert listed(kept) == [pair for pair in listed(all_of_them) if pair not in over]
+        assert kept.gaps == len(over) and (allowed == 8) == (not over), "BBB misses 8 sessions, CCC 3"
+    if allowed == 2:
+        with pytest.warns(
+            UserWarning, match=r"^KLineDataset: \d+ windows of segment 'train'.* more than 2 sessions.*left"
+        ):
+            dataset.warn_of_left_out(dataset.score_windows("train"))
+
+
+def test_long_gaps_are_a_warning_where_none_is_forbidden(market, monkeypatch):
+    monkeypatch.setattr("kronos_qlib.data.dataset.LONG_GAP", 7)
+    windows = make_dataset().score_windows("train")
+    assert windows.gaps == len(bridging(6, 0, 7) & set(listed(windows))) > 0
+    with pytest.warns(
+        UserWarning, match=f"{windows.gaps} windows .* more than 7 sessions.*set max_gap to leave them out"
+    ):
+        make_dataset().warn_of_left_out(windows)
+
+
+def test_a_max_gap_that_leaves_no_window_is_an_error(tmp_path):
+    every_other = random_bars(20)
+    every_other.loc[1::2, "volume"] = 0.0
+    members = {"some": [("AAA", "2000-01-01", "2030-01-01")]}
+    use_store(write_store(tmp_path / "store", sessions(20), {"AAA": every_other, "BBB": random_bars(20)}, members))
+    handler = KLineHandler(["AAA", "BBB"])
+    dataset = KLineDataset(handler, {"all": [None, None]}, lookback=3, horizon=2, max_gap=0)
+    assert set(dataset.score_windows("all").instruments) == {"BBB"}
+    handler.config(instruments="some")
+    with pytest.raises(
+        ValueError, match=r"'all' .* no window: each of its \d+ misses more than max_gap \(0\) sessions"
+    ):
+        KLineDataset(handler, {"all": [None, None]}, lookback=3, horizon=2, max_gap=0).score_windows("all")

@@ -12,10 +12,12 @@ from kronos_qlib.data.demo_market import (
     PLANTED_PREDICTOR,
     UNIVERSE,
     _closes,
+    _kind,
     is_synthetic,
     write_demo_market,
 )
 
+DAYS_OF_STOCKS = _kind("day", "stocks")
 FIELDS = ("open", "high", "low", "close", "volume", "factor", "change")
 
 
@@ -188,8 +190,8 @@ def test_closes_up_to_a_day_know_nothing_of_later_suspensions() -> None:
     start, first_bar, suspended = np.full(6, 20.0), np.zeros(6, dtype=np.int64), np.zeros((60, 6), dtype=bool)
     later = suspended.copy()
     later[40:45, 2] = True
-    plain, _ = _closes(start, first_bar, suspended, 0.3, np.random.default_rng(0))
-    changed, _ = _closes(start, first_bar, later, 0.3, np.random.default_rng(0))
+    plain, _ = _closes(start, first_bar, suspended, 0.3, np.random.default_rng(0), DAYS_OF_STOCKS)
+    changed, _ = _closes(start, first_bar, later, 0.3, np.random.default_rng(0), DAYS_OF_STOCKS)
     assert np.array_equal(plain[:41], changed[:41])
     assert not np.array_equal(plain[41:], changed[41:])
 
@@ -287,3 +289,41 @@ def test_impossible_argument_is_named_before_anything_is_written(tmp_path: Path,
     with pytest.raises(ValueError, match=f"^{argument} must be"):
         write_demo_market(tmp_path / "market", **{argument: value})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("freq", "market", "stored", "first"),
+    [
+        ("5min", "stocks", "5min", ["09:30:00", "09:35:00"]),
+        ("60min", "crypto", "60min", ["00:00:00", "01:00:00"]),
+        ("15min", "futures", "15min", ["09:00:00", "09:15:00"]),
+        ("week", "stocks", "1week", []),
+    ],
+)
+def test_other_frequencies_have_the_planted_signal_and_days_that_are_their_bars_joined(
+    tmp_path: Path, freq: str, market: str, stored: str, first: list[str]
+) -> None:
+    days = 1500 if freq == "week" else 40
+    store = write_demo_market(tmp_path / "market", freq=freq, market=market, days=days, instruments=30, signal=0.3)
+    times = pd.DatetimeIndex(pd.to_datetime((store / "calendars" / f"{stored}.txt").read_text().splitlines()))
+    assert times.is_monotonic_increasing and times.is_unique
+    assert times[:2].strftime("%H:%M:%S").to_list() == first or (times.dayofweek == 4).all()
+    assert ((times.dayofweek >= 5).mean() > 0.2) == (market == "crypto")
+    use_store({stored: str(store), "day": str(store)})
+    fields = [PLANTED_PREDICTOR, "Ref($close, -2)/Ref($close, -1) - 1"]
+    seen = D.features(D.instruments(UNIVERSE), fields, freq=stored).dropna()
+    daily = seen.groupby(level="datetime").apply(lambda day: day.corr("spearman").iloc[0, 1])
+    assert daily.mean() == pytest.approx(0.26, abs=0.06)
+    bars = D.features(["DEMO0003"], ["$open", "$high", "$low", "$close", "$volume"], freq=stored).loc["DEMO0003"]
+    whole = D.features(["DEMO0003"], ["$open", "$high", "$low", "$close", "$volume"], freq="day").loc["DEMO0003"]
+    by_day = bars.groupby(bars.index.normalize())
+    joined = [by_day["$open"].first(), by_day["$high"].max(), by_day["$low"].min(), by_day["$close"].last()]
+    joined.append(by_day["$volume"].apply(lambda day: day.sum(skipna=False)))
+    pd.testing.assert_frame_equal(pd.concat(joined, axis=1), whole, check_freq=False, rtol=1e-5)
+
+
+def test_a_frequency_or_market_that_is_none_is_an_error_that_lists_them(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="freq must be one of day, week, 60min.*'2h'"):
+        write_demo_market(tmp_path, freq="2h")
+    with pytest.raises(ValueError, match="market must be one of stocks, crypto, futures; it is 'bonds'"):
+        write_demo_market(tmp_path, market="bonds")

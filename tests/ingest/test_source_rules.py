@@ -144,6 +144,35 @@ def test_bars_are_stored_at_their_start_where_the_first_of_the_day_tells(tmp_pat
     assert pd.Timestamp(given.first) == times[0] - pd.Timedelta(minutes=5)
 
 
+def test_bars_of_minutes_and_weeks_have_days_beside_them(tmp_path):
+    times = [
+        day + pd.Timedelta("09:30:00") + step * pd.Timedelta("5min")
+        for day in pd.bdate_range("2024-01-02", periods=5)
+        for step in range(6)
+    ]
+    minutes = TRUTH.assign(time=times[: len(TRUTH)], amount=TRUTH["close"] * TRUTH["volume"])
+    minutes.to_csv(tmp_path / "SH600000.csv", index=False)
+    ingest([tmp_path / "SH600000.csv"], tmp_path / "store", unit="shares")
+    store = StoreFiles(tmp_path / "store")
+    assert store.freqs == ["5min", "day"]
+    first, days = store.read("SH600000", "day", [*PRICES, "volume", "amount", "vwap", "change"])
+    by_day = minutes.groupby(pd.DatetimeIndex(minutes["time"]).normalize())
+    joins = {"open": "first", "high": "max", "low": "min", "close": "last", "volume": "sum", "amount": "sum"}
+    expected = by_day.agg(joins)
+    assert first == 0 and store.calendar("day").tolist() == expected.index.tolist()
+    np.testing.assert_allclose(days[[*joins]].to_numpy(), expected.to_numpy(), rtol=1e-6)
+    np.testing.assert_allclose(days["vwap"], expected["amount"] / expected["volume"], rtol=1e-5)
+    np.testing.assert_allclose(days["change"].iloc[1:], expected["close"].pct_change().iloc[1:], atol=1e-6)
+
+    weeks = TRUTH.assign(time=pd.date_range("2020-01-03", periods=len(TRUTH), freq="W-FRI"))
+    weeks.to_csv(tmp_path / "AAPL.csv", index=False)
+    summary = ingest([tmp_path / "AAPL.csv"], tmp_path / "weeks", unit="shares")
+    store = StoreFiles(tmp_path / "weeks")
+    assert summary.freq == "1week" and store.freqs == ["1week", "day"], "days that are weeks by name come last"
+    tables = [store.read("AAPL", freq, [*PRICES, "volume"])[1] for freq in store.freqs]
+    pd.testing.assert_frame_equal(*tables)
+
+
 def test_what_a_few_appended_bars_do_not_tell_is_that_of_the_store(tmp_path):
     times = [
         day + pd.Timedelta("09:35:00") + step * pd.Timedelta("5min")
