@@ -13,7 +13,10 @@ def test_demo_data_writes_the_market_asked_for(tmp_path: Path, capsys: pytest.Ca
     options = ["--instruments", "5", "--days", "70", "--signal", "0", "--seed", "4"]
     assert main(["demo-data", str(market), *options]) == 0
     assert is_synthetic(market)
-    assert '{"instruments": 5, "days": 70, "signal": 0.0, "seed": 4}' in (market / "SYNTHETIC.txt").read_text()
+    assert (
+        '{"instruments": 5, "days": 70, "signal": 0.0, "seed": 4, "freq": "day", "market": "stocks"}'
+        in (market / "SYNTHETIC.txt").read_text()
+    )
     told = capsys.readouterr().out
     assert "synthetic" in told
     assert str(market) in told
