@@ -205,7 +205,7 @@ def test_a_tuning_that_was_stopped_goes_on_with_the_same_trials(market, place, m
     assert found(tune(path, 2, storage=Path("parts.db"), seed=1))[1] != found(whole)[1]
 
 
-@pytest.mark.parametrize(("how", "folds"), [("prices", 2), ("holes", 1), ("membership", 2)])
+@pytest.mark.parametrize(("how", "folds"), [("prices", 1), ("holes", 2), ("membership", 2)])
 def test_no_bar_after_the_valid_segment_decides_a_trial(market, place, how, folds):
     options = {"folds": folds, "valid_sessions": 30 if folds > 1 else None}
     one = tune(write(market, place / "one"), 2, storage=Path("one.db"), **options)
@@ -213,6 +213,7 @@ def test_no_bar_after_the_valid_segment_decides_a_trial(market, place, how, fold
         write(tampered(market, place / "market", how), place / "other"), 2, storage=Path("other.db"), **options
     )
     assert found(one) == found(other) and len(one[1].folds) == folds
+    assert len(runs()) == 2, "it is one study: its name holds a digest of all labels"
 
 
 @pytest.mark.slow
