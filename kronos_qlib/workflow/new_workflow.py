@@ -166,8 +166,9 @@ def copy_examples(names: Sequence[str], folder: Path) -> list[Path]:
 
 
 def example_names() -> list[str]:
-    """List the workflows that come with the package, without their bases."""
-    return sorted(path.stem for path in EXAMPLES.glob("*.yaml") if not path.stem.startswith("base_"))
+    """List the workflows that come with the package, without their bases, and the search spaces for `tune`."""
+    paths = [path.relative_to(EXAMPLES) for path in EXAMPLES.rglob("*.yaml") if not path.stem.startswith("base_")]
+    return sorted(path.with_suffix("").as_posix() for path in paths)
 
 
 def _example(name: str) -> str:

@@ -147,8 +147,11 @@ def test_the_package_s_workflows_are_copied_with_their_base(tmp_path):
         "base_csi300.yaml",
     ]
     assert main(["workflow", "--copy", "all"]) == 0
-    copies = {path.name: path.read_text() for path in Path("workflows").iterdir()}
-    assert copies == {path.name: path.read_text() for path in EXAMPLES.iterdir()}
+    copies, own = (
+        {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.yaml")}
+        for folder in (Path("workflows"), EXAMPLES)
+    )
+    assert copies == own
     assert set(example_names()) == {name.removesuffix(".yaml") for name in copies if not name.startswith("base_")}
     assert main(["workflow", "--copy", "all"]) == 0, "equal files are no trouble"
 
