@@ -6,7 +6,6 @@ Shapes: W forecasts, S samples, P steps, K levels of quantiles, B bands of `BAND
 """
 
 import math
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +15,9 @@ from pydantic import Field, ValidationError, model_validator
 
 from kronos_qlib.data.windows import CLOSE
 from kronos_qlib.files import whole_file
+from kronos_qlib.forecast.engine.sampling import Sampling
+from kronos_qlib.nn import Kronos, KronosTokenizer
+from kronos_qlib.nn.checkpoint import digest_of_weights
 from kronos_qlib.settings import Settings
 
 Floats = NDArray[np.float64]
@@ -40,6 +42,12 @@ class ForecastIdentity(Settings):
     top_p: float
     s2_rotation: str
     anchor: bool
+
+    @classmethod
+    def of(cls, tokenizer: KronosTokenizer, model: Kronos, sampling: Sampling) -> "ForecastIdentity":
+        """Return that of forecasts by these networks, drawn like this."""
+        drawn = {name: getattr(sampling, name) for name in cls.model_fields if hasattr(sampling, name)}
+        return cls(tokenizer=digest_of_weights(tokenizer), model=digest_of_weights(model), **drawn)
 
 
 class FittedOn(Settings):
@@ -103,7 +111,7 @@ class Calibration(Settings):
         """Steps it was fitted for, P."""
         return len(self.conformity)
 
-    @cached_property
+    @property
     def offsets(self) -> Floats:
         """The offsets of split conformal bands [P, B], in units of volatility · √step."""
         return np.array(self.conformity)[:, range(len(BANDS)), BANDS]

@@ -1,4 +1,4 @@
-"""A calibration maps whole paths, keeps bars possible and quantiles in order, adapts from the past alone, and is kept."""
+"""A calibration maps whole paths, keeps bars possible and quantiles in order, adapts from the past, and is kept."""
 
 import json
 import pickle
@@ -35,7 +35,9 @@ def make_calibration(**changes) -> Calibration:
         "terciles": (0.01, 0.03),
         "slopes": ((0.0, 0.1, 0.2), (0.3, 0.4, 0.5), (0.6, 0.7, 1.0)),
         "spreads": ((0.5, 1.0, 1.5), (2.0, 2.5, 3.0), (1 / 3, 1.1, 0.7)),
-        "conformity": tuple(tuple(tuple((GRID - 0.6 + 0.1 * band).tolist()) for band in range(3)) for _ in range(STEPS)),
+        "conformity": tuple(
+            tuple(tuple((GRID - 0.6 + 0.1 * band).tolist()) for band in range(3)) for _ in range(STEPS)
+        ),
     }
     return Calibration(**values | changes)
 
