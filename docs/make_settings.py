@@ -22,12 +22,18 @@ from kronos_qlib.train.settings import AutoOrCount, PredictorSettings, RankerSet
 from kronos_qlib.workflow.ranker import RankerModelSettings
 from kronos_qlib.workflow.records import RecordSettings
 from kronos_qlib.workflow.rules import RuleSettings
-from kronos_qlib.workflow.settings import ForecastSettings, ModelSettings, WorkflowFinetuneSettings
+from kronos_qlib.workflow.settings import (
+    CalibrationSettings,
+    ForecastSettings,
+    ModelSettings,
+    WorkflowFinetuneSettings,
+)
 
 PAGE = Path(__file__).parent / "settings.md"
 SECTIONS: dict[str, Sequence[type[Settings]]] = {
     "KronosModel": [ModelSettings],
     "KronosModel: `forecast`": [ForecastSettings],
+    "KronosModel: `calibration`": [CalibrationSettings],
     "KronosModel: `finetune`": [WorkflowFinetuneSettings],
     "`finetune`: `tokenizer` and `predictor`": [TokenizerSettings, PredictorSettings],
     "`tokenizer` and `predictor`: `lora`": [LoraSettings],

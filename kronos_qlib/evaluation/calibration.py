@@ -42,9 +42,10 @@ def fit_calibration(
     until: np.datetime64,
     identity: ForecastIdentity,
     segment: str,
+    *,
+    lookback: int,
     freq: str = "day",
     synthetic: bool = False,
-    lookback: int = 0,
 ) -> Calibration:
     """Fit on the forecasts of which all bars are known by `until`; later bars are not read.
 
@@ -55,7 +56,7 @@ def fit_calibration(
     conformity scores are of the second half, with the map of the first; then the map is fitted again on all.
 
     Args:
-        outcomes: with paths, not calibrated before. identity, segment, freq, synthetic, lookback: what they are of, to
+        outcomes: with paths, not calibrated before. identity, segment, lookback, freq, synthetic: what they are of, to
             be kept.
 
     Raises:

@@ -5,6 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
+from calibrations import IDENTITY, STEPS, make_calibration
 from scipy.stats import betabinom
 
 from kronos_qlib.data.windows import COLUMNS
@@ -12,7 +13,6 @@ from kronos_qlib.forecast.calibration import (
     BANDS,
     GRID,
     Calibration,
-    FittedOn,
     ForecastIdentity,
     conformity_grid,
     conformity_scores,
@@ -21,25 +21,7 @@ from kronos_qlib.forecast.calibration import (
 )
 
 LEVELS = np.array([0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95])
-IDENTITY = {"tokenizer": "a", "model": "b", "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-IDENTITY |= {"s2_rotation": "aligned", "anchor": False}
-FITTED_ON = {"segment": "valid", "freq": "day", "synthetic": True, "lookback": 90, "samples": 20, "windows": 900}
-FITTED_ON |= {"days": 30, "first": "2020-01-01", "last": "2020-03-01", "until": "2020-03-15"}
-STEPS, DAILY = 3, 0.02
-
-
-def make_calibration(**changes) -> Calibration:
-    values = {
-        "identity": ForecastIdentity(**IDENTITY),
-        "fitted_on": FittedOn(**FITTED_ON),
-        "terciles": (0.01, 0.03),
-        "slopes": ((0.0, 0.1, 0.2), (0.3, 0.4, 0.5), (0.6, 0.7, 1.0)),
-        "spreads": ((0.5, 1.0, 1.5), (2.0, 2.5, 3.0), (1 / 3, 1.1, 0.7)),
-        "conformity": tuple(
-            tuple(tuple((GRID - 0.6 + 0.1 * band).tolist()) for band in range(3)) for _ in range(STEPS)
-        ),
-    }
-    return Calibration(**values | changes)
+DAILY = 0.02
 
 
 def plain(**changes) -> Calibration:
