@@ -288,7 +288,9 @@ class KronosPredictor:
         """
         if self.calibration is None:
             return np.quantile(closes, levels, axis=0)
-        known = _bars(bars, "df")[None, :, CLOSE]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it was said when they were forecast from
+            known = _bars(bars, "df")[None, :, CLOSE]
         every, place = np.unique([0.5, *levels], return_inverse=True)
         ratios = closes[None] / known[:, -1]
         return self.calibration.quantiles(ratios, bar_volatility(known), every)[0].T[place[1:]] * known[0, -1]
@@ -359,7 +361,7 @@ class KronosPredictor:
         key = self.max_context, self.dtype, _fingerprint(self.tokenizer), _fingerprint(self.model)
         if self._weights is None or key != self._weights_key or length > self._weights_length:
             networks = self.tokenizer, self.model
-            if self.calibration is not None and self._weights is not None:  # they may have changed since it was checked
+            if self.calibration is not None:  # they may have changed since it was checked
                 self._check_calibration(own_weights(*networks), 1)
             self._weights = prepare_weights(*networks, self.max_context, self.dtype, length)
             self._weights_key, self._weights_length = key, length
