@@ -23,12 +23,18 @@ from kronos_qlib.workflow.kronos_factors import FactorSettings, PcaSettings
 from kronos_qlib.workflow.ranker import RankerModelSettings
 from kronos_qlib.workflow.records import RecordSettings
 from kronos_qlib.workflow.rules import RuleSettings
-from kronos_qlib.workflow.settings import ForecastSettings, ModelSettings, WorkflowFinetuneSettings
+from kronos_qlib.workflow.settings import (
+    CalibrationSettings,
+    ForecastSettings,
+    ModelSettings,
+    WorkflowFinetuneSettings,
+)
 
 PAGE = Path(__file__).parent / "settings.md"
 SECTIONS: dict[str, Sequence[type[Settings]]] = {
     "KronosModel": [ModelSettings],
     "KronosModel: `forecast`": [ForecastSettings],
+    "KronosModel: `calibration`": [CalibrationSettings],
     "KronosModel: `finetune`": [WorkflowFinetuneSettings],
     "`finetune`: `tokenizer` and `predictor`": [TokenizerSettings, PredictorSettings],
     "`tokenizer` and `predictor`: `lora`": [LoraSettings],

@@ -25,6 +25,7 @@ class BarForecast:
 
     bars: those that the network saw, index time. times: of the bars forecast. paths: [S, P, 6], price units, possible
     bars. came: the bars that came at these times, as far as known; index time. notes: what a reader should know.
+    bands: quantiles of the close [7, P], at `QUANTILES`, where they are not just those of the paths: of a calibration.
     """
 
     instrument: str
@@ -33,14 +34,18 @@ class BarForecast:
     paths: np.ndarray
     came: pd.DataFrame
     notes: list[str] = field(default_factory=list)
+    bands: np.ndarray | None = None
+
+    @property
+    def close_quantiles(self) -> np.ndarray:
+        """Quantiles of the close [7, P], at `QUANTILES`."""
+        return np.quantile(self.paths[..., CLOSE], QUANTILES, axis=0) if self.bands is None else self.bands
 
     def table(self) -> pd.DataFrame:
         """Tabulate each step: quantiles of the close, the share of paths above the last close, median low and high."""
         close = self.paths[..., CLOSE]
         last = float(self.bars["close"].iloc[-1])
-        columns = {
-            f"q{round(100 * level):02d}": row for level, row in zip(QUANTILES, np.quantile(close, QUANTILES, axis=0))
-        }
+        columns = {f"q{round(100 * level):02d}": row for level, row in zip(QUANTILES, self.close_quantiles)}
         columns["prob_up"] = (close > last).mean(axis=0)
         columns["low"], columns["high"] = (np.median(self.paths[..., place], axis=0) for place in (2, 1))
         table = pd.DataFrame(columns, self.times.rename("time"))
@@ -70,6 +75,7 @@ def terminal_text(forecast: BarForecast) -> str:
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
     head = f"{forecast.instrument}: {len(forecast.bars)} bars to {forecast.bars.index[-1]}, last close {number(last)}"
+    head += "" if forecast.bands is None else ", calibrated"
     return printable("\n".join([head, "", *lines, "", *(f"- {note}" for note in forecast.notes)]))
 
 
@@ -96,10 +102,12 @@ def write_page(forecast: BarForecast, path: Path) -> Path:
     paths, steps, seen = len(forecast.paths), len(forecast.times), len(forecast.bars)
     after = last.date() if daily else last
     lead = f"{paths} sample paths of {steps} bars after {after}, drawn from {seen} bars by Kronos"
+    lead += "" if forecast.bands is None else ", and calibrated"
+    title = f"{forecast.instrument}: {'forecast' if forecast.bands is None else 'calibrated forecast'}"
     content = f"""<h2>Each bar</h2>
 <div class="scroll" tabindex="0"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>
 <h2>Notes</h2><ul class="notes">{notes}</ul>"""
-    page = chart_page(f"{forecast.instrument}: forecast", lead, _figure(forecast), content)
+    page = chart_page(title, lead, _figure(forecast), content)
     with whole_file(path) as draft:
         draft.write_text(page, encoding="utf-8")
     return path
@@ -117,7 +125,7 @@ def _figure(forecast: BarForecast) -> dict[str, Any]:
     future = list(range(steps + 1))
     last = float(bars["close"].iloc[-1])
     close = forecast.paths[..., CLOSE]
-    fan = {level: [last, *row] for level, row in zip(QUANTILES, np.quantile(close, QUANTILES, axis=0).tolist())}
+    fan = {level: [last, *row] for level, row in zip(QUANTILES, forecast.close_quantiles.tolist())}
     labels = [str(time) for time in [*bars.index, *forecast.times]]
     shown = dict(zip([*past, *future[1:]], labels))
     kronos, dark = SERIES[0], DARK_SERIES[0]
@@ -126,7 +134,7 @@ def _figure(forecast: BarForecast) -> dict[str, Any]:
         _volume(bars, past, forecast),
     ]
     for low, high, alpha in ((0.05, 0.95, 0.16), (0.25, 0.75, 0.3)):
-        name = f"{high - low:.0%} of the paths"
+        name = f"{high - low:.0%} " + ("of the paths" if forecast.bands is None else "band")
         data.append(
             {
                 "type": "scatter",

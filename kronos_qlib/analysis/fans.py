@@ -84,6 +84,8 @@ def _forecasts(run: RunResult, days: list[pd.Timestamp]) -> pd.DataFrame:
     """Read the stored forecasts of some days of a run, index (datetime, instrument), from its own folder."""
     settings = run.kronos_run.get("model", {})
     cache_dir, score = settings.get("forecast", {}).get("cache_dir"), settings.get("score")
+    if settings.get("calibration") is not None:
+        raise FansError("its forecasts are calibrated, and its cache_dir holds them as they were drawn")
     if cache_dir is None:
         raise FansError("the run kept no forecasts (forecast.cache_dir is null)")
     if run.forecast_digest is None:

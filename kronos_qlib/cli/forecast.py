@@ -6,12 +6,13 @@ import json
 import re
 from pathlib import Path
 from textwrap import dedent
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kronos_qlib.cli.command import ORDERS, Commands, fail, parse_pairs
 
 if TYPE_CHECKING:
     from kronos_qlib.analysis.bar_forecast import BarForecast
+    from kronos_qlib.forecast.calibration import Calibration
     from kronos_qlib.forecast.predictor import KronosPredictor
 
 _DESCRIPTION = """\
@@ -31,6 +32,7 @@ _EXAMPLES = """\
       kronos-qlib forecast prices.parquet:AAPL --model small --at 2024-06-28      from that day, and what came
       kronos-qlib forecast runs/demo/market:DEMO0001 --model runs/demo/kronos      with what `make demo` has trained
       kronos-qlib forecast mine.csv --model small --map close=Last --out mine.html
+      kronos-qlib forecast prices.csv --calibration runs/mine/calibration.json     with the model it was fitted for
 """
 
 
@@ -44,13 +46,15 @@ def add_command(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("source", metavar="FILE|STORE:INSTRUMENT", help="bars; FILE:INSTRUMENT of a file with several")
-    command.add_argument("--horizon", type=int, default=24, metavar="N", help="bars to forecast (default: 24)")
+    command.add_argument(
+        "--horizon", type=int, metavar="N", help="bars to forecast (default: 24, or the calibration's)"
+    )
     command.add_argument(
         "--lookback",
         type=int,
-        default=400,
         metavar="N",
-        help="bars seen at most (default: 400, or fewer if the model was trained on shorter windows)",
+        help="bars seen at most (default: 400, or fewer if the model was trained on shorter windows, or the "
+        "calibration's)",
     )
     command.add_argument(
         "--model",
@@ -58,6 +62,12 @@ def add_command(commands: Commands) -> None:
         metavar="NAME|DIR",
         help="nano, which comes with this package (default), mini, small or base as published (fetched once), or a "
         "folder: tokenizer/ and model/, or a training",
+    )
+    command.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="calibration.json of a run: paths and bands are calibrated, see docs/forecasting.md (default: as drawn)",
     )
     command.add_argument("--samples", type=int, default=100, metavar="N", help="sample paths (default: 100)")
     command.add_argument("--at", metavar="DATE", help="forecast from the last bar up to then, and show what came")
@@ -106,9 +116,15 @@ def _forecast(options: argparse.Namespace) -> "BarForecast":
 
     from kronos_qlib.analysis.bar_forecast import BarForecast
     from kronos_qlib.data.calendar import check_exchange, sessions_after_bars
+    from kronos_qlib.forecast.calibration import load_calibration
     from kronos_qlib.ingest.selection import read_instrument
     from kronos_qlib.ingest.symbols import exchange_of
 
+    calibration = load_calibration(options.calibration) if options.calibration else None
+    if options.horizon is None:
+        options.horizon = 24 if calibration is None else calibration.horizon
+    if options.lookback is None:
+        options.lookback = 400 if calibration is None else calibration.fitted_on.lookback
     for name, least in (("horizon", 1), ("lookback", 2), ("samples", 1)):
         if getattr(options, name) < least:
             raise ValueError(f"--{name} is {getattr(options, name)}; it should be at least {least}")
@@ -131,31 +147,48 @@ def _forecast(options: argparse.Namespace) -> "BarForecast":
         )
     exchange = options.exchange or exchange_of(found.instrument)
     times = sessions_after_bars(pd.DatetimeIndex(bars.index), options.horizon, exchange)
-    predictor, note = _predictor(options.model, options.device)
+    try:
+        predictor, note = _predictor(options.model, options.device, calibration)
+    except ValueError as error:
+        where = "" if calibration is None else f"{options.calibration}: "
+        raise ValueError(f"{where}{error}") from None
     room = max(predictor.max_context - options.horizon, predictor.max_context // 2)
     if min(options.lookback, len(bars)) > room:
         note += f" It sees the last {room} bars, as it was trained on windows of {predictor.max_context}."
     bars = bars.iloc[-min(options.lookback, room) :]
+    from kronos_qlib.analysis.bar_forecast import QUANTILES
+    from kronos_qlib.data.windows import CLOSE
     from kronos_qlib.forecast.predictor import possible_bars
 
+    draws: dict[str, Any] = {"T": 1.0, "top_k": 0, "top_p": 1.0}
+    if calibration is not None:
+        fitted = calibration.identity
+        draws = {"T": fitted.temperature, "top_k": fitted.top_k, "top_p": fitted.top_p}
     try:
         paths = predictor.predict_paths(
-            bars, bars.index, times, len(times), sample_count=options.samples, seed=options.seed
+            bars, bars.index, times, len(times), sample_count=options.samples, seed=options.seed, **draws
         )
     except ValueError as error:
         raise ValueError(f"{options.source}: {error}") from None
     paths = possible_bars(paths)
     came = later[later.index.isin(times)]
     sessions = exchange or "the pattern of the bars, without holidays"
+    bands = None
+    if calibration is not None:
+        bands = predictor.close_quantiles(paths[..., CLOSE], bars, QUANTILES)
+        note += f" Calibrated: {calibration.describe()}. Its bands are split conformal."
+        if len(bars) != calibration.fitted_on.lookback:
+            note += f" This forecast sees {len(bars)} bars, not {calibration.fitted_on.lookback}."
+    tokens = "all" if draws["top_p"] == 1 and not draws["top_k"] else "the likeliest"
     notes = [
         note,
-        f"Sessions ahead: {sessions}. Sampled at temperature 1 from all tokens, seed {options.seed}.",
+        f"Sessions ahead: {sessions}. Sampled at temperature {draws['T']:g} from {tokens} tokens, seed {options.seed}.",
         *found.findings,
     ]
-    return BarForecast(found.instrument, bars, times, paths, came, notes)
+    return BarForecast(found.instrument, bars, times, paths, came, notes, bands)
 
 
-def _predictor(name: str, device: str) -> tuple["KronosPredictor", str]:
+def _predictor(name: str, device: str, calibration: "Calibration | None" = None) -> tuple["KronosPredictor", str]:
     """Load the networks of a name of the zoo or of a folder, and say what they are."""
     from kronos_qlib.forecast.predictor import KronosPredictor
     from kronos_qlib.nn import Kronos, KronosTokenizer, zoo
@@ -177,10 +210,15 @@ def _predictor(name: str, device: str) -> tuple["KronosPredictor", str]:
     if entry is not None and entry.trained_until is not None:
         note += f" Trained on bars up to {entry.trained_until}: what it says of earlier days it may have seen."
     if name == "nano":
-        note += f" {zoo.SHIPPED_NOTE}. Its paths are measured from the last bar as it decodes it (anchor)."
+        note += f" {zoo.SHIPPED_NOTE}."
     context = entry.max_context if entry is not None and entry.max_context else _trained_context(folder) or 512
-    anchor = name == "nano"  # which did better with it on its validation segment; docs/forecasting.md
-    return KronosPredictor(model, tokenizer, device, context, s2_rotation="aligned", anchor=anchor), note
+    # nano did better with an anchor on its validation segment; docs/forecasting.md
+    anchor = name == "nano" if calibration is None else calibration.identity.anchor
+    note += " Its paths are measured from the last bar as it decodes it (anchor)." if anchor else ""
+    predictor = KronosPredictor(
+        model, tokenizer, device, context, s2_rotation="aligned", anchor=anchor, calibration=calibration
+    )
+    return predictor, note
 
 
 def _trained_context(folder: Path) -> int | None:

@@ -72,7 +72,8 @@ class SessionCalendar:
 
     def _extend(self) -> None:
         """Append the rest of the store's last day, and the sessions of the year after the last one."""
-        last, early = self._times[-1].astype("datetime64[D]"), {}
+        last = self._times[-1].astype("datetime64[D]")
+        early: dict[np.datetime64, _EarlyClose] = {}
         if self.freq == "1week":
             days = np.arange(last + 7 * DAY, last + 366 * DAY, 7 * DAY)
         else:

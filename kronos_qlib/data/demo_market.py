@@ -30,7 +30,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import pandas as pd
@@ -56,6 +56,8 @@ DemoFreq = Literal["day", "week", "60min", "30min", "15min", "5min", "1min"]
 DemoMarket = Literal["stocks", "crypto", "futures"]
 # Hours of trade, in minutes of the day: first and last.
 _SESSIONS = {"stocks": [(570, 690), (780, 900)], "crypto": [(0, 1440)], "futures": [(540, 690), (810, 900)]}
+
+Value = TypeVar("Value", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,12 @@ class _Kind:
         minutes = pd.to_timedelta(self.starts, unit="min")
         return pd.DatetimeIndex((dates.to_numpy()[:, None] + minutes.to_numpy()).ravel())
 
-    def spread(self, by_day: NDArray[np.float64], bars: int) -> NDArray[np.float64]:
+    def spread(self, by_day: NDArray[Value], bars: int) -> NDArray[Value]:
         """Give every bar what its day has: [bars, …] of [days, …]."""
         return by_day[:: self.days_a_bar][:bars] if self.days_a_bar > 1 else np.repeat(by_day, len(self.starts), axis=0)
 
 
-def _kind(freq: str, market: str) -> _Kind:
+def _kind(freq: DemoFreq, market: DemoMarket) -> _Kind:
     for name, value, known in (("freq", freq, DemoFreq), ("market", market, DemoMarket)):
         if value not in get_args(known):
             raise ValueError(f"{name} must be one of {', '.join(get_args(known))}; it is {value!r}")

@@ -18,6 +18,7 @@ from statsmodels.regression.linear_model import OLS
 from statsmodels.tsa.stattools import acovf
 
 from kronos_qlib.data.windows import CLOSE, Windows
+from kronos_qlib.forecast.calibration import bar_volatility
 from kronos_qlib.forecast.forecaster import QUANTILES
 
 Floats = NDArray[np.float64]
@@ -97,8 +98,7 @@ def lookback_volatility(windows: Windows) -> Floats:
     if windows.lookback < 3:
         raise ValueError(f"a volatility needs a lookback of 3 bars or more, not {windows.lookback}")
     rows = windows.ends[:, None] + np.arange(1 - windows.lookback, 1)
-    returns = np.diff(np.log(windows.bars.values[:, CLOSE].astype(np.float64))[rows], axis=1)
-    return np.maximum(returns.std(axis=1, ddof=1), LEAST_VOLATILITY)
+    return bar_volatility(windows.bars.values[rows, CLOSE])
 
 
 def volatility_terciles(outcomes: Outcomes) -> NDArray[np.object_]:

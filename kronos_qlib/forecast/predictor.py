@@ -1,8 +1,10 @@
 """KronosPredictor: forecast bars in a DataFrame, as a drop-in for the published predictor."""
 
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
 import numpy as np
@@ -13,7 +15,8 @@ from kronos_qlib.data.checks import impossible_bars
 from kronos_qlib.data.columns import find_columns, is_rate, plain_name, unused_columns
 from kronos_qlib.data.dates import read_times
 from kronos_qlib.data.stamps import stamps
-from kronos_qlib.data.windows import COLUMNS, Normalisation, denormalise, normalise
+from kronos_qlib.data.windows import CLOSE, COLUMNS, Normalisation, denormalise, normalise
+from kronos_qlib.forecast.calibration import Calibration, ForecastIdentity, bar_volatility, load_calibration
 from kronos_qlib.forecast.engine.generate import generate
 from kronos_qlib.forecast.engine.sampling import Sampling, is_number, is_whole
 from kronos_qlib.forecast.engine.weights import (
@@ -27,6 +30,7 @@ from kronos_qlib.hardware.device import resolve_device, resolve_dtype
 from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.nn.model import S2Rotation
 
+logger = logging.getLogger("qlib.KronosForecast")
 PRICES, VOLUME, AMOUNT = list(COLUMNS[:4]), COLUMNS[4], COLUMNS[5]
 Timestamps: TypeAlias = "pd.Series | pd.DatetimeIndex"
 
@@ -46,11 +50,16 @@ class KronosPredictor:
         dtype: of the matrix products: None is float32; "bfloat16", "auto".
         s2_rotation: "reference" forecasts as published, "aligned" as trained.
         anchor: measure paths from the last bar as the tokenizer decodes it, so that its error there is not forecast.
+        calibration: a fitted one or its calibration.json, applied to every forecast: to paths and their mean, and to
+            the quantiles of the close with its conformal offsets. A line of the log says what it was fitted on; frames
+            name it in `attrs["calibration"]`. None: forecasts as they are drawn.
         normalisation: of small prices: "unit_free", whatever their unit, or with the absolute 1e-5 as "published"; see
             `kronos_qlib.data.windows.normalise`.
 
     Raises:
-        ValueError: networks that do not belong together or are in each other's place, an option out of range; one line.
+        ValueError: networks that do not belong together or are in each other's place, an option out of range, a
+            calibration that is damaged or of other weights; one line. A forecast drawn otherwise than those that the
+            calibration was fitted on, or of more steps, is refused too.
     """
 
     def __init__(
@@ -65,6 +74,7 @@ class KronosPredictor:
         s2_rotation: S2Rotation = "reference",
         normalisation: Normalisation = "unit_free",
         anchor: bool = False,
+        calibration: Calibration | str | Path | None = None,
     ) -> None:
         try:
             check_pair(tokenizer, model)
@@ -85,6 +95,16 @@ class KronosPredictor:
         self.model, self.tokenizer = model.to(self.device).eval(), tokenizer.to(self.device).eval()
         self.max_context, self.clip, self.s2_rotation, self.anchor = max_context, clip, s2_rotation, anchor
         self.normalisation: Normalisation = normalisation
+        self.calibration: Calibration | None = None
+        if calibration is not None:
+            try:
+                self.calibration = (
+                    calibration if isinstance(calibration, Calibration) else load_calibration(calibration)
+                )
+            except ValueError as error:
+                raise ValueError(f"KronosPredictor: {error}") from None
+            self._check_calibration(own_weights(tokenizer, model), 1)
+            logger.info(f"KronosPredictor: forecasts are calibrated, {self.calibration.describe()}")
         self._weights: NetworkWeights | None = None
         self._weights_key: tuple[object, ...] = ()
         self._weights_length = 0
@@ -145,7 +165,7 @@ class KronosPredictor:
         seed = int(torch.randint(2**62, ())) if seed is None else seed
         sampling = Sampling(sample_count, T, top_k, top_p, seed, self.s2_rotation, anchor=self.anchor)
         paths, y_times = self._paths(df_list, x_timestamp_list, y_timestamp_list, pred_len, sampling, verbose)
-        return [pd.DataFrame(mean, times, list(COLUMNS)) for mean, times in zip(paths.mean(1), y_times)]
+        return [self._named(pd.DataFrame(mean, t, list(COLUMNS))) for mean, t in zip(paths.mean(1), y_times)]
 
     def predict_paths(
         self,
@@ -195,7 +215,7 @@ class KronosPredictor:
         Returns:
             A row for each series, time and target, in the order of `df`: id_column, timestamp_column, target_name,
             predictions (the median), and a column for each level, such as "0.1". Bars are possible, see
-            `kronos_qlib.forecast.possible_bars`.
+            `kronos_qlib.forecast.possible_bars`. With a calibration quantiles of the close have conformal offsets.
 
         Raises:
             ValueError: a column is missing, neither future_df nor prediction_length is given, or what `predict` raises.
@@ -232,11 +252,48 @@ class KronosPredictor:
             paths, y_times = self._paths(
                 frames, x_times, [futures[name] for name in names], horizon, sampling, progress=False
             )
-            for name, own, times in zip(names, possible_bars(paths), y_times):
-                rows[name] = _quantile_rows(own, times, columns, levels).assign(**{id_column: name})
+            for name, own, times, frame in zip(names, possible_bars(paths), y_times, frames):
+                rows[name] = self._quantile_rows(own, times, columns, levels, frame).assign(**{id_column: name})
         first = {"time": timestamp_column}
         found = pd.concat([rows[name] for name in series], ignore_index=True).rename(columns=first)
-        return found[[id_column, timestamp_column, *(c for c in found if c not in (id_column, timestamp_column))]]
+        order = [id_column, timestamp_column, *(c for c in found if c not in (id_column, timestamp_column))]
+        return self._named(found[order])
+
+    def _named(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """Name the calibration of a forecast, if there is one, in the frame's attributes."""
+        if self.calibration is not None:
+            frame.attrs["calibration"] = self.calibration.describe()
+        return frame
+
+    def _quantile_rows(
+        self, paths: np.ndarray, times: pd.DatetimeIndex, columns: Sequence[str], levels: Sequence[float], bars: Any
+    ) -> pd.DataFrame:
+        """Tabulate the quantiles of some columns of paths [S, P, 6], a row for each time and column."""
+        tables = []
+        for column in columns:
+            values = paths[..., COLUMNS.index(column)]
+            if self.calibration is not None and column == "close":
+                quantiles = self.close_quantiles(values, bars, [0.5, *levels])
+            else:
+                quantiles = np.quantile(values, [0.5, *levels], axis=0)
+            named = {"time": times, "target_name": column, "predictions": quantiles[0]}
+            tables.append(pd.DataFrame(named | {f"{level:g}": row for level, row in zip(levels, quantiles[1:])}))
+        return pd.concat(tables, ignore_index=True)
+
+    def close_quantiles(self, closes: np.ndarray, bars: pd.DataFrame, levels: Sequence[float]) -> np.ndarray:
+        """Return the quantiles [K, P] of forecast closes [S, P], with the conformal offsets of the calibration, if any.
+
+        Args:
+            bars: those that were forecast from.
+        """
+        if self.calibration is None:
+            return np.quantile(closes, levels, axis=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it was said when they were forecast from
+            known = _bars(bars, "df")[None, :, CLOSE]
+        every, place = np.unique([0.5, *levels], return_inverse=True)
+        ratios = closes[None] / known[:, -1]
+        return self.calibration.quantiles(ratios, bar_volatility(known), every)[0].T[place[1:]] * known[0, -1]
 
     def _paths(
         self,
@@ -260,6 +317,10 @@ class KronosPredictor:
                 f"KronosPredictor: a batch needs series of one length, not {[len(rows) for rows in series]}"
             )
         rows = np.stack(series)
+        if self.calibration is not None:
+            drawn = {name: getattr(sampling, name) for name in ForecastIdentity.model_fields if hasattr(sampling, name)}
+            self._check_calibration(drawn, pred_len)
+            self._check_lookback(rows.shape[1])
         beyond = beyond_training(self.model, min(rows.shape[1] + pred_len, self.max_context))
         if beyond:
             warnings.warn(f"KronosPredictor: {beyond}", stacklevel=4)
@@ -270,16 +331,46 @@ class KronosPredictor:
         x_stamp, y_stamp = (torch.from_numpy(np.stack([stamps(index) for index in side])) for side in zip(*clocks))
         weights = self._prepare_weights(rows.shape[1])
         paths = generate(weights, torch.from_numpy(x), x_stamp, y_stamp, sampling, keys, progress=progress)
-        return denormalise(paths.cpu().double().numpy(), mean[:, None], scale[:, None]), [y for _, y in times]
+        bars = denormalise(paths.cpu().double().numpy(), mean[:, None], scale[:, None])
+        if self.calibration is not None:
+            bars = self.calibration.map_bars(bars, rows[:, -1, CLOSE], bar_volatility(rows[..., CLOSE]))
+        return bars, [y for _, y in times]
+
+    def _check_calibration(self, identity: Mapping[str, Any], horizon: int) -> None:
+        """Raise a ValueError if the calibration is of forecasts with another identity, in what is given of it."""
+        if self.calibration is not None:
+            try:
+                self.calibration.check(self.calibration.identity.model_copy(update=dict(identity)), horizon)
+            except ValueError as error:
+                raise ValueError(f"KronosPredictor: {error}") from None
+
+    def _check_lookback(self, length: int) -> None:
+        """Raise a ValueError if so many bars have no volatility; warn if the calibration is of another lookback."""
+        fitted = self.calibration.fitted_on.lookback if self.calibration is not None else length
+        if length < 3:
+            raise ValueError(
+                f"KronosPredictor: a calibration needs 3 bars or more to see their volatility, not {length}"
+            )
+        if fitted != length:
+            warnings.warn(
+                f"KronosPredictor: the calibration was fitted on lookbacks of {fitted} bars, not {length}", stacklevel=5
+            )
 
     def _prepare_weights(self, length: int) -> NetworkWeights:
         """Return the weights for series of `length` bars, prepared anew where they changed or are for shorter ones."""
         key = self.max_context, self.dtype, _fingerprint(self.tokenizer), _fingerprint(self.model)
         if self._weights is None or key != self._weights_key or length > self._weights_length:
             networks = self.tokenizer, self.model
+            if self.calibration is not None:  # they may have changed since it was checked
+                self._check_calibration(own_weights(*networks), 1)
             self._weights = prepare_weights(*networks, self.max_context, self.dtype, length)
             self._weights_key, self._weights_length = key, length
         return self._weights
+
+
+def own_weights(tokenizer: KronosTokenizer, model: Kronos) -> dict[str, str]:
+    """Return the part of a `ForecastIdentity` that the weights are."""
+    return ForecastIdentity.of(tokenizer, model, Sampling()).model_dump(include={"tokenizer", "model"})
 
 
 def possible_bars(paths: np.ndarray) -> np.ndarray:
@@ -314,19 +405,6 @@ def _sessions_after(times: Any, horizon: int | None, exchange: str | None) -> pd
     index = _times(times, len(times), "timestamps", "the number of bars")
     after = sessions_after_bars(index.tz_localize(None), horizon, exchange)
     return after if index.tz is None else after.tz_localize(index.tz, nonexistent="shift_forward", ambiguous=False)
-
-
-def _quantile_rows(
-    paths: np.ndarray, times: pd.DatetimeIndex, columns: Sequence[str], levels: Sequence[float]
-) -> pd.DataFrame:
-    """Tabulate the quantiles of some columns of paths [S, P, 6], a row for each time and column."""
-    tables = []
-    for column in columns:
-        values = paths[..., COLUMNS.index(column)]
-        quantiles = np.quantile(values, [0.5, *levels], axis=0)
-        named = {"time": times, "target_name": column, "predictions": quantiles[0]}
-        tables.append(pd.DataFrame(named | {f"{level:g}": row for level, row in zip(levels, quantiles[1:])}))
-    return pd.concat(tables, ignore_index=True)
 
 
 def _fingerprint(network: torch.nn.Module) -> tuple[object, ...]:

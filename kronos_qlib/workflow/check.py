@@ -18,11 +18,14 @@ from sqlalchemy.exc import SQLAlchemyError
 from kronos_qlib.data.dataset import KLineDataset
 from kronos_qlib.files import whole_file
 from kronos_qlib.nn import zoo
+from kronos_qlib.workflow.calibration_job import calibration_windows, check_calibration
 from kronos_qlib.workflow.factor_table import factor_findings
 from kronos_qlib.workflow.findings import Finding, one_line, record_findings, segment_overlap
 from kronos_qlib.workflow.kronos_factors import factor_loaders, without_data
 from kronos_qlib.workflow.model import KronosModel
 from kronos_qlib.workflow.ranker import KronosRanker
+from kronos_qlib.workflow.records import FEW_SAMPLES
+from kronos_qlib.workflow.settings import CalibrationSettings
 from kronos_qlib.workflow.workflow_file import read_workflow
 
 _OURS = (
@@ -145,9 +148,27 @@ def model_findings(model: KronosModel, dataset: Any) -> Iterator[Finding]:
         for segment in ("train", "valid"):
             if segment not in dataset.segments:
                 yield Finding("error", "finetune", f"the dataset has no segment {segment!r}, which finetune needs")
+    if settings.calibration is not None and isinstance(dataset, KLineDataset):
+        yield from calibration_findings(model, dataset, settings.calibration)
     if isinstance(dataset, KLineDataset) and "test" in dataset.segments:
         size = f"{settings.forecast.sample_count} samples × {dataset.horizon} bars"
         yield Finding("ok", "forecast", f"{len(dataset.score_windows('test')):,} windows × {size}")
+
+
+def calibration_findings(model: KronosModel, dataset: KLineDataset, settings: CalibrationSettings) -> Iterator[Finding]:
+    """Say what a calibration is fitted on, and what stands against it."""
+    try:
+        check_calibration(dataset, settings)
+    except ValueError as error:
+        yield Finding("error", "calibration", one_line(error))
+        return
+    windows, samples = calibration_windows(dataset, settings), model.settings.forecast.sample_count
+    text = (
+        f"{len(windows):,} windows of {len(set(windows.dates))} days of {settings.segment} × {samples} samples, "
+        f"{settings.bands} bands"
+    )
+    few = f"; bands of 90 % need {FEW_SAMPLES} samples or more" if samples < FEW_SAMPLES else ""
+    yield Finding("warning" if few else "ok", "calibration", text + few)
 
 
 def ranker_findings(model: KronosRanker, dataset: Any) -> Iterator[Finding]:

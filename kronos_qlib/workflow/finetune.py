@@ -21,6 +21,7 @@ logger = get_module_logger("KronosModel")
 # What an error in makes a training impossible; other errors are of what comes after it.
 _NEEDED = (
     *("file", "qlib_init", "recorder", "task.model", "task.dataset", "task.reweighter", "train", "valid", "finetune"),
+    "calibration",
     "finetune.output_dir",
 )
 

@@ -58,21 +58,27 @@ def forecast_task(
         model=model,
         windows=windows,
         future_stamp=future_stamps(windows, dataset.horizon, dataset.calendar.stamps_after),
-        sampling=Sampling(
-            sample_count=options.sample_count,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            seed=settings.seed,
-            s2_rotation=options.s2_rotation,
-            anchor=options.anchor,
-            sampling=options.sampling,
-        ),
+        sampling=sampling_of(settings),
         max_context=settings.max_context,
         batch_size=batch_size,
         dtype=resolve_dtype(settings.dtype, device),
         device=device,
-        keep_paths=options.keep_paths,
+        keep_paths=options.keep_paths or settings.calibration is not None,
+    )
+
+
+def sampling_of(settings: ModelSettings) -> Sampling:
+    """Return how paths are drawn."""
+    options = settings.forecast
+    return Sampling(
+        sample_count=options.sample_count,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=settings.seed,
+        s2_rotation=options.s2_rotation,
+        anchor=options.anchor,
+        sampling=options.sampling,
     )
 
 

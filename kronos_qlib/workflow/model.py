@@ -1,5 +1,6 @@
 """KronosModel: Kronos as a Qlib model, from windows of bars to scores."""
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from qlib.model.base import ModelFT
 
 from kronos_qlib.data.dataset import KLineDataset, window_index
 from kronos_qlib.data.windows import COLUMNS, Windows
+from kronos_qlib.forecast.calibration import FILE, Calibration, ForecastIdentity
 from kronos_qlib.forecast.engine.weights import beyond_training, check_max_context, check_pair
 from kronos_qlib.forecast.forecaster import quantile_columns
 from kronos_qlib.forecast.scores import SCORES
@@ -21,9 +23,22 @@ from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.nn.checkpoint import HubModule
 from kronos_qlib.settings import MISSING, read_settings
 from kronos_qlib.train import Job
-from kronos_qlib.workflow.forecast_job import forecast_windows, resolve_execution
+from kronos_qlib.workflow.calibration_job import (
+    calibrated_columns,
+    calibration_windows,
+    check_calibration,
+    drawn_outcomes,
+    fit_on_segment,
+)
+from kronos_qlib.workflow.forecast_job import forecast_windows, resolve_execution, sampling_of
 from kronos_qlib.workflow.neutralise import factor_ranks, neutralise
-from kronos_qlib.workflow.recording import record_run, task_findings, warn_of_pretraining_overlap
+from kronos_qlib.workflow.recording import (
+    pretraining_overlap,
+    record_files,
+    record_run,
+    task_findings,
+    warn_of_pretraining_overlap,
+)
 from kronos_qlib.workflow.settings import ModelSettings
 from kronos_qlib.workflow.training_job import (
     check_finetune,
@@ -51,11 +66,15 @@ class KronosModel(ModelFT):
         seed: decides new weights, the order of training windows, dropout and every draw.
         neutralise: names of `kronos_qlib.data.factors`, such as volatility and size: what they explain of a day's
             scores is taken out of them.
+        calibration: see `CalibrationSettings`; None issues forecasts as they are drawn. The attribute `calibration`
+            holds the fitted one, and so does a pickle.
 
     Raises:
         ValueError: an unknown key, a wrong type, an impossible value, networks with different bits, an absent device.
         FileNotFoundError: a checkpoint that is neither here nor on a hub within reach.
     """
+
+    calibration: Calibration | None = None  # of models pickled before there was one
 
     def __init__(
         self,
@@ -69,6 +88,7 @@ class KronosModel(ModelFT):
         dtype: str = "auto",
         seed: int = 100,
         neutralise: Sequence[str] = (),
+        calibration: Mapping[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
         values: dict[str, Any] = {
@@ -79,6 +99,7 @@ class KronosModel(ModelFT):
             "forecast": {} if forecast is None else forecast,
             "score": score,
             "neutralise": list(neutralise) if isinstance(neutralise, (list, tuple)) else neutralise,
+            "calibration": calibration,
             "device": device,
             "dtype": dtype,
             "seed": seed,
@@ -94,6 +115,8 @@ class KronosModel(ModelFT):
     def fit(self, dataset: KLineDataset, reweighter: Reweighter | None = None) -> None:
         """Train the stages of `finetune` on the train segment, judged on the valid segment; without it, train nothing.
 
+        With `calibration`, the days that it names are then forecast and a calibration is fitted on them.
+
         Ctrl-C and SIGTERM save a checkpoint, end the recorder as failed and the process with status 128 + the signal;
         the same `fit` then goes on from there.
 
@@ -108,6 +131,9 @@ class KronosModel(ModelFT):
         """
         for finding in task_findings():
             logger.warning(f"{finding.subject}: {finding.text}")
+        self.calibration = None
+        if self.settings.calibration is not None and isinstance(dataset, KLineDataset):
+            check_calibration(dataset, self.settings.calibration)
         if self.settings.finetune is None:
             self._check(dataset)
             if reweighter is not None:
@@ -118,6 +144,7 @@ class KronosModel(ModelFT):
                     f"KronosModel: finetune is null and the {' and '.join(new)} new: scores of random weights"
                 )
             record_run(self.settings, dataset)
+            self.calibrate(dataset)
             return
         self._train(self.job(dataset, reweighter), dataset)
 
@@ -151,6 +178,46 @@ class KronosModel(ModelFT):
         self._check(dataset)
         return training_job(self.tokenizer, self.model, self.settings, dataset, reweighter, output_dir, extra_dir)
 
+    def calibrate(self, dataset: KLineDataset, output_dir: Path | None = None) -> Calibration | None:
+        """Fit the calibration that the settings ask for, unless that is done: `fit` and the first forecast call this.
+
+        It is saved as calibration.json in the active recorder.
+
+        Args:
+            output_dir: where it is saved too; `fit` gives the training's.
+
+        Returns:
+            The calibration; None if the settings ask for none.
+
+        Raises:
+            ValueError: the segment is unknown, has too few windows or does not end before test; samples coincide.
+        """
+        options = self.settings.calibration
+        if options is None or self.calibration is not None:
+            return self.calibration
+        self._check(dataset)
+        check_calibration(dataset, options)
+        windows = calibration_windows(dataset, options)
+        every, days = (len(np.unique(each.dates)) for each in (dataset.score_windows(options.segment), windows))
+        logger.info(
+            f"KronosModel: calibrating on {days} of {every} days of {windows.segment}: {len(windows):,} windows × "
+            f"{self.settings.forecast.sample_count} samples × {dataset.horizon} bars"
+        )
+        overlap = pretraining_overlap(self.tokenizer, self.model, windows.dates.min())
+        if overlap:
+            logger.warning(f"KronosModel: calibration: {overlap}, and a spread that is fitted on them may be too small")
+        drawn = self._draw(dataset, windows, ["last_close", "paths"])
+        try:
+            outcomes = drawn_outcomes(windows, dataset.horizon, drawn)
+            self.calibration = fit_on_segment(dataset, options.segment, outcomes, self.identity)
+        except ValueError as error:
+            raise ValueError(f"KronosModel: calibration: {error}") from None
+        logger.info(f"KronosModel: calibration {self.calibration.describe()}")
+        record_run(self.settings, dataset, self.calibration)
+        with tempfile.TemporaryDirectory() as scratch:
+            record_files([self.calibration.save((output_dir or Path(scratch)) / FILE)])
+        return self.calibration
+
     def predict(self, dataset: KLineDataset, segment: str | slice = "test") -> pd.Series:
         """Score every window of a segment.
 
@@ -169,11 +236,19 @@ class KronosModel(ModelFT):
         return score if ranks is None else neutralise(score, ranks)
 
     def forecast(
-        self, dataset: KLineDataset, segment: str | slice = "test", columns: Sequence[str] | None = None
+        self,
+        dataset: KLineDataset,
+        segment: str | slice = "test",
+        columns: Sequence[str] | None = None,
+        calibrated: bool = True,
     ) -> pd.DataFrame:
         """Forecast every window of a segment; with a `cache_dir`, only those that were not forecast before.
 
+        With `calibration` in the settings the columns are those of calibrated paths, whose calibration is fitted first
+        if that is not done; `cache_dir` holds the paths as they were drawn.
+
         Args:
+            calibrated: false returns the columns of the paths as they were drawn, whatever the settings.
             columns: which to return: `last_close`, any score, quantiles of the close (`q05_1`: 5 %, one bar ahead; for
                 5, 10, 25, 50, 75, 90 and 95 %), all of those by default.
 
@@ -189,40 +264,74 @@ class KronosModel(ModelFT):
         if unknown:
             raise ValueError(f"KronosModel: unknown column {unknown[0]!r} of a forecast; known: {', '.join(known)}")
         windows = dataset.score_windows(segment)
-        return pd.DataFrame(self._forecast(dataset, windows, columns or known), window_index(windows), copy=False)
+        names = columns or known
+        return pd.DataFrame(self._forecast(dataset, windows, names, calibrated), window_index(windows), copy=False)
 
-    def paths(self, dataset: KLineDataset, segment: str | slice = "test") -> tuple[pd.MultiIndex, np.ndarray]:
+    def paths(
+        self, dataset: KLineDataset, segment: str | slice = "test", calibrated: bool = True
+    ) -> tuple[pd.MultiIndex, np.ndarray]:
         """Return the sample paths of every window of a segment; those in `cache_dir` are read there.
+
+        Args:
+            calibrated: as of `forecast`.
 
         Returns:
             Index (datetime, instrument), sorted, of W windows, and float32 [W, S, P, 6] in the store's units: S samples
             of P bars of open, high, low, close, volume and amount. 60,000 windows of 5 samples of 10 bars take 70 MiB.
 
         Raises:
-            ValueError: `forecast.keep_paths` is false. RuntimeError: processes died too often.
+            ValueError: neither `forecast.keep_paths` nor `calibration` is set. RuntimeError: processes died too often.
         """
         self._check(dataset)
         samples, horizon = self.settings.forecast.sample_count, dataset.horizon
-        if not self.settings.forecast.keep_paths:
+        if not self.settings.forecast.keep_paths and self.settings.calibration is None:
             raise ValueError("KronosModel: the sample paths are not kept: set forecast.keep_paths and a cache_dir")
         windows = dataset.score_windows(segment)
-        flat = self._forecast(dataset, windows, ["paths"])["paths"]
+        flat = self._forecast(dataset, windows, ["paths"], calibrated)["paths"]
         return window_index(windows), flat.reshape(len(windows), samples, horizon, len(COLUMNS))
+
+    @property
+    def identity(self) -> ForecastIdentity:
+        """What decides the distribution of the forecasts: weights, and how paths are drawn."""
+        return ForecastIdentity.of(self.tokenizer, self.model, sampling_of(self.settings))
 
     def conclude(self, job: Job) -> None:
         """Record the results of a job that has run, and move the networks back to the CPU."""
         record_results(job)
         self._to_cpu()
+        self.calibration = None  # it is of other weights
 
     def _train(self, job: Job, dataset: KLineDataset) -> None:
         record_run(self.settings, dataset)
         run_job(job)
         self.conclude(job)
+        self.calibrate(dataset, job.folder)
 
-    def _forecast(self, dataset: KLineDataset, windows: Windows, columns: Sequence[str]) -> dict[str, np.ndarray]:
+    def _forecast(
+        self, dataset: KLineDataset, windows: Windows, columns: Sequence[str], calibrated: bool = True
+    ) -> dict[str, np.ndarray]:
+        """Forecast windows: columns of the paths as they were drawn, or of calibrated ones."""
+        calibration, options = self.calibrate(dataset) if calibrated else None, self.settings.calibration
         dataset.warn_of_left_out(windows)
         warn_of_pretraining_overlap(self.tokenizer, self.model, windows)
-        record_run(self.settings, dataset)
+        if calibration is None or options is None:
+            return self._draw(dataset, windows, columns)
+        try:
+            calibration.check(self.identity, dataset.horizon)
+        except ValueError as error:
+            raise ValueError(f"KronosModel: {error}") from None
+        until = calibration.fitted_on.until
+        seen = f"; those up to {until} are not out of sample" if windows.dates.min() <= np.datetime64(until) else ""
+        logger.info(
+            f"KronosModel: forecasts of {windows.segment} are calibrated, {options.bands} bands, "
+            f"{calibration.describe()}{seen}"
+        )
+        drawn = self._draw(dataset, windows, ["last_close", "paths"])
+        return calibrated_columns(calibration, options.bands, dataset.horizon, windows, drawn, columns)
+
+    def _draw(self, dataset: KLineDataset, windows: Windows, columns: Sequence[str]) -> dict[str, np.ndarray]:
+        """Forecast windows, not calibrated."""
+        record_run(self.settings, dataset, self.calibration)
         try:
             return forecast_windows(self.tokenizer, self.model, self.settings, dataset, windows, columns)
         finally:

@@ -19,6 +19,7 @@ from qlib.workflow.recorder import Recorder
 from kronos_qlib.data.dataset import KLineDataset
 from kronos_qlib.data.demo_market import is_synthetic
 from kronos_qlib.data.windows import Windows
+from kronos_qlib.forecast.calibration import Calibration
 from kronos_qlib.nn import zoo
 from kronos_qlib.nn.checkpoint import HubModule
 from kronos_qlib.settings import Settings
@@ -41,8 +42,10 @@ def task_findings() -> list[Finding]:
     return [finding for finding in record_findings(task) if finding.level != "ok"]
 
 
-def record_run(settings: Settings, dataset: KLineDataset) -> None:
+def record_run(settings: Settings, dataset: KLineDataset, calibration: Calibration | None = None) -> None:
     """Save settings, data range, package versions and machine as kronos_run.json in the active recorder, if any.
+
+    With a calibration also what it was fitted on and does; all of it is in calibration.json.
 
     A recorder that holds the very same already is left as it is: training, scoring and evaluating are one run.
     """
@@ -70,6 +73,8 @@ def record_run(settings: Settings, dataset: KLineDataset) -> None:
             "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
     }
+    if calibration is not None:
+        run["calibration"] = calibration.model_dump(exclude={"identity", "conformity"})
     _save_json(RECORD, run)
 
 

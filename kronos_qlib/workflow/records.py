@@ -21,13 +21,7 @@ from kronos_qlib.data.dataset import KLineDataset
 from kronos_qlib.data.demo_market import is_synthetic
 from kronos_qlib.data.windows import CLOSE, Windows
 from kronos_qlib.evaluation.baselines import BaselineForecast, BaselineName, compare_baselines, forecast_baselines
-from kronos_qlib.evaluation.calibration import (
-    Calibration,
-    NoSpread,
-    compare_calibration,
-    fit_calibration,
-    measure_reliability,
-)
+from kronos_qlib.evaluation.calibration import NoSpread, calibrate, compare_calibration, measure_reliability
 from kronos_qlib.evaluation.figure import Evaluation, draw_evaluation
 from kronos_qlib.evaluation.measures import (
     BASELINES,
@@ -43,8 +37,10 @@ from kronos_qlib.evaluation.measures import (
     volatility_terciles,
 )
 from kronos_qlib.evaluation.risk import backtest_risk
+from kronos_qlib.forecast.calibration import Calibration
 from kronos_qlib.forecast.forecaster import QUANTILES, quantile_columns
 from kronos_qlib.settings import Settings, read_settings
+from kronos_qlib.workflow.calibration_job import drawn_outcomes, fit_on_segment
 from kronos_qlib.workflow.model import KronosModel
 
 logger = get_module_logger("ForecastRecord")
@@ -64,7 +60,8 @@ class RecordSettings(Settings):
     segment: str = "test"
     """The segment whose forecasts are measured."""
     calibrate_on: str | None = None
-    """A segment that ends before `segment` starts; on its forecasts a calibration is fitted."""
+    """A segment that ends before `segment` starts; on its forecasts a calibration is fitted and shown, not applied: for
+    a model without a `calibration` of its own, which is shown by itself."""
     baselines: Annotated[list[BaselineName], AfterValidator(_all_different)] = ["last_value", "volatility"]
     """What the forecasts are compared with: `last_value`, `volatility`, `ewma`, `garman_klass`, `garch_t`,
     `historical_simulation`; the last two take minutes, see [Baselines and risk](forecasting.md#baselines-and-risk)."""
@@ -86,15 +83,16 @@ class ForecastRecord(RecordTemp):
             Qlib model it measures nothing and logs that: workflows of all models may share their records.
         segment: whose forecasts are measured.
         calibrate_on: a segment that ends before `segment` starts. On its forecasts, those of which all bars lie within
-            it, a spread per step and an isotonic `prob_up` are fitted; what they change on `segment` is recorded. It
-            changes no score. The forecasts of this segment are computed too, unless they are in the cache. Where they
-            have no spread to widen (few samples, a low temperature), a warning says so and nothing is calibrated.
+            it, a calibration is fitted; what it would change on `segment` is recorded. It changes no score. It needs
+            `forecast.keep_paths`; the forecasts of this segment are computed too, unless they are in the cache. Where
+            their samples coincide, a warning says so and nothing is calibrated. A model with a `calibration` of its own
+            is measured with it, and what that changes is recorded without this key.
         baselines: what the forecasts are compared with in baselines.csv, see `forecast_baselines`; by default
             last_value and volatility. garch_t and historical_simulation take minutes for a year of 300 instruments.
 
     Raises:
         ValueError: an unknown key or baseline, no model, another dataset, an unknown segment, a lookback of fewer than
-            3 bars.
+            3 bars, `calibrate_on` without `keep_paths` or for a model that is calibrated.
     """
 
     artifact_path = "forecast_evaluation"
@@ -117,6 +115,8 @@ class ForecastRecord(RecordTemp):
         self._calibrated = settings.calibrate_on is not None
         if not self._has_forecasts:
             return
+        own = model.settings.calibration if isinstance(model, KronosModel) else None
+        self._calibrated |= own is not None
         for name, given, kind in (("model", model, KronosModel), ("dataset", dataset, KLineDataset)):
             if not isinstance(given, kind):
                 raise ValueError(f"ForecastRecord: {name} should be a {kind.__name__}, not a {type(given).__name__}")
@@ -126,6 +126,12 @@ class ForecastRecord(RecordTemp):
                 raise ValueError(
                     f"ForecastRecord: {key}: unknown segment {named!r}; known: {', '.join(dataset.segments)}"
                 )
+        if settings.calibrate_on is not None and own is not None:
+            raise ValueError(
+                f"ForecastRecord: calibrate_on: the model is calibrated on {own.segment!r} already, and that is shown"
+            )
+        if settings.calibrate_on is not None and not model.settings.forecast.keep_paths:
+            raise ValueError("ForecastRecord: calibrate_on needs sample paths: set forecast.keep_paths and a cache_dir")
         if dataset.lookback < 3:
             raise ValueError(
                 f"ForecastRecord: the historical volatility needs a lookback of 3 bars or more, not {dataset.lookback}"
@@ -146,7 +152,10 @@ class ForecastRecord(RecordTemp):
             logger.info(f"ForecastRecord: {type(self.model).__name__} forecasts no bars: there is nothing to measure")
             return
         calibration = self._calibration()
-        outcomes = segment_outcomes(self.model, self.dataset, self.settings.segment)
+        drawn = outcomes = segment_outcomes(self.model, self.dataset, self.settings.segment)
+        own = self.model.settings.calibration
+        if own is not None and calibration is not None:
+            outcomes = calibrate(drawn, calibration, own.bands)
         if np.isnan(outcomes.closes).all():
             raise ValueError(
                 f"ForecastRecord: no bar follows the score dates of segment {self.settings.segment!r}: "
@@ -154,7 +163,7 @@ class ForecastRecord(RecordTemp):
             )
         self._warn_of_few_samples(outcomes.samples)
         baselines = self._baselines()
-        evaluation = _evaluate(outcomes, calibration, self._note())
+        evaluation = _evaluate(outcomes, drawn, calibration, self._note())
         evaluation = replace(evaluation, **self._comparison(outcomes, baselines))
         with tempfile.TemporaryDirectory() as folder:
             for path in _write(evaluation, calibration, outcomes, baselines, Path(folder)):
@@ -177,18 +186,29 @@ class ForecastRecord(RecordTemp):
     def _calibration(self) -> Calibration | None:
         name, segment = self.settings.calibrate_on, self.settings.segment
         if name is None:
-            return None
+            return self._calibration_of_the_model()
         end, start = self.dataset.segments[name][1], self.dataset.segments[segment][0]
         if end is None or start is None or end >= start:
             raise ValueError(f"ForecastRecord: calibrate_on: segment {name!r} should end before {segment!r} starts")
+        outcomes = segment_outcomes(self.model, self.dataset, name)
         try:
-            return fit_calibration(segment_outcomes(self.model, self.dataset, name), end.to_numpy())
+            return fit_on_segment(self.dataset, name, outcomes, self.model.identity)
         except NoSpread as error:
             self._calibrated = False
-            logger.warning(f"ForecastRecord: calibrate_on: segment {name!r}: {error}. Nothing is calibrated")
+            logger.warning(f"ForecastRecord: calibrate_on: {error}. Nothing is calibrated")
             return None
         except ValueError as error:
-            raise ValueError(f"ForecastRecord: calibrate_on: segment {name!r}: {error}") from None
+            raise ValueError(f"ForecastRecord: calibrate_on: {error}") from None
+
+    def _calibration_of_the_model(self) -> Calibration | None:
+        calibration: Calibration | None = self.model.calibrate(self.dataset)
+        start = self.dataset.segments[self.settings.segment][0]
+        if calibration is not None and (start is None or start <= pd.Timestamp(calibration.fitted_on.until)):
+            logger.warning(
+                f"ForecastRecord: segment {self.settings.segment!r} begins before {calibration.fitted_on.until}, the "
+                "last bar that the calibration was fitted on: up to then its gain is none"
+            )
+        return calibration
 
     def _baselines(self) -> dict[str, BaselineForecast]:
         """Forecast by the baselines, with a warning of the windows that one of them could not forecast its own way."""
@@ -233,18 +253,22 @@ class ForecastRecord(RecordTemp):
 
 
 def segment_outcomes(model: KronosModel, dataset: KLineDataset, segment: str) -> Outcomes:
-    """Forecast a segment, from the cache where possible, and look up the actual closes."""
+    """Forecast a segment, from the cache where possible, and look up the actual closes; not calibrated."""
     horizon, options = dataset.horizon, model.settings.forecast
     if options.cache_dir is None:
         logger.warning(f"ForecastRecord: forecast.cache_dir is null: the forecasts of {segment!r} are computed again")
     windows = dataset.score_windows(segment)
+    if model.settings.calibration is not None:
+        _, bars = model.paths(dataset, segment, calibrated=False)
+        last = windows.bars.values[windows.ends, CLOSE].astype(np.float64)
+        return drawn_outcomes(windows, horizon, {"last_close": last, "paths": bars})
     names = quantile_columns(horizon)
-    frame = model.forecast(dataset, segment, ["last_close", "mean_return", "prob_up", *names])
+    frame = model.forecast(dataset, segment, ["last_close", "mean_return", "prob_up", *names], calibrated=False)
     last_close = frame["last_close"].to_numpy()
     quantiles = frame[names].to_numpy(np.float64).reshape(len(frame), len(QUANTILES), horizon).swapaxes(1, 2)
     paths = None
     if options.keep_paths:
-        _, bars = model.paths(dataset, segment)
+        _, bars = model.paths(dataset, segment, calibrated=False)
         paths = bars[..., CLOSE] / last_close[:, None, None].astype(np.float32)
     closes, ends = realised_closes(windows, horizon)
     return Outcomes(
@@ -270,7 +294,8 @@ def _runs(windows: Windows) -> np.ndarray:
     return labels
 
 
-def _evaluate(outcomes: Outcomes, calibration: Calibration | None, note: str) -> Evaluation:
+def _evaluate(outcomes: Outcomes, drawn: Outcomes, calibration: Calibration | None, note: str) -> Evaluation:
+    """Measure forecasts, and what a calibration changes of them as they were drawn."""
     measured = measure(outcomes)
     years = outcomes.dates.astype("datetime64[Y]").astype(str)
     return Evaluation(
@@ -283,8 +308,8 @@ def _evaluate(outcomes: Outcomes, calibration: Calibration | None, note: str) ->
         first=outcomes.dates.min(),
         last=outcomes.dates.max(),
         note=note,
-        calibration=None if calibration is None else compare_calibration(outcomes, calibration),
-        prob_up=None if calibration is None else measure_reliability(outcomes, calibration),
+        calibration=None if calibration is None else compare_calibration(drawn, calibration),
+        prob_up=None if calibration is None else measure_reliability(drawn, calibration),
     )
 
 
@@ -334,9 +359,8 @@ def _about(evaluation: Evaluation, calibration: Calibration | None, outcomes: Ou
     }
     if calibration is not None:
         about["calibration"] = {
-            "factors": calibration.factors.tolist(),
-            "windows": calibration.windows,
-            "last_bar": _day(calibration.until),
+            **calibration.model_dump(exclude={"identity", "conformity", "version"}),
+            "last_bar": calibration.fitted_on.until,
         }
     return about
 

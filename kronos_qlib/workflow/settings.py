@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from kronos_qlib.data.extra import ExtraData
 from kronos_qlib.data.factors import FACTORS
+from kronos_qlib.forecast.calibration import BandKind
 from kronos_qlib.forecast.scores import SCORES
 from kronos_qlib.hardware.device import DTYPES
 from kronos_qlib.settings import Settings, read_settings
@@ -86,6 +87,18 @@ class ForecastSettings(Settings):
         return self
 
 
+class CalibrationSettings(Settings):
+    """The `calibration` mapping of a workflow."""
+
+    segment: str = "valid"
+    """The segment on whose forecasts, and the bars that came within it, the calibration is fitted; before test."""
+    days: int = Field(default=40, ge=2)
+    """Score dates of the segment that are forecast for it, evenly spaced: what the calibration costs."""
+    bands: BandKind = "split"
+    """`split`: conformal quantiles as fitted on the segment. `adaptive`: from each forecast's first date on they follow
+    the misses of the bars that have come, of all instruments; scores and paths are the same."""
+
+
 class ModelSettings(Settings):
     """The keyword arguments of `KronosModel`."""
 
@@ -105,6 +118,9 @@ class ModelSettings(Settings):
     neutralise: list[str] = []
     """Factors, such as `[volatility, size]`, also `reversal`, `momentum`, `volume_change`: the scores are the residuals
     of a regression on the factors' ranks, each day."""
+    calibration: Annotated[CalibrationSettings | None, Field(strict=False)] = None
+    """Fit a calibration after the training and apply it to every forecast, see
+    [Calibration](forecasting.md#calibration); null: none."""
     device: str = "auto"
     """`auto` takes CUDA, then MPS, then the CPU; or a device of torch, such as `cuda:1`."""
     dtype: Annotated[str, BeforeValidator(known_dtype)] = "auto"
@@ -127,13 +143,20 @@ class ModelSettings(Settings):
         return names
 
     @model_validator(mode="after")
+    def _a_spread_needs_samples(self) -> "ModelSettings":
+        if self.calibration is not None and self.forecast.sample_count < 2:
+            raise ValueError("calibration needs forecast.sample_count of 2 or more: one sample has no spread")
+        return self
+
+    @model_validator(mode="after")
     def _risk_needs_samples(self) -> "ModelSettings":
         if self.score == "return_to_risk" and self.forecast.sample_count < 2:
             raise ValueError("score return_to_risk needs forecast.sample_count of 2 or more: one sample has no spread")
         return self
 
     def __setstate__(self, state: dict[Any, Any]) -> None:
-        """Restore a pickle; in older ones `finetune` is the training's class, with extra_data among its attributes."""
+        """Restore a pickle; in older ones `finetune` is the training's class, and there is no calibration."""
         super().__setstate__(state)
+        self.__dict__.setdefault("calibration", None)
         if type(self.finetune) is FinetuneSettings:
             self.finetune = WorkflowFinetuneSettings.model_construct(**vars(self.finetune))

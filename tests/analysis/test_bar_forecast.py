@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from calibrations import calibration_of, make_calibration
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from networks import make_networks
@@ -133,6 +134,35 @@ def test_forecast_bars_are_possible_and_their_close_is_as_drawn():
 
 
 # How much a model sees
+
+
+def test_a_calibrated_forecast_says_so_and_its_bands_are_conformal(networks, tmp_path, capsys):
+    tokenizer = KronosTokenizer.from_pretrained(networks / "tokenizer")
+    calibration = calibration_of(tokenizer, Kronos.from_pretrained(networks / "model"), lookback=20)
+    path = calibration.save(tmp_path / "calibration.json")
+    command = ["forecast", str(SOURCES / "tushare.csv"), "--model", str(networks), "--samples", "30"]
+    assert main([*command, "--calibration", str(path), "--out", str(tmp_path / "page.html")]) == 0
+    printed, table = capsys.readouterr().out, pd.read_csv(tmp_path / "page.csv")
+    assert ", calibrated\n" in printed and f"Calibrated: {calibration.describe()}" in printed
+    assert "SH600000: 20 bars to" in printed and len(table) == calibration.horizon, "as it was fitted"
+    page = (tmp_path / "page.html").read_text()
+    assert "calibrated forecast" in page and "and calibrated" in page and "split conformal" in page
+    assert {"90% band", "50% band"} <= {trace.get("name") for trace in figure_of(tmp_path / "page.html")["data"]}
+    wide = make_calibration(calibration.identity.model_dump(), 20, conformity=(((9.0,) * 101,) * 3,) * 3).save(
+        tmp_path / "wide.json"
+    )
+    assert main([*command, "--calibration", str(wide), "--out", str(tmp_path / "wide.html")]) == 0
+    wider = pd.read_csv(tmp_path / "wide.csv")
+    assert (wider["q95"] > table["q95"]).all() and (wider["q05"] < table["q05"]).all()
+    pd.testing.assert_frame_equal(wider[["q50", "prob_up", "low"]], table[["q50", "prob_up", "low"]])
+    capsys.readouterr()
+    assert main([*command, "--calibration", str(path), "--horizon", "4", "--out", str(tmp_path / "no.html")]) == 2
+    assert main([*command, "--calibration", str(networks / "model" / "config.json")]) == 2
+    assert main([*command[:2], "--calibration", str(path), "--out", str(tmp_path / "no.html")]) == 2
+    steps, foreign, nano = capsys.readouterr().err.splitlines()
+    assert "the calibration has 3 steps, and the forecast 4" in steps and "is no calibration of kronos-qlib" in foreign
+    assert "calibration.json: KronosPredictor: the calibration was fitted on forecasts with a" in nano
+    assert not (tmp_path / "no.html").exists()
 
 
 def long_file(folder: Path) -> Path:

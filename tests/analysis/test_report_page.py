@@ -228,6 +228,12 @@ def test_forecasts_of_other_scores_or_none_are_said_and_not_shown(page: Page, tm
     rank_ic = page.comparison.rank_ic["kronos_demo"]
     with pytest.raises(FansError, match="are not those of this run's scores"):
         load_fans(dataclasses.replace(page.kronos, scores=page.kronos.scores * 2), rank_ic)
+    settings = page.kronos.kronos_run["model"] | {"calibration": {"segment": "valid"}}
+    calibrated = dataclasses.replace(page.kronos, kronos_run=page.kronos.kronos_run | {"model": settings})
+    with pytest.raises(
+        FansError, match="its forecasts are calibrated, and its cache_dir holds them as they were drawn"
+    ):
+        load_fans(calibrated, rank_ic)
     with pytest.raises(FansError, match="the Qlib store market is not at hand"):
         load_fans(dataclasses.replace(page.kronos, store=None), rank_ic)
     elsewhere = dataclasses.replace(page.kronos, artifacts=None)

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from calibrations import calibration_of, make_calibration
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import make_networks
@@ -299,3 +300,90 @@ def test_published_normalisation_is_there_by_option_and_differs_for_small_prices
 def test_networks_in_each_other_s_place_are_said_in_the_constructor(small):
     with pytest.raises(ValueError, match="tokenizer and model are in each other's place"):
         KronosPredictor(small.tokenizer, small.model)
+
+
+# Calibrated
+
+
+def calibrated(small, **changes):
+    calibration = calibration_of(small.tokenizer, small.model, lookback=len(series(small)[1]), **changes)
+    drawn = {"device": "cpu", "s2_rotation": "aligned"}
+    return (
+        calibration,
+        KronosPredictor(small.model, small.tokenizer, calibration=calibration, **drawn),
+        KronosPredictor(small.model, small.tokenizer, **drawn),
+    )
+
+
+SAMPLED = {"T": 1.0, "top_p": 1.0, "sample_count": 25, "seed": 5}
+
+
+def test_a_calibrated_forecast_is_the_map_of_the_one_that_was_drawn(small, tmp_path):
+    frames, x_times, y_times = series(small)
+    calibration, predictor, plain = calibrated(small)
+    times = (x_times, y_times[:3], 3)
+    drawn = plain.predict_paths(frames[0], *times, **SAMPLED)
+    closes = frames[0]["close"].to_numpy(float)
+    last, volatility = closes[-1:], np.diff(np.log(closes)).std(ddof=1, keepdims=True)
+    expected = calibration.map_bars(drawn[None], last, volatility)[0]
+    paths = predictor.predict_paths(frames[0], *times, **SAMPLED)
+    np.testing.assert_allclose(paths, expected, rtol=1e-12)
+    mean = predictor.predict(frames[0], *times, verbose=False, **SAMPLED)
+    np.testing.assert_allclose(mean, expected.mean(0), rtol=1e-12)
+    assert mean.attrs["calibration"] == calibration.describe()
+    batch = predictor.predict_batch(frames[:2], [x_times] * 2, [y_times[:3]] * 2, 3, verbose=False, **SAMPLED)
+    np.testing.assert_allclose(batch[0], mean, rtol=1e-6)
+    from_file = KronosPredictor(
+        small.model, small.tokenizer, "cpu", s2_rotation="aligned", calibration=calibration.save(tmp_path / "c.json")
+    )
+    assert np.array_equal(from_file.predict_paths(frames[0], *times, **SAMPLED), paths)
+    assert "calibration" not in plain.predict(frames[0], *times, verbose=False, **SAMPLED).attrs
+
+
+def test_quantiles_of_the_close_have_the_conformal_offsets(small):
+    frames, x_times, y_times = series(small)
+    calibration, predictor, _ = calibrated(small)
+    long = frames[0].assign(item_id="A", timestamp=x_times)
+    future = pd.DataFrame({"item_id": "A", "timestamp": y_times[:3]})
+    options = {"sample_count": 25, "seed": 5, "quantile_levels": [0.95, 0.05, 0.5], "target": ["close", "high"]}
+    found = predictor.predict_df(long, future, **options)
+    paths = predictors.possible_bars(predictor.predict_paths(frames[0], x_times, y_times[:3], 3, **SAMPLED))
+    closes = frames[0]["close"].to_numpy(float)
+    last, volatility = closes[-1], np.diff(np.log(closes)).std(ddof=1, keepdims=True)
+    expected = calibration.quantiles(paths[None, ..., 3] / last, volatility, np.array([0.05, 0.5, 0.95]))[0] * last
+    close = found[found["target_name"] == "close"]
+    np.testing.assert_allclose(close[["0.05", "0.5", "0.95"]], expected, rtol=1e-12)
+    np.testing.assert_allclose(close["predictions"], expected[:, 1], rtol=1e-12)
+    high = found[found["target_name"] == "high"]
+    np.testing.assert_allclose(high["0.95"], np.quantile(paths[..., 1], 0.95, axis=0), rtol=1e-12)
+    assert found.attrs["calibration"] == calibration.describe()
+
+
+def test_a_calibration_of_other_forecasts_is_refused(small, tmp_path):
+    frames, x_times, y_times = series(small)
+    _, predictor, _ = calibrated(small)
+    with pytest.raises(ValueError, match="KronosPredictor: the calibration has 3 steps, and the forecast 4"):
+        predictor.predict_paths(frames[0], x_times, y_times[:4], 4, **SAMPLED)
+    with pytest.raises(ValueError, match="KronosPredictor: the calibration was .* with top_p 1.0, not 0.9"):
+        predictor.predict(frames[0], x_times, y_times[:3], 3, verbose=False)
+    with pytest.raises(ValueError, match="KronosPredictor: .* a tokenizer of other weights"):
+        KronosPredictor(small.model, small.tokenizer, "cpu", calibration=make_calibration())
+    (tmp_path / "c.json").write_text("{")
+    with pytest.raises(ValueError, match="KronosPredictor: .*c.json is no calibration of kronos-qlib"):
+        KronosPredictor(small.model, small.tokenizer, "cpu", calibration=tmp_path / "c.json")
+    with pytest.raises(ValueError, match="needs 3 bars or more"):
+        predictor.predict_paths(frames[0][-2:], x_times[-2:], y_times[:3], 3, **SAMPLED)
+    with pytest.warns(UserWarning, match="was fitted on lookbacks of .* bars, not 5"):
+        predictor.predict_paths(frames[0][-5:], x_times[-5:], y_times[:3], 3, **SAMPLED)
+
+
+def test_weights_that_change_after_the_calibration_was_checked_are_noticed(small):
+    frames, x_times, y_times = series(small)
+    tokenizer, model = make_networks()
+    calibration = calibration_of(tokenizer, model, lookback=len(x_times))
+    predictor = KronosPredictor(model, tokenizer, "cpu", s2_rotation="aligned", calibration=calibration)
+    predictor.predict_paths(frames[0], x_times, y_times[:3], 3, **SAMPLED)
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.5)
+    with pytest.raises(ValueError, match="a model of other weights"):
+        predictor.predict_paths(frames[0], x_times, y_times[:3], 3, **SAMPLED)

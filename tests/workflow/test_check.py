@@ -142,6 +142,21 @@ def test_what_would_fail_later_is_one_error_before(store, path, value, subject, 
     assert message in errors[0].text and "\n" not in errors[0].text
 
 
+def test_a_calibration_is_looked_at_before_the_training(store):
+    def found(settings, **segments):
+        changed = with_value(workflow(store), "task.model.kwargs.calibration", settings)
+        for name, dates in segments.items():
+            changed = with_value(changed, f"task.dataset.kwargs.segments.{name}", dates)
+        return next(finding for finding in findings(changed) if finding.subject == "calibration")
+
+    few = found({"days": 5})
+    assert few.level == "warning" and "windows of 5 days of valid × 5 samples, split bands; bands of 90 %" in few.text
+    unknown = found({"segment": "tune"})
+    assert unknown.level == "error" and "unknown segment 'tune'; known: test, train, valid" in unknown.text
+    late = found({}, test=["2018-06-15", "2018-07-31"])
+    assert late.level == "error" and "segment 'valid' should end before 'test' starts" in late.text
+
+
 def test_the_command_prints_a_line_for_each_and_fails(store, capsys):
     changed = with_value(workflow(store), f"{BACKTEST_PATH}.benchmark", None)
     Path("changed.yaml").write_text(yaml.safe_dump(with_value(changed, "task.record.1.class", "NoRecord")))

@@ -170,8 +170,8 @@ def changed_after(dataset, date):
 def test_the_calibration_does_not_hang_on_bars_after_its_segment(here):
     def fitted(dataset):
         calibration = ForecastRecord(here.model, dataset, calibrate_on="valid")._calibration()
-        assert str(calibration.until)[:10] <= SEGMENTS["valid"][1]
-        return [*calibration.factors, *calibration.prob_up.predict(np.linspace(0, 1, 5))]
+        assert calibration.fitted_on.until <= SEGMENTS["valid"][1]
+        return calibration
 
     ours = make_dataset()
     assert fitted(changed_after(ours, SEGMENTS["valid"][1])) == fitted(make_dataset())
@@ -239,20 +239,26 @@ def test_a_lookback_without_volatility_is_refused(here):
         ForecastRecord(here.model, make_dataset(lookback=2))
 
 
+def test_a_calibration_without_paths_is_refused(here):
+    with pytest.raises(ValueError, match="calibrate_on needs sample paths: set forecast.keep_paths and a cache_dir"):
+        ForecastRecord(make_model(), here.dataset, calibrate_on="valid")
+
+
 def test_it_calibrates_on_earlier_segments_only(here):
     record = ForecastRecord(here.model, here.dataset, segment="valid", calibrate_on="test")
     with pytest.raises(ValueError, match="calibrate_on: segment 'test' should end before 'valid' starts"):
         record.generate()
 
 
-def test_forecasts_without_spread_are_measured_and_not_calibrated(here, warnings_logged):
-    model = make_model(forecast={"sample_count": 1})  # all quantiles of one sample are one
+def test_forecasts_without_spread_are_measured_and_not_calibrated(here, warnings_logged, tmp_path):
+    sure = {"cache_dir": str(tmp_path), "keep_paths": True, "top_k": 1}  # all samples are the likeliest path
+    model = make_model(forecast=sure)
     with R.start(experiment_name="no_spread"):
         recorder = R.get_recorder()
         record = ForecastRecord(model, here.dataset, recorder, calibrate_on="valid")
         assert "calibration.csv" in record.list()
         record.generate()
-    assert "calibrate_on: segment 'valid': the quantiles of more than 10%" in warnings_logged.text
+    assert "calibrate_on: segment 'valid': the samples coincide at step 1" in warnings_logged.text
     written = {Path(path).name for path in recorder.list_artifacts("forecast_evaluation")}
     assert written == set(record.list()) and "calibration.csv" not in written and "steps.csv" in written
 

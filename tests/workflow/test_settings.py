@@ -185,6 +185,16 @@ def test_paths_cannot_be_kept_nowhere():
     assert message.startswith("KronosModel: forecast: ") and "keep_paths needs a cache_dir" in message
 
 
+def test_a_calibration_is_checked_as_the_rest():
+    assert refusal(calibration={"on": "valid"}).startswith(
+        "KronosModel: unknown key 'calibration.on'; known keys: segment, days, bands"
+    )
+    assert "calibration.bands: Input should be 'split' or 'adaptive'" in refusal(calibration={"bands": "wide"})
+    assert "calibration.days: Input should be greater than or equal to 2" in refusal(calibration={"days": 1})
+    message = refusal(calibration={}, forecast={"sample_count": 1})
+    assert "calibration needs forecast.sample_count of 2 or more: one sample has no spread" in message
+
+
 def test_several_mistakes_are_named_together():
     message = refusal(seed="x", forecast={"sample_count": 0})
     assert "seed: " in message and "forecast.sample_count: " in message
