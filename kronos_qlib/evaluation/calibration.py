@@ -176,6 +176,7 @@ def calibrate(outcomes: Outcomes, calibration: Calibration, bands: BandKind = "s
         quantiles=calibration.quantiles(closes, outcomes.volatility, LEVELS, offsets),
         mean_return=closes.mean((1, 2)) - 1,
         prob_up=(closes.mean(2) > 1).mean(1),
+        moved=True,
     )
 
 
@@ -183,19 +184,20 @@ def compare_calibration(outcomes: Outcomes, calibration: Calibration) -> pd.Data
     """Compare forecasts before and after a calibration that was not fitted on them.
 
     Returns:
-        Rows for each step (1 … H) and `all`: crps of the quantiles and crps_paths, the plain CRPS of the samples;
-        coverage_50 and coverage_90 of split conformal bands, and with `_adaptive` of adaptive ones; and brier, the
-        Brier score of `prob_up`. Columns: measure, step, before, after; change_low and change_high, the 95 % interval
-        of after − before; volatility, the same of historical volatility (for crps_paths in closed form), and of the two
-        CRPS less_volatility, after less that, with less_volatility_low and less_volatility_high; constant, of the Brier
-        score, that of a probability of one half.
+        Rows for each step (1 … H) and `all`: crps of the quantiles; crps_paths, the plain CRPS of the samples, and
+        crps_fair, the limit for many of them (see `measure`); coverage_50 and coverage_90 of split conformal bands, and
+        with `_adaptive` of adaptive ones; and brier, the Brier score of `prob_up`. Columns: measure, step, before,
+        after; change_low and change_high, the 95 % interval of after − before; volatility, the same of historical
+        volatility (for the CRPS of samples in closed form), and of each CRPS less_volatility, after less that, with
+        less_volatility_low and less_volatility_high; constant, of the Brier score, that of a probability of one half.
     """
     after = measure(corrected := calibrate(outcomes, calibration))
     adaptive = measure(replace(calibrate(outcomes, calibration, "adaptive"), paths=None))
     before = measure(outcomes)
     pairs = {name: (before[name], after[name], before[f"{name}_volatility"]) for name in ("crps", *BANDS)}
     pairs |= {f"{name}_adaptive": (before[name], adaptive[name], pairs[name][2]) for name in BANDS}
-    pairs["crps_paths"] = before["crps_paths"], after["crps_paths"], before["crps_volatility_exact"]
+    for name in ("crps_paths", "crps_fair"):
+        pairs[name] = before[name], after[name], before["crps_volatility_exact"]
     rows = [
         {"measure": name, "step": str(step or "all")} | _compare(outcomes, *values, step, name.startswith("crps"))
         for name, values in pairs.items()

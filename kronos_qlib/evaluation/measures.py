@@ -18,7 +18,7 @@ from statsmodels.regression.linear_model import OLS
 from statsmodels.tsa.stattools import acovf
 
 from kronos_qlib.data.windows import CLOSE, Windows
-from kronos_qlib.forecast.calibration import bar_volatility
+from kronos_qlib.forecast.calibration import bar_volatility, bessel_factor
 from kronos_qlib.forecast.forecaster import QUANTILES
 
 Floats = NDArray[np.float64]
@@ -40,7 +40,8 @@ class Outcomes:
 
     dates: score dates, datetime64[ns] [W]. quantiles: of the close, [W, H, 7], at `LEVELS`. closes: actual, [W, H],
     NaN where so many bars do not follow. ends: their dates, datetime64[ns] [W, H], NaT there. volatility: of the
-    lookback's daily log returns [W]. mean_return, prob_up: the scores [W]. paths: closes [W, S, H], where kept.
+    lookback's daily log returns [W]. mean_return, prob_up: the scores [W]. paths: closes [W, S, H], where kept. moved:
+    whether the paths were moved by their own mean, as a calibration does.
     """
 
     dates: NDArray[np.datetime64]
@@ -52,6 +53,7 @@ class Outcomes:
     prob_up: Floats
     samples: int
     paths: NDArray[np.floating] | None = None
+    moved: bool = False
 
     def __len__(self) -> int:
         return len(self.dates)
@@ -112,7 +114,8 @@ def measure(outcomes: Outcomes) -> dict[str, Floats]:
 
     `crps`: see `crps_of_quantiles`; over the same levels for all three forecasts. Few samples make it larger, as their
     quantiles are rough.
-    `crps_paths`: of the samples themselves; `crps_fair`: the limit for many samples of the same kind (Ferro 2014);
+    `crps_paths`: of the samples themselves; `crps_fair`: the limit for many samples of the same kind (Ferro 2014); of
+    moved ones, which would seem too good by about 1 / 2S of it, with the difference of two before it was scaled;
     `crps_volatility_exact`: in closed form; these three where paths are kept. `coverage_50`, `coverage_90`: whether the
     close lay in the band. `error`: close less the median. `pit`: see `pit_of_paths` and `pit_of_quantiles`.
     `direction`: whether the sign of `mean_return` was that of the mean close's return; `up`: whether that was above 0.
@@ -138,6 +141,9 @@ def measure(outcomes: Outcomes) -> dict[str, Floats]:
         found["crps_paths"] = scoringrules.crps_ensemble(closes, paths, estimator="qd")
         if outcomes.samples > 1:
             found["crps_fair"] = scoringrules.crps_ensemble(closes, paths, estimator="pwm")
+        if outcomes.samples > 1 and outcomes.moved:
+            half_difference = outcomes.samples * (found["crps_paths"] - found["crps_fair"])  # of two samples
+            found["crps_fair"] += half_difference * (1 - 1 / bessel_factor(outcomes.samples))
         found["crps_volatility_exact"] = scoringrules.crps_lognormal(closes, 0.0, spread[..., 0])
     return found | _direction(outcomes)
 

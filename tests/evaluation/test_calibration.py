@@ -82,6 +82,19 @@ def test_terciles_of_volatility_are_kept_where_they_differ():
     assert spreads[:2] == pytest.approx(1, abs=0.06) and spreads[2] == pytest.approx(3, rel=0.06)
 
 
+@pytest.mark.parametrize("samples", [5, 20])
+def test_the_limit_of_moved_samples_is_that_of_many_and_not_better(samples):
+    """Of samples moved by their own mean the usual fair CRPS is too good; 400 samples need no limit."""
+    few, many = noisy(samples=samples, noise=0.0), noisy(samples=400, noise=0.0)
+    calibration = fit(few)
+    assert np.abs(calibration.slopes).max() < 0.1
+    corrected = calibrate(few, calibration)
+    limit, usual = (measure(each)["crps_fair"].mean() for each in (corrected, replace(corrected, moved=False)))
+    expected = measure(calibrate(many, calibration))["crps_paths"].mean()
+    assert limit == pytest.approx(expected, rel=0.01)
+    assert usual < expected * (1 - 0.6 / (2 * samples)), "half a sample's part too good"
+
+
 def test_calibrating_gains_on_later_forecasts_what_the_figures_say():
     calibration, later = fit(noisy(spread=1 / 3)), noisy(spread=1 / 3, seed=1)
     table, corrected = table_of(later, calibration), calibrate(later, calibration)
