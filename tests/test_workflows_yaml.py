@@ -16,6 +16,7 @@ LEARNT = ["lightgbm", "lightgbm360", "lightgbm_kronos", "linear"]
 RULES = ["reversal", "momentum", "volatility", "last_value"]
 BASELINES = LEARNT + RULES
 KRONOS = ["kronos_csi300", "kronos_csi300_zeroshot", "kronos_csi300_nano", "kronos_csi300_nano_chosen"]
+KRONOS += ["kronos_csi300_nano_calibrated", "ranker_csi300"]
 CSI300 = KRONOS + [f"{name}_csi300" for name in BASELINES]
 DEMO = ["kronos_demo", "ranker_demo"] + [f"{name}_demo" for name in BASELINES]
 VARIABLES = ["QLIB_DATA", "KRONOS_TOKENIZER", "KRONOS_MODEL"]
@@ -65,7 +66,7 @@ def handler_kwargs(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def shared_part(config: dict[str, Any]) -> dict[str, Any]:
-    """All of a workflow but its name, its model, and what turns bars into features."""
+    """All of a workflow but its name, its model, its features, and what its forecasts are held against."""
     config = copy.deepcopy(config)
     dataset = config["task"]["dataset"]
     dataset["kwargs"]["handler"]["kwargs"] = handler_kwargs(config)
@@ -75,6 +76,7 @@ def shared_part(config: dict[str, Any]) -> dict[str, Any]:
         (dataset, ["class", "module_path"]),
         (dataset["kwargs"], ["lookback", "horizon"]),
         (dataset["kwargs"]["handler"], ["class", "module_path"]),
+        (record_kwargs(config, "ForecastRecord"), ["baselines"]),
         (dataset["kwargs"]["handler"]["kwargs"], ["infer_processors", "fit_start_time", "fit_end_time", "kronos"]),
     ]:
         for key in keys:
