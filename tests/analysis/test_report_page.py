@@ -2,7 +2,9 @@ import dataclasses
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -289,28 +291,37 @@ def test_pictures_are_drawn(page: Page, tmp_path: Path) -> None:
         assert imread(tmp_path / f"{name}.png")[..., :3].std() > 0.02
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 375)])
-def test_browser_draws_every_figure_without_a_word(page: Page, tmp_path: Path, scheme: str, width: int) -> None:
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """A browser of this machine, started once."""
     browsers = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
         pytest.skip("there is no Chromium on this machine")
     with browsers.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        view = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 800})
-        said: list[str] = []
-        view.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
-        view.on("pageerror", lambda error: said.append(str(error)))
-        view.goto(page.path.as_uri())
-        view.wait_for_function("document.body.dataset.drawn", timeout=120_000)
-        drawn = view.evaluate(
-            "[...document.querySelectorAll('.figure')].map(place => "
-            "place.querySelectorAll('.main-svg path, .main-svg image').length)"
-        )
-        wider = view.evaluate("document.documentElement.scrollWidth - innerWidth")
-        view.screenshot(path=tmp_path / "page.png", full_page=True)
+        browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
         browser.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 375)])
+def test_browser_draws_every_figure_without_a_word(
+    page: Page, chromium: Any, tmp_path: Path, scheme: str, width: int
+) -> None:
+    view = chromium.new_page(color_scheme=scheme, viewport={"width": width, "height": 800})
+    said: list[str] = []
+    view.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
+    view.on("pageerror", lambda error: said.append(str(error)))
+    view.goto(page.path.as_uri())
+    view.wait_for_function("document.body.dataset.drawn", timeout=120_000)
+    drawn = view.evaluate(
+        "[...document.querySelectorAll('.figure')].map(place => "
+        "place.querySelectorAll('.main-svg path, .main-svg image').length)"
+    )
+    wider = view.evaluate("document.documentElement.scrollWidth - innerWidth")
+    view.screenshot(path=tmp_path / "page.png", full_page=True)
+    view.close()
     assert said == []
     assert len(drawn) == len(_figures(page.text)) > 15
     assert min(drawn) > 0

@@ -60,6 +60,7 @@ def test_no_score_sees_what_comes_after_it(store, fitted, market, tmp_path, how)
     pd.testing.assert_series_equal(after.reindex(seen.index), seen, check_exact=True)
 
 
+@pytest.mark.slow
 def test_neither_training_nor_choice_of_weights_sees_a_bar_after_its_segments(store, market, tmp_path):
     """All bars after valid are taken away: with the labels' embargo the very same weights are trained and chosen."""
     use_market(tampered(market, tmp_path / "market", "holes"))
@@ -94,6 +95,7 @@ def test_other_dates_and_instruments_do_not_matter(store, fitted):
     assert len(shared) and (few[shared] == whole[shared]).all()
 
 
+@pytest.mark.slow
 def test_the_same_seed_trains_the_same_and_another_seed_another(store, fitted, tmp_path):
     again, other = make_ranker(tmp_path / "again"), make_ranker(tmp_path / "other", seed=2)
     for ranker in (again, other):
@@ -114,6 +116,7 @@ def test_a_training_resumed_from_a_checkpoint_ends_bitwise_as_one_that_never_sto
     assert results(folder) == results(whole)
 
 
+@pytest.mark.slow
 def test_two_processes_train_bitwise_as_one(store, fitted, tmp_path):
     ranker = make_ranker(tmp_path / "two", processes=2)
     job = ranker.job(make_dataset(), tmp_path / "two")
@@ -122,6 +125,7 @@ def test_two_processes_train_bitwise_as_one(store, fitted, tmp_path):
     assert same_weights(weights(ranker.rankers[0]), weights(fitted.rankers[0]))
 
 
+@pytest.mark.slow
 def test_an_ensemble_scores_by_the_mean_of_its_rankers_ranks(store, tmp_path):
     ranker = make_ranker(tmp_path / "ensemble", ensemble=2, epochs=1, instruments_per_day=4)
     ranker.fit(make_dataset())
@@ -135,6 +139,7 @@ def test_an_ensemble_scores_by_the_mean_of_its_rankers_ranks(store, tmp_path):
     pd.testing.assert_series_equal(scores, ((ranks[0] + ranks[1]) / 2).rename("score"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -182,11 +187,12 @@ def test_a_warm_ranker_begins_with_the_models_weights(store, tmp_path):
     assert len(shared) > 10 and all(np.array_equal(own[name], model[name]) for name in shared)
 
 
+@pytest.mark.slow
 def test_the_ranks_of_labels_are_learnt(store, tmp_path):
     """The label is the last bar's own return, which a ranker of bars can see: it must come close to all of it."""
     dataset = make_dataset()
     dataset.handler = type(dataset.handler)("demo", label="$close/Ref($close, 1) - 1")
-    ranker = make_ranker(tmp_path / "run", inputs="bars", epochs=25, patience=None, learning_rate=1e-2)
+    ranker = make_ranker(tmp_path / "run", inputs="bars", epochs=10, batch_size=4, patience=None, learning_rate=2e-2)
     ranker.fit(dataset)
     label = dataset.prepare("test", col_set="label").iloc[:, 0]
     both = pd.DataFrame({"score": ranker.predict(dataset), "label": label}).dropna()
