@@ -14,6 +14,7 @@ from kronos_qlib.analysis.exposure import exposures, residual_scores
 from kronos_qlib.analysis.market import HORIZONS, MarketError, read_market
 from kronos_qlib.analysis.notes import reservations
 from kronos_qlib.analysis.overfitting import (
+    Overfitting,
     deflated_mean,
     deflated_sharpe,
     minimum_track_record,
@@ -52,13 +53,14 @@ TABLE_COLUMNS = [
     *("residual_rank_ic_low", "residual_rank_ic_high"),
     *("turnover", "excess_return", "excess_return_with_cost", "information_ratio", "max_drawdown", "cost", "capacity"),
     *("trials", "deflated_rank_ic", "deflated_sharpe", "track_record_days"),
+    *("trials_rank_ic_sd", "probabilistic_sharpe"),
     *("tied_share", "topk", "topk_label", "topk_label_sd"),
 ]
 HORIZON_COLUMNS = ["rank_ic", "t", "low", "high", "days"]
 SEED_COLUMNS = ["seeds"] + [
     f"{name}_{part}" for name in ("rank_ic", "rank_icir", "excess_return_with_cost") for part in ("mean", "sd")
 ]
-_FOLDERS = {"seed", "output_dir", "cache_dir", "experiment_name"}  # runs of several seeds differ in these alone
+_SEEDS, _FOLDERS = {"seed", "random_state"}, {"output_dir", "cache_dir", "experiment_name"}
 PAIR_COLUMNS = ["rank_ic_difference", "t", "p", "p_holm", "low", "high", "score_correlation", "days"]
 ASSUMED_HORIZON = 10
 
@@ -77,11 +79,11 @@ class Comparison:
     decile_days: run → day × decile, the labels that `deciles` are the means of.
     horizons: index (run, days), columns `HORIZON_COLUMNS`: rank IC with the return over 1, 5, 10 and 20 days from
         tomorrow's close on, and Newey–West's t with the longer of lag and days. Empty without the runs' stores.
-    seeds: one row per group of runs whose settings differ in the seed alone, columns `SEED_COLUMNS`, ratios a year.
+    seeds: one row per group of runs whose settings differ in the seed alone, columns `SEED_COLUMNS`, ratios a year;
+        of several runs of one seed the last counts.
     costs: run × what the trades would have earned at other costs, see `portfolio.sweep_costs`.
     drawdowns: index (run, number), the five deepest, see `portfolio.drawdowns`.
-    overfitting: probability of backtest overfitting among the runs, by `excess_return` and by `rank_ic`; NaN with fewer
-        than four runs.
+    overfitting: probability of backtest overfitting among the runs, by `excess return` after costs and by `rank IC`.
     lag: of Newey–West, days: the longest horizon recorded. notes: see `analysis.notes`.
     """
 
@@ -102,7 +104,7 @@ class Comparison:
     seeds: pd.DataFrame
     costs: pd.DataFrame
     drawdowns: pd.DataFrame
-    overfitting: dict[str, float]
+    overfitting: dict[str, Overfitting]
     lag: int
     notes: list[str]
 
@@ -121,8 +123,10 @@ def compare_runs(runs: Sequence[RunResult], trials: int | None = None) -> Compar
     benchmark), information_ratio (annualised) and max_drawdown with cost, as Qlib stored them; cost a year; capacity
     (`portfolio.capacity`), in the market's currency.
     After counting trials: trials, as `trials` says or else as the MLflow store tells; deflated_rank_ic and
-    deflated_sharpe, the probability that the figure is above that of the best of so many by chance (see
-    `analysis.overfitting`); track_record_days, after which such a Sharpe ratio would be above 0 with 95 % confidence.
+    deflated_sharpe, 1 less the p of the figure against the best of so many by chance (see `analysis.overfitting`);
+    track_record_days, after which such a Sharpe ratio would be above 0 with 95 % confidence; trials_rank_ic_sd, the
+    deviation of the rank ICs that the trials recorded, NaN where that of chance is used; probabilistic_sharpe, the
+    deflated one of a single trial. The Sharpe ratios are those of the excess return after costs.
     Of ties: tied_share of the scores; topk, the number held by the run's strategy, or a tenth of the instruments;
     topk_label, the mean label of a day's highest topk scores, over several random orders of equal ones, and its _sd.
     Ratios: 0.05 is 5 %. NaN: cannot be computed.
@@ -157,6 +161,9 @@ def compare_runs(runs: Sequence[RunResult], trials: int | None = None) -> Compar
     ties = _ties(runs, tables, returns)
     table = signal.join([_backtests(runs, markets), counted, ties]).reindex(columns=TABLE_COLUMNS).rename_axis("run")
     correlation = _score_correlation(tables)
+    excess = pd.DataFrame({run.name: excess_returns(run.report) for run in runs if len(run.report)})
+    measures = {"excess return": excess, "rank IC": rank_ic}
+    overfitting = {measure: probability_of_overfitting(daily) for measure, daily in measures.items()}
     return Comparison(
         runs=runs,
         table=table,
@@ -173,16 +180,11 @@ def compare_runs(runs: Sequence[RunResult], trials: int | None = None) -> Compar
         decile_days=deciles,
         horizons=_horizons(tables, markets, lag),
         seeds=_seeds(runs, table),
-        costs=pd.DataFrame({run.name: sweep_costs(run.report) for run in runs}).T.rename_axis("run"),
+        costs=pd.DataFrame({run.name: sweep_costs(run.report, run.freq) for run in runs}).T.rename_axis("run"),
         drawdowns=_drawdowns(runs),
-        overfitting={
-            "excess_return": probability_of_overfitting(
-                pd.DataFrame({run.name: excess_returns(run.report) for run in runs if len(run.report)})
-            ),
-            "rank_ic": probability_of_overfitting(rank_ic),
-        },
+        overfitting=overfitting,
         lag=lag,
-        notes=reservations(runs, labels, tables, rank_ic, residual, lag, unread),
+        notes=reservations(runs, labels, tables, rank_ic, residual, lag, unread, overfitting),
     )
 
 
@@ -289,7 +291,7 @@ def _backtests(runs: Sequence[RunResult], markets: dict[str, pd.DataFrame | None
         market = markets[run.name]
         rows[run.name] = {metric: run.metrics[metric] for metric in kept} | {
             "turnover": mean_turnover(run.report),
-            "cost": cost_a_year(run.report),
+            "cost": cost_a_year(run.report, run.freq),
             "capacity": _capacity(run, market),
         }
     return pd.DataFrame(rows).T
@@ -299,11 +301,14 @@ def _count_trials(runs: Sequence[RunResult], rank_ic: pd.DataFrame, lag: int, tr
     rows = {}
     for run in runs:
         count, excess = trials or run.trials, excess_returns(run.report)
+        spread = spread_of_trials(run.trial_rank_ics)
         rows[run.name] = {
             "trials": count,
-            "deflated_rank_ic": deflated_mean(rank_ic[run.name], lag, count, spread_of_trials(run.trial_rank_ics)),
+            "deflated_rank_ic": deflated_mean(rank_ic[run.name], lag, count, spread),
             "deflated_sharpe": deflated_sharpe(excess, count),
             "track_record_days": minimum_track_record(excess),
+            "trials_rank_ic_sd": np.nan if spread is None else spread,
+            "probabilistic_sharpe": deflated_sharpe(excess, 1),
         }
     return pd.DataFrame(rows).T
 
@@ -356,16 +361,19 @@ def _drawdowns(runs: Sequence[RunResult]) -> pd.DataFrame:
 
 
 def _seeds(runs: Sequence[RunResult], table: pd.DataFrame) -> pd.DataFrame:
-    """Group the runs whose settings differ in the seed alone, and in where they keep their files."""
-    groups: dict[str, list[RunResult]] = {}
+    """Group the runs whose settings differ in the seed, and besides in where they keep their files at most."""
+    groups: dict[str, dict[str, str]] = {}
     for run in runs:
         if run.config.get("task"):
-            settings = json.dumps(_without_seeds(run.config["task"]), sort_keys=True, default=str)
-            groups.setdefault(settings, []).append(run)
+            named, settings = (
+                json.dumps(_without(run.config["task"], left_out), sort_keys=True, default=str)
+                for left_out in (_FOLDERS, _FOLDERS | _SEEDS)
+            )
+            groups.setdefault(settings, {})[named] = run.name  # one of each seed
     rows = {}
     for group in groups.values():
-        if len({json.dumps(run.config["task"], sort_keys=True, default=str) for run in group}) > 1:
-            names = [run.name for run in group]
+        if len(group) > 1:
+            names = list(group.values())
             figures = table.loc[names, ["rank_ic", "rank_icir", "excess_return_with_cost"]]
             measured = {f"{column}_mean": figures[column].mean() for column in figures}
             measured |= {f"{column}_sd": figures[column].std(ddof=1) for column in figures}
@@ -373,10 +381,11 @@ def _seeds(runs: Sequence[RunResult], table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index", columns=SEED_COLUMNS, dtype=float).rename_axis("runs")
 
 
-def _without_seeds(value: Any) -> Any:
+def _without(value: Any, keys: set[str]) -> Any:
+    """Copy settings without some keys, wherever they stand."""
     if isinstance(value, Mapping):
-        return {str(key): _without_seeds(part) for key, part in value.items() if key not in _FOLDERS}
-    return [_without_seeds(part) for part in value] if isinstance(value, (list, tuple)) else value
+        return {str(key): _without(part, keys) for key, part in value.items() if key not in keys}
+    return [_without(part, keys) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def _capacity(run: RunResult, market: pd.DataFrame | None) -> float:
@@ -420,7 +429,8 @@ def write_tables(comparison: Comparison, folder: Path) -> list[Path]:
     runs = comparison.table.join(comparison.dropped).assign(
         lag=comparison.lag,
         synthetic=[run.synthetic for run in comparison.runs],
-        **{f"overfitting_{name}": share for name, share in comparison.overfitting.items()},
+        overfitting_excess_return=comparison.overfitting["excess return"].share,
+        overfitting_rank_ic=comparison.overfitting["rank IC"].share,
     )
     written = {folder / "comparison.csv": runs, folder / "pairs.csv": comparison.pairs}
     others = {"horizons": comparison.horizons, "costs": comparison.costs, "drawdowns": comparison.drawdowns}

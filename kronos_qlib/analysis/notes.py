@@ -1,10 +1,11 @@
 """Notes and cautions on a comparison: what its figures depend on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
+from kronos_qlib.analysis.overfitting import FEWEST_BLOCKS, FEWEST_DAYS_A_BLOCK, FEWEST_RUNS, Overfitting
 from kronos_qlib.analysis.results import RunResult
 
 SYNTHETIC = "SYNTHETIC demo market"
@@ -19,11 +20,12 @@ def reservations(
     residual: pd.DataFrame,
     lag: int,
     unread: Sequence[str],
+    overfitting: Mapping[str, Overfitting],
 ) -> list[str]:
     """Write a sentence for each reservation.
 
     labels, scores, rank_ic, residual, lag: of the comparison, by run. unread: why the Qlib store of a
-        run could not be read.
+        run could not be read. overfitting: by the measure that the runs are chosen by.
     """
     return [
         *_backtest_notes(runs),
@@ -35,6 +37,7 @@ def reservations(
         *_market_notes(runs),
         *_score_notes(scores),
         *_residual_notes(residual, rank_ic, unread),
+        *_overfitting_notes(overfitting),
     ]
 
 
@@ -143,6 +146,16 @@ def _residual_notes(residual: pd.DataFrame, rank_ic: pd.DataFrame, unread: Seque
         if days[name] < scored and not any(reason.startswith(f"{name}:") for reason in unread)
     ]
     return [f"Days with something left after simple factors: {'; '.join(fewer)}."] if fewer else []
+
+
+def _overfitting_notes(overfitting: Mapping[str, Overfitting]) -> list[str]:
+    lacking = [
+        f"by {measure} there are {found.runs} and {found.days:,}"
+        for measure, found in overfitting.items()
+        if np.isnan(found.share)
+    ]
+    takes = f"it takes {FEWEST_RUNS} runs that vary and {FEWEST_BLOCKS * FEWEST_DAYS_A_BLOCK} days in common"
+    return [f"n/a for overfitting: {takes}; {', '.join(lacking)}."] if lacking else []
 
 
 def _market_notes(runs: Sequence[RunResult]) -> list[str]:

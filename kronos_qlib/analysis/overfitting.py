@@ -1,6 +1,7 @@
 """What the number of trials leaves of a figure: deflated Sharpe ratio and rank IC, track record, overfitting."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
@@ -10,8 +11,8 @@ from scipy.stats import kurtosis, norm, rankdata, skew
 
 from kronos_qlib.analysis.significance import LEVEL, finite, newey_west
 
-_FEWEST_RUNS = 4  # of fewer, the best in one half of the days says little of the other
-_FEWEST_DAYS_A_BLOCK = 5
+FEWEST_RUNS = 4  # of fewer, the best in one half of the days says little of the other
+FEWEST_BLOCKS, FEWEST_DAYS_A_BLOCK = 4, 5
 
 
 def expected_maximum(trials: int, deviation: float) -> float:
@@ -26,7 +27,7 @@ def expected_maximum(trials: int, deviation: float) -> float:
 
 
 def deflated_sharpe(returns: pd.Series, trials: int, deviation: float | None = None) -> float:
-    """Compute the probability that a Sharpe ratio is above what the best of `trials` has by chance.
+    """Test a Sharpe ratio against what the best of `trials` has by chance, and return 1 less the one-sided p.
 
     Skewness and kurtosis of the returns count, autocorrelation does not. NaN with fewer than 4 days, or if all are
     equal.
@@ -42,26 +43,27 @@ def deflated_sharpe(returns: pd.Series, trials: int, deviation: float | None = N
     return float(norm.cdf((sharpe - chance) / error))
 
 
-def minimum_track_record(returns: pd.Series) -> float:
-    """Compute the days after which a Sharpe ratio like this one would be above 0 with 95 % confidence.
+def minimum_track_record(returns: pd.Series, above: float = 0.0) -> float:
+    """Compute the days after which a Sharpe ratio like this one would be above another with 95 % confidence.
 
-    Infinite for a ratio of 0 or below, NaN where there is none. Bailey & López de Prado (2012), "The Sharpe Ratio
-    Efficient Frontier".
+    Infinite for a ratio not above it, NaN where there is none. `above` is of a day, as the ratio is. Bailey & López de
+    Prado (2012), "The Sharpe Ratio Efficient Frontier".
     """
     sharpe, error, days = _sharpe(returns)
-    if not sharpe > 0:
+    if not sharpe > above:
         return np.nan if np.isnan(sharpe) else np.inf
-    return float(1 + (days - 1) * (error * norm.ppf(LEVEL) / sharpe) ** 2)
+    return float(1 + (days - 1) * (error * norm.ppf(LEVEL) / (sharpe - above)) ** 2)
 
 
 def deflated_mean(daily: pd.Series, lag: int, trials: int, deviation: float | None = None) -> float:
-    """Compute the probability that the mean of `daily` rank ICs is above what the best of `trials` has by chance.
+    """Test the mean of `daily` rank ICs against what the best of `trials` has by chance: 1 less the one-sided p.
 
     It is Φ((mean − expected maximum) / standard error), with Newey and West's standard error up to `lag` days: the
     deflated Sharpe ratio's idea for a mean. NaN where `newey_west` has no t.
 
     Args:
-        deviation: of the trials' means; by default the standard error, which is that of a score without skill.
+        deviation: of the trials' means, which may be of other days than `daily`; by default the standard error, which
+            is that of a score without skill.
     """
     t, _ = newey_west(daily, lag)
     mean = float(np.mean(finite(daily))) if np.isfinite(t) else np.nan
@@ -69,7 +71,20 @@ def deflated_mean(daily: pd.Series, lag: int, trials: int, deviation: float | No
     return float(norm.cdf((mean - expected_maximum(trials, error if deviation is None else deviation)) / error))
 
 
-def probability_of_overfitting(daily: pd.DataFrame, blocks: int = 16) -> float:
+@dataclass(frozen=True)
+class Overfitting:
+    """What cross-validation says of a choice among `runs`; share: NaN where they, or the days, are too few.
+
+    share: of the splits in which the run that is best on one half is below the median on the other.
+    """
+
+    share: float
+    runs: int
+    days: int
+    blocks: int
+
+
+def probability_of_overfitting(daily: pd.DataFrame, blocks: int = 16) -> Overfitting:
     """Compute how often the run that is best on half of the days is below the median on the other half.
 
     Combinatorially symmetric cross-validation: the days are cut into `blocks`, every choice of half of them is one of
@@ -82,22 +97,22 @@ def probability_of_overfitting(daily: pd.DataFrame, blocks: int = 16) -> float:
         blocks: an even number; fewer if a block had fewer than 5 days.
 
     Returns:
-        A share; NaN with fewer than 4 runs that vary, or days for fewer than 4 blocks.
+        The share, NaN with fewer than 4 runs that vary, or days for fewer than 4 blocks; and what it is made of.
     """
     table = daily.loc[:, daily.nunique() > 1].dropna()
-    blocks = min(blocks, len(table) // _FEWEST_DAYS_A_BLOCK // 2 * 2)
-    if table.shape[1] < _FEWEST_RUNS or blocks < 4:
-        return np.nan
+    blocks = min(blocks, len(table) // FEWEST_DAYS_A_BLOCK // 2 * 2)
+    if table.shape[1] < FEWEST_RUNS or blocks < FEWEST_BLOCKS:
+        return Overfitting(np.nan, table.shape[1], len(table), blocks)
     parts = np.array_split(table.to_numpy(float), blocks)
     counts = np.array([len(part) for part in parts])
     sums, squares = (np.array([(part**power).sum(axis=0) for part in parts]) for power in (1, 2))
-    halves = np.array(
-        [np.isin(np.arange(blocks), chosen) for chosen in combinations(range(blocks), blocks // 2)], float
-    )
+    chosen = np.array(list(combinations(range(blocks), blocks // 2)))
+    halves = np.zeros((len(chosen), blocks))
+    np.put_along_axis(halves, chosen, 1.0, axis=1)
     inside, outside = (_ratios(half, counts, sums, squares) for half in (halves, 1 - halves))
     best = inside.argmax(axis=1)
     ranks = rankdata(outside, axis=1)[np.arange(len(best)), best] / (table.shape[1] + 1)
-    return float((ranks <= 0.5).mean())
+    return Overfitting(float((ranks <= 0.5).mean()), table.shape[1], len(table), blocks)
 
 
 def _ratios(

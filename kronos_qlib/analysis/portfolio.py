@@ -2,9 +2,11 @@
 
 import numpy as np
 import pandas as pd
+from qlib.utils.time import Freq
 
-# Qlib's trading days a year (`risk_analysis`, daily frequency), so that cost is the difference of its two returns.
+# Qlib's in a year (`risk_analysis`), so that cost is the difference of its two returns.
 DAYS_A_YEAR = 238
+_LONGER = {Freq.NORM_FREQ_WEEK: 50, Freq.NORM_FREQ_MONTH: 12}
 COST_MULTIPLES = 0.0, 0.5, 1.0, 2.0, 3.0  # of the costs recorded
 _SHARE = 0.01
 _QUANTILE = 0.05
@@ -15,9 +17,15 @@ def mean_turnover(report: pd.DataFrame) -> float:
     return float(report["turnover"].groupby(report.index.normalize()).sum().mean())
 
 
-def cost_a_year(report: pd.DataFrame) -> float:
-    """Annualise the costs over the account's value, a ratio a year of 238 days, summed as in Qlib's risk analysis."""
-    return float(report["cost"].groupby(report.index.normalize()).sum().mean() * DAYS_A_YEAR)
+def steps_a_year(freq: str) -> float:
+    """Return how many days a year has, or weeks or months where a backtest's frequency is so long, as in Qlib."""
+    count, base = Freq.parse(freq) if freq else (1, Freq.NORM_FREQ_DAY)
+    return _LONGER[base] / count if base in _LONGER else DAYS_A_YEAR
+
+
+def cost_a_year(report: pd.DataFrame, freq: str = "1day") -> float:
+    """Annualise the costs over the account's value, a ratio a year, summed as in Qlib's risk analysis."""
+    return float(report["cost"].groupby(report.index.normalize()).sum().mean() * steps_a_year(freq))
 
 
 def excess_returns(report: pd.DataFrame, cost_multiple: float = 1.0) -> pd.Series:
@@ -26,34 +34,33 @@ def excess_returns(report: pd.DataFrame, cost_multiple: float = 1.0) -> pd.Serie
     return excess.groupby(report.index.normalize()).sum()
 
 
-def sweep_costs(report: pd.DataFrame) -> dict[str, float]:
+def sweep_costs(report: pd.DataFrame, freq: str = "1day") -> dict[str, float]:
     """Compute what the same trades would have earned at other costs.
 
     Returns:
-        `excess_return_0.5x` and so on for `COST_MULTIPLES`: over the benchmark, a year of 238 days;
-        `information_ratio_0.5x` and so on; `break_even`: the multiple of the costs at which nothing is left, infinite
-        without costs, below 0 where there is nothing before costs. All NaN without a backtest.
+        `excess_return_0.5x` and so on for `COST_MULTIPLES`: over the benchmark, a year (`steps_a_year`);
+        `information_ratio_0.5x` and so on, of days; `break_even`: the multiple of the costs at which nothing is left,
+        infinite without costs, below 0 where there is nothing before costs. All NaN without a backtest.
     """
-    found = {}
+    found, year = {}, steps_a_year(freq)
     for multiple in COST_MULTIPLES:
         excess = excess_returns(report, multiple)
         ratio = excess.mean() / excess.std() if len(excess) > 1 and excess.std() > 0 else np.nan
-        found[f"excess_return_{multiple:g}x"] = float(excess.mean() * DAYS_A_YEAR)
-        found[f"information_ratio_{multiple:g}x"] = float(ratio * np.sqrt(DAYS_A_YEAR))
+        found[f"excess_return_{multiple:g}x"] = float(excess.mean() * year)
+        found[f"information_ratio_{multiple:g}x"] = float(ratio * np.sqrt(year))
     gain, cost = (report["return"] - report["bench"]).mean(), report["cost"].mean()
     return found | {"break_even": float(gain / cost) if cost > 0 else np.nan if np.isnan(cost) else np.inf}
 
 
 def drawdowns(report: pd.DataFrame, count: int = 5) -> pd.DataFrame:
-    """List the deepest drawdowns of the summed excess return after costs.
+    """List the deepest drawdowns of the summed excess return after costs, by the day; the first is Qlib's maximum.
 
     Returns:
-        A row each, the deepest first: start (the day of the high before it), trough, end (the first day that is back
-        at the high, NaT if none is), depth (a ratio, below 0), days (of trade from start to end, or to the last day).
+        A row each, the deepest first: start (the day of the high before it; as in Qlib, the first day is the first
+        high), trough, end (the first day that is back at the high, NaT if none is), depth (a ratio, below 0), days (of
+        trade from start to end, or to the last day).
     """
     total = excess_returns(report).cumsum()
-    before = total.index[:1] - pd.Timedelta(1, "D")
-    total = pd.concat([pd.Series(0.0, before), total])
     under = total - total.cummax()
     spells = (under == 0).cumsum()  # a spell begins with the day of its high
     rows = []

@@ -18,7 +18,7 @@ from kronos_qlib.analysis.comparison import Comparison
 from kronos_qlib.analysis.fans import Fan, FansError, load_fans
 from kronos_qlib.analysis.notes import backtest_period, synthetic_note
 from kronos_qlib.analysis.results import RunResult
-from kronos_qlib.analysis.verdicts import pair_verdict, residual_verdict, run_verdict, trials_verdict
+from kronos_qlib.analysis.verdicts import pair_verdict, residual_verdict, run_verdict, trials_verdicts
 from kronos_qlib.evaluation.palette import DARK, LIGHT
 from kronos_qlib.files import whole_file
 
@@ -114,13 +114,12 @@ def _verdicts(comparison: Comparison) -> list[_Sentences]:
     first = [pair for pair in pairs if kronos & set(pair)] or pairs
     others = [pair for pair in pairs if pair not in first]
     names = list(comparison.table.index)
-    tried = [name for name in names if comparison.table.loc[name, "trials"] > 1]
     residual = [name for name in names if comparison.residual_rank_ic[name].notna().any()]
     return [
         _sentences("One against the other", [pair_verdict(comparison, *pair) for pair in first], folded=False),
         _sentences("The other pairs", [pair_verdict(comparison, *pair) for pair in others], folded=True),
         _sentences("Each run by itself", [run_verdict(comparison, name) for name in names]),
-        _sentences("After counting trials", [trials_verdict(comparison, name) for name in tried]),
+        _sentences("After counting trials", trials_verdicts(comparison)),
         _sentences("After simple factors", [residual_verdict(comparison, name) for name in residual]),
     ]
 
@@ -136,7 +135,9 @@ def _tables(comparison: Comparison) -> list[_Table]:
         _table("Rank IC by days to come", tables.by_days(comparison), tables.BY_DAYS),
         _table("Backtest", comparison.table, tables.BACKTEST),
         _table("Backtest at other costs, excess a year", comparison.costs, tables.COSTS),
-        _table("After counting trials (P that it is not by chance), and ties", comparison.table, tables.TRIALS),
+        _table("Information ratio at other costs", comparison.costs, tables.RATIOS),
+        _table(tables.TRIALS_TITLE, comparison.table, tables.TRIALS),
+        _table(tables.TIES_TITLE, tables.tied(comparison), tables.TIES),
         _table("Seeds: mean ± standard deviation", comparison.seeds, tables.SEEDS),
         _table("Pairs: first less second", comparison.pairs, tables.PAIRS),
         _table("After simple factors: rank IC of the residual score", comparison.table, tables.RESIDUAL),
@@ -261,17 +262,7 @@ def _costs_and_drawdowns(comparison: Comparison) -> _Section:
         + [f"{row['days']:,}"]
         for (run, _), row in comparison.drawdowns.iterrows()
     ]
-    shares = [
-        f"{share:.0%} by {name.replace('_', ' ')}"
-        for name, share in comparison.overfitting.items()
-        if not pd.isna(share)
-    ]
     text = "The same trades at other costs: a strategy that knew them would trade less. Returns over the benchmark."
-    if shares:
-        text += (
-            f" Probability that choosing the best of these {len(comparison.runs)} runs is overfitting (CSCV): "
-            f"{', '.join(shares)}; a half is chance."
-        )
     columns = ["", "from", "lowest", "back at the high", "depth", "days"]
     part = _Part(
         [_Figure(charts.costs(comparison))], tables=[_Table("The deepest drawdowns after costs", columns, rows)]

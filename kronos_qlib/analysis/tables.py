@@ -28,7 +28,8 @@ def terminal_text(comparison: Comparison) -> str:
         _block("Rank IC by days to come", by_days(comparison), BY_DAYS) if len(comparison.horizons) else "",
         _block("Backtest", comparison.table, BACKTEST),
         _block("Backtest at other costs, excess a year", comparison.costs, COSTS),
-        _block("After counting trials (P that it is not by chance), and ties", comparison.table, TRIALS),
+        _block(TRIALS_TITLE, comparison.table, TRIALS),
+        _block(TIES_TITLE, tied(comparison), TIES) if len(tied(comparison)) else "",
         _block("Seeds: mean ± standard deviation", comparison.seeds, SEEDS) if len(comparison.seeds) else "",
         _block("Pairs: first less second", comparison.pairs, PAIRS) if len(comparison.pairs) else "",
         _block("Rows that count: scored and labelled in all runs", comparison.dropped, DROPPED),
@@ -109,6 +110,22 @@ def _spread(name: str, layout: str) -> Cell:
     return lambda row: f"{layout} ± {layout.replace('+', '')}".format(row[mean], row[deviation])
 
 
+def _spread_of_trials(row: pd.Series) -> str:
+    deviation = row["trials_rank_ic_sd"]
+    return "–" if row["trials"] == 1 else "by chance" if np.isnan(deviation) else f"± {deviation:.4f}"
+
+
+def _evidence(column: str) -> Cell:
+    """Format 1 − p, so that it is not rounded to 1 nor up to the level of evidence."""
+    return lambda row: (
+        "n/a"
+        if np.isnan(row[column])
+        else ">0.99"
+        if row[column] > 0.99
+        else f"{np.floor(100 * row[column]) / 100:.2f}"
+    )
+
+
 def _track_record(row: pd.Series) -> str:
     days = row["track_record_days"]
     return "n/a" if np.isnan(days) else "never" if np.isinf(days) else f"{days:,.0f} d"
@@ -118,6 +135,11 @@ def _topk_label(row: pd.Series) -> str:
     if not np.isfinite(row["topk_label"]):
         return "n/a"
     return f"{row['topk_label']:+.3%} ± {row['topk_label_sd']:.3%}"
+
+
+def tied(comparison: Comparison) -> pd.DataFrame:
+    """Return the rows of the runs that have equal scores on a day, for `TIES`."""
+    return comparison.table[comparison.table["tied_share"] > 0]
 
 
 def by_days(comparison: Comparison) -> pd.DataFrame:
@@ -133,11 +155,20 @@ COSTS: dict[str, Cell] = {
     **{f"{multiple:g} ×": _number(f"excess_return_{multiple:g}x", "{:+.1%}") for multiple in COST_MULTIPLES},
     "break-even": _number("break_even", "{:.2f} ×"),
 }
+RATIOS: dict[str, Cell] = {
+    f"{multiple:g} ×": _number(f"information_ratio_{multiple:g}x", "{:+.2f}") for multiple in COST_MULTIPLES
+}
+TRIALS_TITLE = "After counting trials: deflated figures, evidence from 0.95 on"
 TRIALS: dict[str, Cell] = {
     "Trials": _number("trials", "{:,.0f}"),
-    "Rank IC": _number("deflated_rank_ic", "{:.2f}"),
-    "Sharpe": _number("deflated_sharpe", "{:.2f}"),
+    "their rank ICs": _spread_of_trials,
+    "Rank IC": _evidence("deflated_rank_ic"),
+    "Sharpe": _evidence("deflated_sharpe"),
+    "of one trial": _evidence("probabilistic_sharpe"),
     "Record": _track_record,
+}
+TIES_TITLE = "Ties: mean label of the highest scores over random orders of equal ones"
+TIES: dict[str, Cell] = {
     "Tied": _number("tied_share", "{:.1%}"),
     "Top k": _number("topk", "{:.0f}"),
     "label a day": _topk_label,
@@ -166,10 +197,11 @@ LEGEND = (
     "account, in millions, at which 95 % of the trades are at most 1 % of the traded amount.",
     "By days to come: rank IC with the return from tomorrow's close over so many days. Other costs: the same trades "
     "at multiples of the costs recorded; break-even: the multiple that leaves nothing.",
-    "P after counting trials: probability that the rank IC, and the Sharpe ratio of the excess return after costs, is "
-    "above that of the best of so many tries by chance; 0.95 is evidence. Record: days after which such a Sharpe "
-    "ratio is above 0 with 95 % confidence. Top k: mean label of the k highest scores ± its deviation over random "
-    "orders of equal ones.",
+    "Deflated: 1 less the p of the rank IC, and of the Sharpe ratio of the excess return after costs, against the "
+    "expected best of so many trials without skill, whose rank ICs differ as recorded or by chance. Of one trial: the "
+    "Sharpe ratio against 0. Record: days after which such a Sharpe ratio is above 0 with 95 % confidence.",
+    "Tied: share of the scores that another instrument has that day. Label a day: of the k highest scores, no "
+    "backtest, ± its deviation over 20 random orders of equal ones.",
 )
 
 

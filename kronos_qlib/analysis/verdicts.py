@@ -15,7 +15,7 @@ def verdicts(comparison: Comparison) -> list[str]:
     return [
         *(pair_verdict(comparison, one, other) for one, other in comparison.pairs.index),
         *(run_verdict(comparison, name) for name in names),
-        *(trials_verdict(comparison, name) for name in names if comparison.table.loc[name, "trials"] > 1),
+        *trials_verdicts(comparison),
         *(residual_verdict(comparison, name) for name in names if comparison.residual_rank_ic[name].notna().any()),
     ]
 
@@ -47,14 +47,32 @@ def run_verdict(comparison: Comparison, run: str) -> str:
     )
 
 
-def trials_verdict(comparison: Comparison, run: str) -> str:
-    """State whether a run's rank IC is above what the best of its trials has by chance."""
-    trials, p = comparison.table.loc[run, ["trials", "deflated_rank_ic"]]
-    subject = f"{run} rank IC after counting {trials:.0f} trials"
-    if np.isnan(p):
-        return f"{subject}: n/a"
-    word = "it stands" if p >= LEVEL else "no evidence that stands"
-    return f"{subject}: {p:.0%} likely to be above the best of so many by chance: {word}"
+def trials_verdicts(comparison: Comparison) -> list[str]:
+    """State where evidence stands, or not, once a run's trials are counted; and how sure the choice of a run is."""
+    said = []
+    for run, row in comparison.table.iterrows():
+        signal = row["rank_ic_low"] > 0 and row["rank_ic_p_holm"] < _EVIDENCE
+        gain = row["probabilistic_sharpe"] >= LEVEL
+        for name, column, found in (("rank IC", "deflated_rank_ic", signal), ("Sharpe ratio", "deflated_sharpe", gain)):
+            if found and row["trials"] > 1:
+                word = "it stands" if row[column] >= LEVEL else f"no evidence that stands, which needs {LEVEL:g}"
+                subject = f"{run} {name} after counting {row['trials']:.0f} trials"
+                said.append(f"{subject}: deflated {np.floor(1000 * row[column]) / 1000:.3f}: {word}")
+    return [*said, *_overfitting_verdict(comparison)]
+
+
+def _overfitting_verdict(comparison: Comparison) -> list[str]:
+    parts = [
+        f"{found.share:.0%} by {measure} ({found.runs} runs, {found.days:,} days, {found.blocks} blocks)"
+        for measure, found in comparison.overfitting.items()
+        if np.isfinite(found.share)
+    ]
+    if not parts:
+        return []
+    return [
+        "Overfitting: the best run of one half of the days is below the median in the other half in "
+        f"{', '.join(parts)}; a half is chance"
+    ]
 
 
 def residual_verdict(comparison: Comparison, run: str) -> str:

@@ -12,15 +12,17 @@ import pandas as pd
 import pytest
 from matplotlib.image import imread
 from mlflow.tracking import MlflowClient
-from scipy.stats import spearmanr
+from qlib.contrib.evaluate import risk_analysis
+from scipy.stats import norm, spearmanr
 
 from kronos_qlib.analysis.comparison import PAIR_COLUMNS, TABLE_COLUMNS, Comparison, compare_runs
 from kronos_qlib.analysis.figures import plot_excess_return
+from kronos_qlib.analysis.portfolio import cost_a_year, drawdowns, sweep_costs
 from kronos_qlib.analysis.results import ResultsError, RunResult, load_runs
 from kronos_qlib.analysis.signals import daily_ic, daily_rank_ic, wide
 from kronos_qlib.analysis.significance import newey_west_t
 from kronos_qlib.analysis.tables import WIDTH, terminal_text
-from kronos_qlib.analysis.verdicts import pair_verdict, residual_verdict, run_verdict
+from kronos_qlib.analysis.verdicts import pair_verdict, residual_verdict, run_verdict, trials_verdicts
 from kronos_qlib.cli import main
 from kronos_qlib.data.demo_market import write_demo_market
 
@@ -322,7 +324,8 @@ def test_verdict_gives_the_interval_before_the_word(compared: Comparison) -> Non
 
 
 def test_table_fits_a_terminal_whatever_the_names(recorded: Recorded) -> None:
-    runs = _without_store(load_runs(["reversal", "momentum"], recorded.uri))
+    runs = load_runs(["reversal", "momentum"], recorded.uri)
+    runs[1] = dataclasses.replace(runs[1], scores=np.sign(runs[1].scores + 1))
     long = [dataclasses.replace(run, name=f"{run.name}_of_an_experiment_with_a_name {number:08}") for number, run in
             enumerate(runs)]  # fmt: skip
     assert max(map(len, terminal_text(compare_runs(long)).splitlines())) <= WIDTH
@@ -451,8 +454,8 @@ def test_costs_once_are_those_recorded_and_the_deepest_drawdown_is_qlibs(compare
     deepest = compared.drawdowns.loc["reversal"].iloc[0]
     report = compared.runs[0].report
     total = (report["return"] - report["bench"] - report["cost"]).cumsum()
-    under = total - np.maximum(total.cummax(), 0)
-    assert deepest["depth"] == pytest.approx(under.min()) and deepest["trough"] == under.idxmin()
+    under = total - total.cummax()
+    assert deepest["depth"] == pytest.approx(row["max_drawdown"]) and deepest["trough"] == under.idxmin()
     assert deepest["start"] < deepest["trough"]
     back = under[deepest["trough"] :]
     assert pd.isna(deepest["end"]) == (back < 0).all()
@@ -468,11 +471,61 @@ def test_trials_are_the_finished_runs_of_the_experiment_and_of_its_trials(record
     more = compare_runs(runs, trials=50).table
     for column in ("deflated_rank_ic", "deflated_sharpe"):
         assert more.loc["reversal", column] < table.loc["reversal", column] < 1
-    said = " ".join(terminal_text(compared).split())
-    assert "reversal rank IC after counting 3 trials: " in said and "momentum rank IC after counting" not in said
+    assert table.loc["reversal", "deflated_sharpe"] < table.loc["reversal", "probabilistic_sharpe"] < 1
+    assert table.loc["momentum", "deflated_sharpe"] == table.loc["momentum", "probabilistic_sharpe"]
+    assert table["trials_rank_ic_sd"].isna().all(), "this trial recorded no rank_ic, so chance's deviation counts"
     every = load_runs(["reversal:all"], recorded.uri)
     assert [run.run_id for run in every][-1] == recorded.ids["newest"] and len(every) == 2
     assert every[0].name == f"reversal {every[0].run_id[:8]}"
+
+
+def _told(comparison: Comparison) -> str:
+    return " ".join(terminal_text(comparison).split())
+
+
+def test_rank_ics_that_trials_recorded_say_how_far_the_best_of_them_lies_by_chance(recorded: Recorded, clone) -> None:
+    uri, rank_ics = clone("reversal_trials", {}), [0.01, 0.05, -0.03, 0.02]
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("reversal_trials").experiment_id
+    for number, rank_ic in enumerate([*rank_ics, None]):  # the last could not be used, and was looked at
+        trial = client.create_run(experiment, tags={"kronos_qlib.trial": str(number)}).info.run_id
+        if rank_ic is not None:
+            client.log_metric(trial, "rank_ic", rank_ic)
+        client.set_terminated(trial)
+    unfinished = client.create_run(experiment).info.run_id
+    client.log_metric(unfinished, "rank_ic", 9.0)
+    (run,) = _without_store(load_runs(["reversal"], uri))
+    assert run.trials == 2 + 1 + 5 and sorted(run.trial_rank_ics) == sorted(rank_ics)
+    compared = compare_runs([run])
+    row, daily = compared.table.loc["reversal"], compared.rank_ic["reversal"]
+    assert row["trials_rank_ic_sd"] == pytest.approx(np.std(rank_ics, ddof=1))
+    error = daily.mean() / newey_west_t(daily, compared.lag)
+    gamma, n = np.euler_gamma, 8
+    best = (1 - gamma) * norm.ppf(1 - 1 / n) + gamma * norm.ppf(1 - 1 / (n * np.e))
+    expected = norm.cdf((daily.mean() - np.std(rank_ics, ddof=1) * best) / error)
+    assert row["deflated_rank_ic"] == pytest.approx(expected)
+    assert "± 0.0330" in terminal_text(compared)
+
+
+def test_trials_have_a_verdict_where_there_was_evidence_before_they_were_counted(compared: Comparison) -> None:
+    evidence = {"rank_ic_low": 0.01, "rank_ic_p_holm": 0.01, "probabilistic_sharpe": 0.97, "trials": 9}
+    table = compared.table.assign(deflated_rank_ic=0.99, deflated_sharpe=0.9499, **evidence)
+    table.loc["momentum", ["rank_ic_low", "probabilistic_sharpe"]] = -0.01, 0.5
+    table.loc["constant", "trials"] = 1
+    assert trials_verdicts(dataclasses.replace(compared, table=table)) == [
+        "reversal rank IC after counting 9 trials: deflated 0.990: it stands",
+        "reversal Sharpe ratio after counting 9 trials: deflated 0.949: no evidence that stands, which needs 0.95",
+    ]
+
+
+def test_a_backtest_by_weeks_has_fifty_of_them_a_year_as_in_qlib(compared: Comparison) -> None:
+    weekly = compared.runs[0].report.resample("W").sum()
+    expected = risk_analysis(weekly["return"] - weekly["bench"] - weekly["cost"], freq="week")["risk"]
+    costs = sweep_costs(weekly, "1week")
+    assert costs["excess_return_1x"] == pytest.approx(expected["annualized_return"])
+    assert costs["information_ratio_1x"] == pytest.approx(expected["information_ratio"])
+    assert costs["excess_return_0x"] - costs["excess_return_1x"] == pytest.approx(cost_a_year(weekly, "1week"))
+    assert drawdowns(weekly)["depth"].iloc[0] == pytest.approx(expected["max_drawdown"])
 
 
 def test_what_ties_leave_to_chance_is_measured(recorded: Recorded) -> None:
@@ -495,14 +548,16 @@ def test_runs_that_differ_in_their_seed_alone_are_averaged(recorded: Recorded) -
         model = {"class": "KronosRanker", "kwargs": {"seed": seed, "ranker": {"output_dir": name, **kwargs}}}
         return dataclasses.replace(run, name=name, config={"task": {"model": model}})
 
-    runs = [seeded(one, "a", 1), seeded(other, "b", 2), seeded(other, "c", 3, epochs=9)]
+    again = seeded(one, "again", 2)
+    runs = [seeded(one, "a", 1), again, seeded(other, "b", 2), seeded(other, "c", 3, epochs=9)]
     compared = compare_runs(runs)
-    assert list(compared.seeds.index) == ["a, b"] and compared.seeds.loc["a, b", "seeds"] == 2
+    assert list(compared.seeds.index) == ["a, b"], "the last of each seed"
+    assert compared.seeds.loc["a, b", "seeds"] == 2
     figures = compared.table.loc[["a", "b"], "rank_ic"]
     assert compared.seeds.loc["a, b", "rank_ic_mean"] == pytest.approx(figures.mean())
     assert compared.seeds.loc["a, b", "rank_ic_sd"] == pytest.approx(figures.std())
     assert "Seeds: mean ± standard deviation" in terminal_text(compared)
-    assert "Seeds" not in terminal_text(compare_runs(runs[1:]))
+    assert "Seeds" not in terminal_text(compare_runs(runs[1:3])), "two of one seed, in other folders, are no seeds"
 
 
 def test_overfitting_is_a_figure_of_four_runs_and_more(recorded: Recorded) -> None:
@@ -512,8 +567,14 @@ def test_overfitting_is_a_figure_of_four_runs_and_more(recorded: Recorded) -> No
         dataclasses.replace(run, name=name, scores=pd.Series(rng.normal(size=len(run.scores)), run.scores.index))
         for name in "bcd"
     ]
-    assert compare_runs([run, *others]).overfitting["rank_ic"] < 0.2, "one of them has a signal"
-    assert all(np.isnan(share) for share in compare_runs([run, *others[:2]]).overfitting.values())
+    compared = compare_runs([run, *others])
+    found = compared.overfitting["rank IC"]
+    assert found.share < 0.2, "one of them has a signal"
+    assert f"by rank IC (4 runs, {found.days} days, {found.blocks} blocks); a half is" in _told(compared)
+    alone = compare_runs([run])
+    assert all(np.isnan(found.share) for found in alone.overfitting.values())
+    told = "n/a for overfitting: it takes 4 runs that vary and 20 days in common; by excess return there are 1 and "
+    assert told in _told(alone)
 
 
 # Runs of other kinds, and damaged ones

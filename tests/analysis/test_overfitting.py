@@ -1,8 +1,11 @@
 """Deflated figures, track record and overfitting, against the examples of their papers and by simulation."""
 
+from itertools import combinations
+
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.special import logit
 from scipy.stats import norm
 
 from kronos_qlib.analysis.overfitting import (
@@ -40,15 +43,20 @@ def test_the_papers_example_of_a_deflated_sharpe_ratio():
 
 
 def test_the_papers_example_of_a_track_record():
-    # Bailey & López de Prado 2012: Sharpe 2 a year by daily normal returns is above 0 with 95 % confidence after 0.68
-    # years; with skewness −0.72 and kurtosis 5.78 of months it takes longer.
-    rng = np.random.default_rng(0)
-    normal = rng.normal(size=200_000)
-    normal = pd.Series(2 / np.sqrt(250) + (normal - normal.mean()) / normal.std(ddof=1))
-    assert minimum_track_record(normal) / 250 == pytest.approx(0.68, abs=0.02)
-    skewed = with_moments(2 / np.sqrt(250), 1.0, -3.0, 10.0, 1250)
-    assert minimum_track_record(skewed) > minimum_track_record(normal)
-    assert minimum_track_record(-normal) == np.inf and np.isnan(minimum_track_record(pd.Series(np.ones(50))))
+    # Bailey & López de Prado 2012: for a Sharpe ratio of 2 a year to be above 1 with 95 % confidence it takes 2.73
+    # years of normal days, 3.24 of normal months, and 4.99 of months as of hedge funds, skewness −0.72, kurtosis 5.78.
+    for a_year, skewness, kurtosis, years in ((252, 0, 3, 2.73), (12, 0, 3, 3.24), (12, -0.72, 5.78, 4.99)):
+        returns = with_moments(2 / np.sqrt(a_year), 1.0, skewness, kurtosis, 600_000)
+        assert minimum_track_record(returns, 1 / np.sqrt(a_year)) / a_year == pytest.approx(years, abs=0.005)
+    assert minimum_track_record(returns) < minimum_track_record(returns, 0.1) < minimum_track_record(returns, 0.2)
+    assert minimum_track_record(-returns) == minimum_track_record(returns, 1.0) == np.inf
+    assert np.isnan(minimum_track_record(pd.Series(np.ones(50))))
+
+
+def test_a_track_record_of_the_least_length_is_as_sure_as_it_says():
+    returns = with_moments(0.1, 1.0, -1.0, 6.0, 5000)
+    days = int(minimum_track_record(returns))
+    assert deflated_sharpe(with_moments(0.1, 1.0, -1.0, 6.0, days), 1) == pytest.approx(0.95, abs=0.005)
 
 
 def test_the_expected_maximum_is_that_of_drawn_maxima():
@@ -73,19 +81,31 @@ def test_the_best_of_many_scores_without_skill_does_not_stand_and_a_skilled_one_
 
 def test_overfitting_is_a_half_by_chance_and_none_where_one_run_is_better():
     rng = np.random.default_rng(2)
-    chance = [probability_of_overfitting(pd.DataFrame(rng.normal(size=(240, 6))), 8) for _ in range(40)]
+    chance = [probability_of_overfitting(pd.DataFrame(rng.normal(size=(240, 6))), 8).share for _ in range(40)]
     assert np.mean(chance) == pytest.approx(0.5, abs=0.1)
     better = pd.DataFrame(rng.normal(size=(240, 6)))
     better[3] += 0.5
-    assert probability_of_overfitting(better) < 0.01
-    assert probability_of_overfitting(better.sample(frac=1, axis=1, random_state=0)) == probability_of_overfitting(
-        better
-    )
+    found = probability_of_overfitting(better)
+    assert found.share < 0.01 and (found.runs, found.days, found.blocks) == (6, 240, 16)
+    assert probability_of_overfitting(better.sample(frac=1, axis=1, random_state=0)) == found
+
+
+def test_overfitting_is_the_count_of_its_paper_written_out():
+    daily = pd.DataFrame(np.random.default_rng(4).normal(0.02, 1, (43, 5)))
+    blocks = np.array_split(np.arange(43), 4)
+    below = []
+    for chosen in combinations(range(4), 2):
+        inside = np.concatenate([blocks[number] for number in chosen])
+        outside = np.setdiff1d(np.arange(43), inside)
+        best = (daily.loc[inside].mean() / daily.loc[inside].std()).idxmax()
+        rank = (daily.loc[outside].mean() / daily.loc[outside].std()).rank()[best]
+        below.append(logit(rank / (daily.shape[1] + 1)) <= 0)
+    assert 0 < np.mean(below) < 1
+    assert probability_of_overfitting(daily, 4).share == pytest.approx(np.mean(below))
 
 
 def test_overfitting_needs_four_runs_that_vary_and_days():
     table = pd.DataFrame(np.random.default_rng(3).normal(size=(100, 4)))
-    assert np.isfinite(probability_of_overfitting(table))
-    assert np.isnan(probability_of_overfitting(table[[0, 1, 2]]))
-    assert np.isnan(probability_of_overfitting(table.assign(**{"3": 0.0})[[0, 1, 2, "3"]]))
-    assert np.isnan(probability_of_overfitting(table[:19]))
+    assert np.isfinite(probability_of_overfitting(table).share)
+    for few in (table[[0, 1, 2]], table.assign(**{"3": 0.0})[[0, 1, 2, "3"]], table[:19], table[:0], pd.DataFrame()):
+        assert np.isnan(probability_of_overfitting(few).share)
