@@ -5,24 +5,37 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.colors import hex_to_rgb, sample_colorscale
+from plotly.colors import sample_colorscale, unlabel_rgb
 from plotly.subplots import make_subplots
 
 from kronos_qlib.analysis.comparison import Comparison
 from kronos_qlib.analysis.fans import Fan
 from kronos_qlib.analysis.portfolio import COST_MULTIPLES
 from kronos_qlib.analysis.results import RunResult
+from kronos_qlib.analysis.signals import DECILES
 from kronos_qlib.analysis.significance import bootstrap_interval
 from kronos_qlib.evaluation.palette import DARK, DARK_SERIES, GRID, INK, QUIET, SERIES
 
 ROLLING_DAYS, TURNOVER_DAYS = 60, 20
 MOST_POINTS = 600  # of a line: ten years of seven runs would make the page too large
+_SYMBOLS = ("circle", "diamond", "square", "cross")
 _DASHES = ("solid", "dash", "dot", "dashdot")
 _LOW, _MIDDLE, _HIGH = "#C2570C", "#F7F7F7", "#2166AC"
-_BANDS = {"90 %": ("q05", "q95", "rgba(0, 114, 178, 0.18)"), "50 %": ("q25", "q75", "rgba(0, 114, 178, 0.35)")}
+_SHADE = "rgba(0, 114, 178, 0.18)"
+_BANDS = {"90 %": ("q05", "q95", _SHADE), "50 %": ("q25", "q75", "rgba(0, 114, 178, 0.35)")}
 _GREY = "#9AA0A8"  # between the two, on either ground
 _SIGNED = "0>+.2f"  # plotly.js 3, in plotly 6, puts a ~ before "+.2f", which is no format then
+
+
+def _shades(*colours: str) -> list[str]:
+    """Return a colour for each decile, between some."""
+    shades = sample_colorscale(list(colours), np.linspace(0, 1, DECILES))
+    return ["#{:02X}{:02X}{:02X}".format(*(round(part) for part in unlabel_rgb(shade))) for shade in shades]
+
+
+_DECILES = _shades(_LOW, _GREY, _HIGH)
 DARK_COLOURS = {
+    **dict(zip(_DECILES, _shades("#E8834A", _GREY, "#5AA0E6"))),
     **dict(zip(SERIES, DARK_SERIES)),
     **{INK: DARK["ink"], QUIET: DARK["quiet"], GRID: DARK["line"]},
     **{_LOW: "#E8834A", _MIDDLE: "#262A30", _HIGH: "#5AA0E6"},
@@ -103,42 +116,33 @@ def deciles(comparison: Comparison) -> go.Figure:
 
 
 def decile_returns(days: pd.DataFrame) -> go.Figure:
-    """Draw the labels of each decile of the score, summed over the days: `days` is day × decile of one run."""
-    figure = _figure()
-    for decile in days:
-        share = (decile - days.columns[0]) / max(days.columns[-1] - days.columns[0], 1)
-        line = {"color": sample_colorscale([_LOW, _GREY, _HIGH], share)[0], "width": 1.5}
-        figure.add_trace(_curve(f"{decile}", days[decile].fillna(0).cumsum(), line))
-    figure.update_layout(height=360, legend_title_text="decile")
-    return figure.update_yaxes(title_text="labels, summed", tickformat=".0%", hoverformat=".2%")
+    """Draw the labels of each decile of the score, summed, above; below, the top one's less the bottom one's.
 
-
-def decile_spread(comparison: Comparison) -> go.Figure:
-    """Draw the label of the top decile less the bottom one's, summed; shaded: the 95 % interval of its mean a day."""
-    figure = _figure()
-    for number, (name, spread) in enumerate(comparison.decile_spread.items()):
-        low, high = bootstrap_interval(spread)
-        line = _line(number)
-        if np.isfinite(low):
-            passed = np.arange(1, len(spread) + 1)
-            edges = [pd.Series(end * passed, spread.index) for end in (low, high)]
-            quiet = {"width": 0, "color": line["color"]}
-            figure.add_trace(_curve(name, edges[0], quiet, legend=False).update(hoverinfo="skip"))
-            shade = "rgba({}, {}, {}, 0.14)".format(*hex_to_rgb(str(line["color"])))
-            band = _curve(name, edges[1], quiet, legend=False)
-            figure.add_trace(band.update(fill="tonexty", fillcolor=shade, hoverinfo="skip"))
-        figure.add_trace(_curve(name, spread.fillna(0).cumsum(), line))
-    figure.update_yaxes(title_text="top less bottom decile, summed", tickformat=".0%", hoverformat=".2%")
-    return figure.update_layout(height=400)
+    days: day × decile of one run. Shaded below: the 95 % interval of the mean spread (stationary bootstrap), from the
+    first day on.
+    """
+    figure = _two_rows((0.6, 0.4), "labels, summed", "top less bottom")
+    for decile, colour in zip(days, _DECILES):
+        line = {"color": colour, "width": 1.5}
+        figure.add_trace(_curve(f"{decile}", days[decile].fillna(0).cumsum(), line), row=1, col=1)
+    spread = days.iloc[:, -1] - days.iloc[:, 0]
+    ends = np.outer(np.arange(1, len(spread) + 1), bootstrap_interval(spread))
+    for number, fill in enumerate(({}, {"fill": "tonexty", "fillcolor": _SHADE})):
+        edge = _curve("95 %", pd.Series(ends[:, number], spread.index), {"width": 0, "color": _SHADE}, legend=False)
+        figure.add_trace(edge.update(hoverinfo="skip", **fill), row=2, col=1)
+    curve = _curve("top less bottom", spread.fillna(0).cumsum(), _line(0), legend=False)
+    figure.add_trace(curve, row=2, col=1)
+    figure.update_layout(height=460, legend_title_text="decile", legend_entrywidth=34)
+    return figure.update_yaxes(tickformat=".0%", hoverformat=".2%")
 
 
 def rank_ic_by_days(comparison: Comparison) -> go.Figure:
     """Draw the rank IC of every run with the return over 1, 5, 10 and 20 days, with 95 % intervals."""
     figure = _figure()
     for number, run in enumerate(comparison.runs):
-        if run.name in comparison.horizons.index:
+        if run.name in comparison.horizons.index and comparison.horizons.loc[run.name, "rank_ic"].notna().any():
             rows = comparison.horizons.loc[run.name]
-            line, shift = _line(number), 0.12 * (number - (len(comparison.runs) - 1) / 2)
+            line, shift = _line(number), 0.6 * ((number + 0.5) / len(comparison.runs) - 0.5)
             errors = {"array": rows["high"] - rows["rank_ic"], "arrayminus": rows["rank_ic"] - rows["low"]}
             figure.add_trace(
                 go.Scatter(
@@ -147,7 +151,11 @@ def rank_ic_by_days(comparison: Comparison) -> go.Figure:
                     error_y={"type": "data", "symmetric": False, "color": line["color"], "thickness": 1.2} | errors,
                     name=run.name,
                     mode="markers",
-                    marker={"color": line["color"], "size": 8},
+                    marker={
+                        "color": line["color"],
+                        "size": 8,
+                        "symbol": _SYMBOLS[number // len(SERIES) % len(_SYMBOLS)],
+                    },
                     text=[f"{days} days" for days in rows.index],
                     hovertemplate="%{text}: %{y:+.4f}<extra></extra>",
                 )

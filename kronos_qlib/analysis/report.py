@@ -190,16 +190,18 @@ def _sections(comparison: Comparison) -> Iterator[_Section]:
     yield _Section(
         "decile-returns",
         "Labels of the deciles, summed",
-        "As if each tenth were held from every label's day to the next, without costs." + _thinning(days),
+        "As if each tenth were held from every label's day to the next, without costs. Below: the top decile less the "
+        "bottom one; shaded: the 95 % interval of its mean a day (stationary bootstrap), from the first day on. Each "
+        "run is by itself." + _thinning(days),
         [
             _Part(
-                [_Figure(charts.decile_returns(rows), name) for name, rows in comparison.decile_days.items()], columns=2
-            ),
-            _Part(
-                [_Figure(charts.decile_spread(comparison))],
-                title="Top decile less bottom decile",
-                text="Shaded: the 95 % interval of the mean a day (stationary bootstrap), from the first day on.",
-            ),
+                [
+                    _Figure(charts.decile_returns(rows), name)
+                    for name, rows in comparison.decile_days.items()
+                    if rows.notna().any(axis=None)
+                ],
+                columns=2,
+            )
         ],
     )
     if len(comparison.horizons):
@@ -264,10 +266,11 @@ def _costs_and_drawdowns(comparison: Comparison) -> _Section:
     ]
     text = "The same trades at other costs: a strategy that knew them would trade less. Returns over the benchmark."
     columns = ["", "from", "lowest", "back at the high", "depth", "days"]
-    part = _Part(
-        [_Figure(charts.costs(comparison))], tables=[_Table("The deepest drawdowns after costs", columns, rows)]
-    )
-    return _Section("costs", "Costs and drawdowns", text, [part])
+    parts = [
+        _Part([_Figure(charts.costs(comparison))]),
+        _Part(tables=[_Table("The deepest drawdowns after costs", columns, rows)]),
+    ]
+    return _Section("costs", "Costs and drawdowns", text, parts)
 
 
 def _day(date: pd.Timestamp) -> str:

@@ -126,6 +126,11 @@ def _evidence(column: str) -> Cell:
     )
 
 
+def _break_even(row: pd.Series) -> str:
+    multiple = row["break_even"]
+    return "n/a" if np.isnan(multiple) else "none" if multiple <= 0 else f"{multiple:.2f} ×"
+
+
 def _track_record(row: pd.Series) -> str:
     days = row["track_record_days"]
     return "n/a" if np.isnan(days) else "never" if np.isinf(days) else f"{days:,.0f} d"
@@ -153,7 +158,7 @@ def by_days(comparison: Comparison) -> pd.DataFrame:
 BY_DAYS: dict[str, Cell] = {f"{days} day{'s' if days > 1 else ''} (t)": _by_days(days) for days in HORIZONS}
 COSTS: dict[str, Cell] = {
     **{f"{multiple:g} ×": _number(f"excess_return_{multiple:g}x", "{:+.1%}") for multiple in COST_MULTIPLES},
-    "break-even": _number("break_even", "{:.2f} ×"),
+    "break-even": _break_even,
 }
 RATIOS: dict[str, Cell] = {
     f"{multiple:g} ×": _number(f"information_ratio_{multiple:g}x", "{:+.2f}") for multiple in COST_MULTIPLES
@@ -164,7 +169,7 @@ TRIALS: dict[str, Cell] = {
     "their rank ICs": _spread_of_trials,
     "Rank IC": _evidence("deflated_rank_ic"),
     "Sharpe": _evidence("deflated_sharpe"),
-    "of one trial": _evidence("probabilistic_sharpe"),
+    "of 1 trial": _evidence("probabilistic_sharpe"),
     "Record": _track_record,
 }
 TIES_TITLE = "Ties: mean label of the highest scores over random orders of equal ones"
@@ -196,9 +201,10 @@ LEGEND = (
     "Excess: over the benchmark. Inf. ratio and Drawdown: after costs. Turnover: a day, bought and sold. Capacity: the "
     "account, in millions, at which 95 % of the trades are at most 1 % of the traded amount.",
     "By days to come: rank IC with the return from tomorrow's close over so many days. Other costs: the same trades "
-    "at multiples of the costs recorded; break-even: the multiple that leaves nothing.",
+    "at multiples of the costs recorded; break-even: the multiple that leaves nothing; none: "
+    "there is nothing before costs.",
     "Deflated: 1 less the p of the rank IC, and of the Sharpe ratio of the excess return after costs, against the "
-    "expected best of so many trials without skill, whose rank ICs differ as recorded or by chance. Of one trial: the "
+    "expected best of so many trials without skill, whose rank ICs differ as recorded or by chance. Of 1 trial: the "
     "Sharpe ratio against 0. Record: days after which such a Sharpe ratio is above 0 with 95 % confidence.",
     "Tied: share of the scores that another instrument has that day. Label a day: of the k highest scores, no "
     "backtest, ± its deviation over 20 random orders of equal ones.",

@@ -18,8 +18,9 @@ _DESCRIPTION = """\
     SignalRecord, SigAnaRecord and PortAnaRecord; factors, days to come and capacity need the Qlib store they ran on.
 
     With --out, DIR gets report.html (one page that needs no network: verdicts, tables, figures, forecasts over the
-    actual bars, settings), comparison.csv, pairs.csv, horizons.csv, costs.csv and drawdowns.csv (the same figures with
-    all their digits, returns as ratios: 0.05 is 5 %) and excess_return.png, rolling_ic.png and deciles.png.
+    actual bars, settings), comparison.csv, pairs.csv, horizons.csv, costs.csv, drawdowns.csv and, of several seeds,
+    seeds.csv (the same figures with all their digits, returns as ratios: 0.05 is 5 %) and excess_return.png,
+    rolling_ic.png and deciles.png.
 
     Trials are the finished runs of an experiment, and of the one with _trials after its name, where kronos-qlib tune
     leaves them. Runs whose settings differ in the seed alone are also shown as mean ± standard deviation; NAME:all

@@ -546,8 +546,11 @@ def test_runs_that_differ_in_their_seed_alone_are_averaged(recorded: Recorded) -
 
     def seeded(run: RunResult, name: str, seed: int, **kwargs) -> RunResult:
         model = {"class": "KronosRanker", "kwargs": {"seed": seed, "ranker": {"output_dir": name, **kwargs}}}
-        return dataclasses.replace(run, name=name, config={"task": {"model": model}})
+        return dataclasses.replace(
+            run, name=name, config={"task": run.config["task"] | {"benchmark": "", "head": model}}
+        )
 
+    assert isinstance(one.config["task"]["model"], type(other.config["task"]["model"])), "what qrun filled in, not read"
     again = seeded(one, "again", 2)
     runs = [seeded(one, "a", 1), again, seeded(other, "b", 2), seeded(other, "c", 3, epochs=9)]
     compared = compare_runs(runs)

@@ -206,8 +206,8 @@ def test_names_are_text_and_never_markup(page: Page) -> None:
 
 def test_tables_have_every_run_and_pair(page: Page) -> None:
     text = _sections(page.text)["tables"]
-    assert text.count('<th scope="row">reversal</th>') == 7, (
-        "signal, shape, backtest, other costs, trials and ties, after factors, rows"
+    assert text.count('<th scope="row">reversal</th>') == 8, (
+        "signal, shape, backtest, returns and ratios at other costs, trials, after factors, rows"
     )
     assert '<th scope="row">kronos_demo − reversal</th>' in text
 
