@@ -33,7 +33,7 @@ def _extra_data(value: Any) -> list[Any]:
 
 def known_dtype(dtype: Any) -> Any:
     """Check the name of a precision. Raises ValueError."""
-    if dtype != "auto" and dtype not in DTYPES:
+    if not isinstance(dtype, str) or (dtype != "auto" and dtype not in DTYPES):
         raise ValueError(f"should be auto, {' or '.join(DTYPES)}")
     return dtype
 
