@@ -341,7 +341,8 @@ def compare_baselines(outcomes: Outcomes, baselines: Mapping[str, BaselineForeca
     scores = {name: _scores(outcomes.closes, each) for name, each in forecasts.items()}
     simulated = any(each.paths is not None for each in baselines.values())
     energy = {
-        name: energy_scores(outcomes.closes, each.paths if simulated else None) for name, each in forecasts.items()
+        name: energy_scores(outcomes.closes, each.paths if simulated else None, name == "kronos" and outcomes.moved)
+        for name, each in forecasts.items()
     }
     rows = []
     for name, values in scores.items():

@@ -18,7 +18,7 @@ from statsmodels.regression.linear_model import OLS
 from statsmodels.tsa.stattools import acovf
 
 from kronos_qlib.data.windows import CLOSE, Windows
-from kronos_qlib.forecast.calibration import bar_volatility, bessel_factor
+from kronos_qlib.forecast.calibration import LEAST_VOLATILITY, bar_volatility, bessel_factor
 from kronos_qlib.forecast.forecaster import QUANTILES
 
 Floats = NDArray[np.float64]
@@ -31,7 +31,6 @@ BASELINES = "last_value", "volatility"
 TERCILES = "low", "middle", "high"
 PIT_BINS = np.linspace(0, 1, 21)  # all levels are edges of them
 ENERGY_PATHS, ENERGY_BLOCK = 50, 32  # an energy score compares each path with each; that many windows at a time
-LEAST_VOLATILITY = 1e-8  # for a close that never moved: the closed forms divide by it
 
 
 @dataclass(frozen=True)
@@ -200,19 +199,24 @@ def qlike(closes: Floats, variance: Floats) -> Floats:
     return np.log(variance) + np.log(closes) ** 2 / variance
 
 
-def energy_scores(closes: Floats, paths: NDArray[np.floating] | None) -> Floats | None:
+def energy_scores(closes: Floats, paths: NDArray[np.floating] | None, moved: bool = False) -> Floats | None:
     """Compute the energy score of paths [W, S, H] for the closes [W, H]: how well whole paths are forecast.
 
-    Gneiting & Raftery 2007, in its fair form, so that numbers of paths compare; of the first 50 paths. NaN where not
-    all bars follow, None without two paths.
+    Gneiting & Raftery 2007, in its fair form, so that numbers of paths compare; of the first 50 paths; of `moved` ones
+    with the difference of two before it was scaled, as `crps_fair` of `measure`. NaN where not all bars follow, None
+    without two paths.
     """
     if paths is None or paths.shape[1] < 2:
         return None
+    scaled = bessel_factor(paths.shape[1]) if moved else 1.0
     paths, scores = paths[:, :ENERGY_PATHS], np.full(len(closes), np.nan)
     rows = np.flatnonzero(~np.isnan(closes).any(1))
     for block in np.split(rows, range(ENERGY_BLOCK, len(rows), ENERGY_BLOCK)):
-        each = paths[block].astype(np.float64)
-        scores[block] = scoringrules.es_ensemble(closes[block], each, estimator="fair", backend="numpy")
+        plain, fair = (
+            scoringrules.es_ensemble(closes[block], paths[block].astype(np.float64), estimator=kind, backend="numpy")
+            for kind in ("nrg", "fair")
+        )
+        scores[block] = fair + paths.shape[1] * (plain - fair) * (1 - 1 / scaled)
     return scores
 
 

@@ -270,6 +270,17 @@ def test_the_energy_score_is_that_of_the_paths_and_fair():
     assert energy_scores(closes, None) is None and energy_scores(closes, paths[:, :1]) is None
 
 
+@pytest.mark.parametrize("samples", [5, 20])
+def test_the_energy_score_of_moved_paths_is_that_of_many_and_not_better(samples):
+    """Paths moved to one mean, and scaled to keep their spread, are as far from it as those of the right distribution."""
+    closes = np.random.default_rng(0).normal(1, 0.1, (2000, 2))
+    drawn = np.random.default_rng(1).normal(1, 0.1, (2000, samples, 2))
+    paths = 1 + (drawn - drawn.mean(1, keepdims=True)) * np.sqrt(samples / (samples - 1))
+    usual, expected = energy_scores(closes, paths).mean(), energy_scores(closes, drawn).mean()
+    assert energy_scores(closes, paths, moved=True).mean() == pytest.approx(expected, rel=0.01)
+    assert usual < expected * (1 - 0.5 / (2 * samples))
+
+
 def test_the_table_compares_the_model_with_each_baseline():
     outcomes, right = simulated(spread=2.0, paths=40), simulated(seed=1, paths=40)
     variance = np.broadcast_to(DAILY**2 * np.arange(1, outcomes.horizon + 1), outcomes.closes.shape)
