@@ -272,12 +272,12 @@ def test_the_energy_score_is_that_of_the_paths_and_fair():
 
 @pytest.mark.parametrize("samples", [5, 20])
 def test_the_energy_score_of_moved_paths_is_that_of_many_and_not_better(samples):
-    """Paths moved to one mean, and scaled to keep their spread, are as far from it as those of the right distribution."""
-    closes = np.random.default_rng(0).normal(1, 0.1, (2000, 2))
-    drawn = np.random.default_rng(1).normal(1, 0.1, (2000, samples, 2))
+    """Paths moved by their own mean, and scaled to keep their spread, seem too near to what came."""
+    closes = np.random.default_rng(0).normal(1, 0.1, (5000, 2))
+    drawn = np.random.default_rng(1).normal(1, 0.1, (5000, samples, 2))
     paths = 1 + (drawn - drawn.mean(1, keepdims=True)) * np.sqrt(samples / (samples - 1))
     usual, expected = energy_scores(closes, paths).mean(), energy_scores(closes, drawn).mean()
-    assert energy_scores(closes, paths, moved=True).mean() == pytest.approx(expected, rel=0.01)
+    assert energy_scores(closes, paths, moved=True).mean() == pytest.approx(expected, rel=0.02)
     assert usual < expected * (1 - 0.5 / (2 * samples))
 
 
