@@ -136,8 +136,8 @@ def decile_returns(days: pd.DataFrame) -> go.Figure:
     return figure.update_yaxes(tickformat=".0%", hoverformat=".2%")
 
 
-def rank_ic_by_days(comparison: Comparison) -> go.Figure:
-    """Draw the rank IC of every run with the return over 1, 5, 10 and 20 days, with 95 % intervals."""
+def rank_ic_by_horizon(comparison: Comparison) -> go.Figure:
+    """Draw the rank IC of every run with the return over 1, 5, 10 and 20 bars, with 95 % intervals."""
     figure = _figure()
     for number, run in enumerate(comparison.runs):
         if run.name in comparison.horizons.index and comparison.horizons.loc[run.name, "rank_ic"].notna().any():
@@ -156,11 +156,12 @@ def rank_ic_by_days(comparison: Comparison) -> go.Figure:
                         "size": 8,
                         "symbol": _SYMBOLS[number // len(SERIES) % len(_SYMBOLS)],
                     },
-                    text=[f"{days} days" for days in rows.index],
+                    text=[f"{bars} {comparison.step}s" for bars in rows.index],
                     hovertemplate="%{text}: %{y:+.4f}<extra></extra>",
                 )
             )
-    labels = [f"{days} day{'s' if days > 1 else ''}" for days in comparison.horizons.index.unique("days")]
+    every = comparison.horizons.index.unique("days")
+    labels = [f"{bars} {comparison.step}{'s' if bars > 1 else ''}" for bars in every]
     figure.add_hline(0, line={"color": INK, "width": 1})
     figure.update_xaxes(tickvals=list(range(len(labels))), ticktext=labels, showgrid=False)
     return figure.update_layout(height=360, hovermode="closest").update_yaxes(title_text="rank IC", hoverformat=".4f")
@@ -182,10 +183,10 @@ def costs(comparison: Comparison) -> go.Figure:
 
 
 def turnover_and_cost(runs: Sequence[RunResult]) -> go.Figure:
-    """Draw the mean turnover of the last `TURNOVER_DAYS` days, and costs summed, as ratios of the account."""
+    """Draw the mean turnover of a day over `TURNOVER_DAYS` days, and costs summed, as ratios of the account."""
     figure = _two_rows((0.5, 0.5), "turnover a day", "costs, summed")
     for number, run in enumerate(runs):
-        turnover = run.report["turnover"].rolling(TURNOVER_DAYS).mean()
+        turnover = run.report["turnover"].groupby(run.report.index.normalize()).sum().rolling(TURNOVER_DAYS).mean()
         figure.add_trace(_curve(run.name, turnover, _line(number)), row=1, col=1)
         figure.add_trace(_curve(run.name, run.report["cost"].cumsum(), _line(number), legend=False), row=2, col=1)
     return figure.update_layout(height=480).update_yaxes(tickformat=".1%", hoverformat=".2%", rangemode="tozero")
@@ -349,8 +350,10 @@ def _line(number: int) -> dict[str, object]:
 
 def _curve(name: str, daily: pd.Series, line: dict[str, object], variant: str = "", legend: bool = True) -> go.Scatter:
     daily = thin(daily)
+    times = pd.DatetimeIndex(daily.index)
+    form = "%Y-%m-%d" if (times == times.normalize()).all() else "%Y-%m-%d %H:%M"
     return go.Scatter(
-        x=[f"{day:%Y-%m-%d}" for day in pd.DatetimeIndex(daily.index)],
+        x=list(times.strftime(form)),
         y=daily.to_numpy(np.float32),
         name=f"{name}, {variant}" if variant else name,
         legendgroup=name,

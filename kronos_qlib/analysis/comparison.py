@@ -12,7 +12,7 @@ import pandas as pd
 
 from kronos_qlib.analysis.exposure import exposures, residual_scores
 from kronos_qlib.analysis.market import HORIZONS, MarketError, read_market
-from kronos_qlib.analysis.notes import reservations
+from kronos_qlib.analysis.notes import reservations, step_name
 from kronos_qlib.analysis.overfitting import (
     Overfitting,
     deflated_mean,
@@ -22,10 +22,12 @@ from kronos_qlib.analysis.overfitting import (
     spread_of_trials,
 )
 from kronos_qlib.analysis.portfolio import (
+    annualise,
     capacity,
     cost_a_year,
     drawdowns,
     excess_returns,
+    is_annualised_by_qlib,
     mean_turnover,
     sweep_costs,
 )
@@ -77,14 +79,16 @@ class Comparison:
     autocorrelation: lag in days × run, of the scores' ranks. score_correlation: run × run, mean of the daily rank
         correlation. exposures: run × factor, mean daily rank correlation of the score with each simple factor.
     decile_days: run → day × decile, the labels that `deciles` are the means of.
-    horizons: index (run, days), columns `HORIZON_COLUMNS`: rank IC with the return over 1, 5, 10 and 20 days from
-        tomorrow's close on, and Newey–West's t with the longer of lag and days. Empty without the runs' stores.
+    horizons: index (run, days), columns `HORIZON_COLUMNS`: rank IC with the return over 1, 5, 10 and 20 bars from
+        the next bar's close on, and Newey–West's t with the longer of lag and days. Empty without the runs' stores.
     seeds: one row per group of runs whose settings differ in the seed alone, columns `SEED_COLUMNS`, ratios a year;
         of several runs of one seed the last counts.
     costs: run × what the trades would have earned at other costs, see `portfolio.sweep_costs`.
     drawdowns: index (run, number), the five deepest, see `portfolio.drawdowns`.
     overfitting: probability of backtest overfitting among the runs, by `excess return` after costs and by `rank IC`.
-    lag: of Newey–West, days: the longest horizon recorded. notes: see `analysis.notes`.
+    lag: of Newey–West, bars: the longest horizon recorded. notes: see `analysis.notes`.
+
+    A day here is a score date: of weekly or intraday bars it is a bar, see `step`.
     """
 
     runs: list[RunResult]
@@ -108,6 +112,11 @@ class Comparison:
     lag: int
     notes: list[str]
 
+    @property
+    def step(self) -> str:
+        """What one score date is called: day, week, or bar where there are several a day."""
+        return step_name({run.bar_freq for run in self.runs})
+
 
 def compare_runs(runs: Sequence[RunResult], trials: int | None = None) -> Comparison:
     """Measure every run on the dates and instruments for which all have a finite score and a finite label.
@@ -120,7 +129,8 @@ def compare_runs(runs: Sequence[RunResult], trials: int | None = None) -> Compar
     not seen; residual_rank_ic and on: rank IC of what the simple factors (`data.factors.FACTORS`) leave of the scores,
     per day.
     Of the backtest, whatever its rows: turnover a day; excess_return, excess_return_with_cost (a year, over the
-    benchmark), information_ratio (annualised) and max_drawdown with cost, as Qlib stored them; cost a year; capacity
+    benchmark), information_ratio (annualised) and max_drawdown with cost, as Qlib stored them, or by the market's own
+    sessions a year and by the day where these differ (`portfolio.steps_a_year`); cost a year; capacity
     (`portfolio.capacity`), in the market's currency.
     After counting trials: trials, as `trials` says or else as the MLflow store tells; deflated_rank_ic and
     deflated_sharpe, 1 less the p of the figure against the best of so many by chance (see `analysis.overfitting`);
@@ -180,7 +190,7 @@ def compare_runs(runs: Sequence[RunResult], trials: int | None = None) -> Compar
         decile_days=deciles,
         horizons=_horizons(tables, markets, lag),
         seeds=_seeds(runs, table),
-        costs=pd.DataFrame({run.name: sweep_costs(run.report, run.freq) for run in runs}).T.rename_axis("run"),
+        costs=pd.DataFrame({run.name: sweep_costs(run.report, run.year) for run in runs}).T.rename_axis("run"),
         drawdowns=_drawdowns(runs),
         overfitting=overfitting,
         lag=lag,
@@ -233,19 +243,19 @@ def _markets(
     indices = [rows.index for rows in scores.values()] + [run.trades.index for run in runs if run.trades is not None]
     instruments = sorted(set().union(*(index.unique("instrument") for index in indices)))
     days = pd.DatetimeIndex(sorted(set().union(*(index.unique("datetime") for index in indices))))
-    read: dict[Path, pd.DataFrame | None] = {}
+    read: dict[tuple[Path, str], pd.DataFrame | None] = {}
     unread = []
     for run in runs:
         if run.store is None:
             unread.append(f"{run.name}: its Qlib store ({run.provider_uri or 'not recorded'}) is not at hand")
-        elif (store := run.store.resolve()) not in read:
+        elif (key := (run.store.resolve(), run.bar_freq)) not in read:
             try:
                 region = run.config.get("qlib_init", {}).get("region", "cn")
-                read[store] = read_market(store, instruments, days[0], days[-1], region)
+                read[key] = read_market(key[0], instruments, days[0], days[-1], region, run.bar_freq)
             except MarketError as error:
-                read[store] = None
+                read[key] = None
                 unread.append(f"{run.name}: {error}")
-    return {run.name: read.get(run.store.resolve()) if run.store else None for run in runs}, unread
+    return {run.name: read.get((run.store.resolve(), run.bar_freq)) if run.store else None for run in runs}, unread
 
 
 def _residual_rank_ic(
@@ -289,9 +299,10 @@ def _backtests(runs: Sequence[RunResult], markets: dict[str, pd.DataFrame | None
     rows = {}
     for run in runs:
         market = markets[run.name]
-        rows[run.name] = {metric: run.metrics[metric] for metric in kept} | {
+        own = run.metrics if is_annualised_by_qlib(run.freq, run.year) else annualise(run.report, run.year)
+        rows[run.name] = {metric: own[metric] for metric in kept} | {
             "turnover": mean_turnover(run.report),
-            "cost": cost_a_year(run.report, run.freq),
+            "cost": cost_a_year(run.report, run.year),
             "capacity": _capacity(run, market),
         }
     return pd.DataFrame(rows).T

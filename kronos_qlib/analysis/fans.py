@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from kronos_qlib.analysis.results import RunResult
+from kronos_qlib.analysis.results import RunResult, read_sessions
 from kronos_qlib.forecast.chunk_store import read_forecasts
 from kronos_qlib.forecast.forecaster import QUANTILES
 
@@ -66,7 +66,7 @@ def load_fans(run: RunResult, rank_ic: pd.Series) -> list[Fan]:
                     score_was=score_was,
                     score=float(row["score"]),
                     last_close=float(row["last_close"]),
-                    bars=_bars(run.store, row, day, horizon),
+                    bars=_bars(run.store, run.bar_freq, row, day, horizon),
                     quantiles=_quantiles(row, horizon),
                 )
             )
@@ -125,26 +125,24 @@ def _quantiles(row: pd.Series, horizon: int) -> pd.DataFrame:
     return pd.DataFrame(table, index=pd.Index(steps, name="step"))
 
 
-def _bars(store: Path, row: pd.Series, day: pd.Timestamp, horizon: int) -> pd.DataFrame:
+def _bars(store: Path, freq: str, row: pd.Series, day: pd.Timestamp, horizon: int) -> pd.DataFrame:
     instrument = str(row.name)
-    calendar = pd.DatetimeIndex((store / "calendars" / "day.txt").read_text().split())
+    calendar = read_sessions(store, freq)
     try:
-        bars = pd.DataFrame({name: _field(store, instrument, name, calendar) for name in _FIELDS}).dropna()
+        bars = pd.DataFrame({name: _field(store, freq, instrument, name, calendar) for name in _FIELDS}).dropna()
         bars = bars[bars["volume"] > 0].drop(columns="volume")  # a suspended day is no bar
     except FileNotFoundError as error:
         raise FansError(f"the Qlib store has no {Path(error.filename).name} of {instrument}") from error
     if day not in bars.index or not np.isclose(bars.loc[day, "close"], row["last_close"], rtol=1e-4):
-        raise FansError(
-            f"the Qlib store's close of {instrument} on {day:%Y-%m-%d} is not the one that was forecast from"
-        )
+        raise FansError(f"the Qlib store's close of {instrument} on {day} is not the one that was forecast from")
     place = bars.index.get_loc(day)
     shown = bars.iloc[max(0, place - BARS_BEFORE) : place + horizon + 1].rename_axis("date")
     offsets = np.arange(len(shown)) - min(place, BARS_BEFORE)
     return shown.reset_index().set_axis(offsets)
 
 
-def _field(store: Path, instrument: str, name: str, calendar: pd.DatetimeIndex) -> pd.Series:
+def _field(store: Path, freq: str, instrument: str, name: str, calendar: pd.DatetimeIndex) -> pd.Series:
     """Qlib's file of a field: little-endian 32-bit floats, the first the calendar position of the second."""
-    values = np.fromfile(store / "features" / instrument.lower() / f"{name}.day.bin", dtype="<f4")
+    values = np.fromfile(store / "features" / instrument.lower() / f"{name}.{freq}.bin", dtype="<f4")
     start = int(values[0])
     return pd.Series(values[1:].astype(float), calendar[start : start + len(values) - 1])

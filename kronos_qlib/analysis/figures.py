@@ -69,11 +69,11 @@ def plot_rolling_ic(comparison: Comparison, path: Path) -> None:
     _style(axes, "rank IC", percent=False)
     style_dates(axes)
     if len(comparison.rank_ic) < ROLLING_DAYS:
-        message = f"the runs have {len(comparison.rank_ic)} days in common"
+        message = f"the runs have {len(comparison.rank_ic)} {comparison.step}s in common"
         axes.text(0.5, 0.5, message, transform=axes.transAxes, ha="center", color=QUIET)
     draw_legend(axes)
     first, last = comparison.rank_ic.index[[0, -1]]
-    subtitle = f"daily rank IC, mean of {ROLLING_DAYS} days · scores of {first:%d %b %Y} to {last:%d %b %Y}"
+    subtitle = f"rank IC, mean of {ROLLING_DAYS} {comparison.step}s · scores of {first:%d %b %Y} to {last:%d %b %Y}"
     _draw_title(figure, comparison.runs, "Rolling rank IC", subtitle)
     save_figure(figure, path)
 
@@ -87,7 +87,9 @@ def plot_deciles(comparison: Comparison, path: Path) -> None:
     _style(axes, "mean label", xlabel="decile of the score, 10 the highest")
     axes.set_xticks(comparison.deciles.index)
     draw_legend(axes)
-    _draw_title(figure, comparison.runs, "Deciles", "mean label a day of the tenths of the instruments by score")
+    _draw_title(
+        figure, comparison.runs, "Deciles", f"mean label a {comparison.step} of the tenths of the instruments by score"
+    )
     save_figure(figure, path)
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from kronos_qlib.data.factors import FACTORS, amount_expression, read_factors
 
-HORIZONS = 1, 5, 10, 20  # days over which later returns are read
+HORIZONS = 1, 5, 10, 20  # bars over which later returns are read
 
 
 class MarketError(Exception):
@@ -19,19 +19,24 @@ class MarketError(Exception):
 
 
 def read_market(
-    store: Path, instruments: Sequence[str], first: pd.Timestamp, last: pd.Timestamp, region: str = "cn"
+    store: Path,
+    instruments: Sequence[str],
+    first: pd.Timestamp,
+    last: pd.Timestamp,
+    region: str = "cn",
+    freq: str = "day",
 ) -> pd.DataFrame:
     """Read `FACTORS`, the traded amount and later returns of `instruments` from `first` to `last`, both included.
 
     Index (datetime, instrument), sorted; columns the factors' names; `amount`, in the market's currency; `return_5` and
-    so on for `HORIZONS`: from tomorrow's close to the close so many days after, the usual label for 1. Days without a
-    bar are missing, what cannot be computed (the first 20 days of an instrument, say) is NaN.
+    so on for `HORIZONS`: from the next bar's close to the close so many bars after, the usual label for 1. Bars that an
+    instrument lacks are missing, what cannot be computed (of the first 20 bars, say) is NaN.
 
     Raises MarketError if Qlib cannot read the store.
     """
     with TemporaryDirectory() as scratch:
         ask, answer = Path(scratch) / "ask.pkl", Path(scratch) / "answer.pkl"
-        ask.write_bytes(pickle.dumps((str(store.resolve()), list(instruments), first, last, region)))
+        ask.write_bytes(pickle.dumps((str(store.resolve()), list(instruments), first, last, region, freq)))
         command = [sys.executable, "-m", "kronos_qlib.analysis.market", str(ask), str(answer)]
         here = Path(__file__).parents[2]  # -m looks in the working directory first: this very package must lie there
         ran = subprocess.run(command, capture_output=True, text=True, cwd=here)
@@ -41,16 +46,18 @@ def read_market(
         return pd.read_pickle(answer)  # written below, in a scratch folder  # nosec B301
 
 
-def _read(store: str, instruments: list[str], first: pd.Timestamp, last: pd.Timestamp, region: str) -> pd.DataFrame:
+def _read(
+    store: str, instruments: list[str], first: pd.Timestamp, last: pd.Timestamp, region: str, freq: str
+) -> pd.DataFrame:
     import qlib
     from qlib.data import D
 
     qlib.init(provider_uri=store, region=region, kernels=1, logging_level=50)
-    amount = amount_expression(instruments, first, last, "day")
-    table = read_factors([*FACTORS, "amount"], instruments, first, last, amount, "day")
-    later = [f"Ref($close, {-1 - days})/Ref($close, -1) - 1" for days in HORIZONS]
-    returns = D.features(instruments, later, start_time=first, end_time=last, freq="day")
-    return table.join(returns.set_axis([f"return_{days}" for days in HORIZONS], axis=1).swaplevel())
+    amount = amount_expression(instruments, first, last, freq)
+    table = read_factors([*FACTORS, "amount"], instruments, first, last, amount, freq)
+    later = [f"Ref($close, {-1 - bars})/Ref($close, -1) - 1" for bars in HORIZONS]
+    returns = D.features(instruments, later, start_time=first, end_time=last, freq=freq)
+    return table.join(returns.set_axis([f"return_{bars}" for bars in HORIZONS], axis=1).swaplevel())
 
 
 if __name__ == "__main__":

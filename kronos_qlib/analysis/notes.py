@@ -1,11 +1,12 @@
 """Notes and cautions on a comparison: what its figures depend on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
 from kronos_qlib.analysis.overfitting import FEWEST_BLOCKS, FEWEST_DAYS_A_BLOCK, FEWEST_RUNS, Overfitting
+from kronos_qlib.analysis.portfolio import is_annualised_by_qlib
 from kronos_qlib.analysis.results import RunResult
 
 SYNTHETIC = "SYNTHETIC demo market"
@@ -30,6 +31,7 @@ def reservations(
     return [
         *_backtest_notes(runs),
         *_label_notes(labels),
+        *_year_notes(runs),
         _lag_note(runs, lag),
         *_sample_notes(runs, next(iter(labels.values())).index[0][0]),
         *[f"n/a after simple factors and for capacity: {reason}." for reason in unread],
@@ -93,7 +95,19 @@ def _label_notes(labels: dict[str, pd.Series]) -> list[str]:
 def _lag_note(runs: Sequence[RunResult], lag: int) -> str:
     recorded = [run.name for run in runs if run.horizon == lag]
     why = f"the longest horizon recorded ({', '.join(recorded)})" if recorded else "assumed, no run records a horizon"
-    return f"Newey–West lag of all rows: {lag} days, {why}."
+    return f"Newey–West lag of all rows: {lag} {step_name({run.bar_freq for run in runs})}s, {why}."
+
+
+def _year_notes(runs: Sequence[RunResult]) -> list[str]:
+    """Say where a year is the market's own, and not Qlib's."""
+    own = {run.name: run.year for run in runs if len(run.report) and not is_annualised_by_qlib(run.freq, run.year)}
+    if not own:
+        return []
+    years = "; ".join(f"{name}: {year:.0f}" for name, year in own.items())
+    return [
+        f"Steps a year by the market's own calendar, days taken whole: {years}. Qlib's records count 238 days and 50 "
+        "weeks of every market, so their figures a year differ."
+    ]
 
 
 def _sample_notes(runs: Sequence[RunResult], first: pd.Timestamp) -> list[str]:
@@ -166,6 +180,11 @@ def _market_notes(runs: Sequence[RunResult]) -> list[str]:
             "not quote levels."
         )
     return notes
+
+
+def step_name(freqs: Collection[str]) -> str:
+    """Name a score date of bars of these frequencies: day, week, or bar."""
+    return {"day": "day", "1week": "week"}.get(next(iter(freqs)), "bar") if len(freqs) == 1 else "bar"
 
 
 def backtest_period(run: RunResult) -> str:

@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 from qlib.utils.time import Freq
 
-# Qlib's in a year (`risk_analysis`), so that cost is the difference of its two returns.
-DAYS_A_YEAR = 238
-_LONGER = {Freq.NORM_FREQ_WEEK: 50, Freq.NORM_FREQ_MONTH: 12}
+QLIB_DAYS_A_YEAR = 238  # those of `risk_analysis`
+_LONGER = {Freq.NORM_FREQ_WEEK: 50, Freq.NORM_FREQ_MONTH: 12}  # its weeks and months
+_ALIKE = 0.03  # so far may Qlib's year be from the market's: then its own figures stand
 COST_MULTIPLES = 0.0, 0.5, 1.0, 2.0, 3.0  # of the costs recorded
 _SHARE = 0.01
 _QUANTILE = 0.05
@@ -17,15 +17,51 @@ def mean_turnover(report: pd.DataFrame) -> float:
     return float(report["turnover"].groupby(report.index.normalize()).sum().mean())
 
 
-def steps_a_year(freq: str) -> float:
-    """Return how many days a year has, or weeks or months where a backtest's frequency is so long, as in Qlib."""
+def steps_a_year(freq: str, sessions: pd.DatetimeIndex | None = None) -> float:
+    """Return how many days a year has, or weeks or months where a backtest's frequency is so long.
+
+    They are Qlib's (238, 50, 12), and those of the market's own `sessions`, of a year at least, where these differ
+    by more than 3 %: Qlib counts the days of Chinese exchanges, of no other market.
+    """
     count, base = Freq.parse(freq) if freq else (1, Freq.NORM_FREQ_DAY)
-    return _LONGER[base] / count if base in _LONGER else DAYS_A_YEAR
+    usual = _LONGER[base] / count if base in _LONGER else QLIB_DAYS_A_YEAR
+    if sessions is None or not len(sessions) or (sessions[-1] - sessions[0]).days < 365:
+        return usual
+    steps = sessions.normalize().to_period({"week": "W", "month": "M"}.get(base, "D")).unique()
+    own = (
+        (len(steps) - 1)
+        * 365.25
+        / (steps[-1].start_time - steps[0].start_time).days
+        / (count if base in _LONGER else 1)
+    )
+    return usual if abs(own / usual - 1) <= _ALIKE else own
 
 
-def cost_a_year(report: pd.DataFrame, freq: str = "1day") -> float:
-    """Annualise the costs over the account's value, a ratio a year, summed as in Qlib's risk analysis."""
-    return float(report["cost"].groupby(report.index.normalize()).sum().mean() * steps_a_year(freq))
+def is_annualised_by_qlib(freq: str, year: float) -> bool:
+    """Say whether Qlib's risk analysis of a backtest has the figures of a year of `year` steps, and of whole days."""
+    return (Freq.parse(freq)[1] if freq else "") != Freq.NORM_FREQ_MINUTE and year == steps_a_year(freq)
+
+
+def annualise(report: pd.DataFrame, year: float) -> dict[str, float]:
+    """Compute what Qlib's risk analysis computes, of the sums of each day and for a year of `year` steps.
+
+    Returns:
+        excess_return, excess_return_with_cost (a year, over the benchmark, summed), information_ratio, max_drawdown
+        (both after costs).
+    """
+    before, after = excess_returns(report, 0.0), excess_returns(report)
+    total = after.cumsum()
+    return {
+        "excess_return": float(before.mean() * year),
+        "excess_return_with_cost": float(after.mean() * year),
+        "information_ratio": float(after.mean() / after.std() * np.sqrt(year)) if after.std() > 0 else np.nan,
+        "max_drawdown": float((total - total.cummax()).min()),
+    }
+
+
+def cost_a_year(report: pd.DataFrame, year: float = QLIB_DAYS_A_YEAR) -> float:
+    """Annualise the costs over the account's value, a ratio for a year of `year` steps, summed as in Qlib."""
+    return float(report["cost"].groupby(report.index.normalize()).sum().mean() * year)
 
 
 def excess_returns(report: pd.DataFrame, cost_multiple: float = 1.0) -> pd.Series:
@@ -34,15 +70,15 @@ def excess_returns(report: pd.DataFrame, cost_multiple: float = 1.0) -> pd.Serie
     return excess.groupby(report.index.normalize()).sum()
 
 
-def sweep_costs(report: pd.DataFrame, freq: str = "1day") -> dict[str, float]:
-    """Compute what the same trades would have earned at other costs.
+def sweep_costs(report: pd.DataFrame, year: float = QLIB_DAYS_A_YEAR) -> dict[str, float]:
+    """Compute what the same trades would have earned at other costs, in a year of `year` steps.
 
     Returns:
-        `excess_return_0.5x` and so on for `COST_MULTIPLES`: over the benchmark, a year (`steps_a_year`);
+        `excess_return_0.5x` and so on for `COST_MULTIPLES`: over the benchmark, a year;
         `information_ratio_0.5x` and so on, of days; `break_even`: the multiple of the costs at which nothing is left,
         infinite without costs, below 0 where there is nothing before costs. All NaN without a backtest.
     """
-    found, year = {}, steps_a_year(freq)
+    found = {}
     for multiple in COST_MULTIPLES:
         excess = excess_returns(report, multiple)
         ratio = excess.mean() / excess.std() if len(excess) > 1 and excess.std() > 0 else np.nan

@@ -79,7 +79,7 @@ def write_page(comparison: Comparison, path: Path) -> Path:
         synthetic=synthetic_note(comparison.runs),
         verdicts=_verdicts(comparison),
         warnings=[note for note in comparison.notes if note.startswith(_WARNINGS)],
-        notes=[*tables.LEGEND, *(note for note in comparison.notes if not note.startswith(_WARNINGS))],
+        notes=[*tables.legend(comparison.step), *(note for note in comparison.notes if not note.startswith(_WARNINGS))],
         tables=_tables(comparison),
         sections=list(_sections(comparison)),
         settings=[_settings(comparison, run) for run in comparison.runs],
@@ -103,8 +103,8 @@ def _describe(comparison: Comparison) -> str:
     days = comparison.rank_ic.index
     rows = int(comparison.dropped["kept_rows"].iloc[0])
     return (
-        f"Scores of {days[0]:%d %b %Y} to {days[-1]:%d %b %Y}: {len(days):,} days, {rows:,} rows that all of "
-        f"{len(comparison.runs)} run{'s' if len(comparison.runs) > 1 else ''} score. Intervals: 95 %."
+        f"Scores of {days[0]:%d %b %Y} to {days[-1]:%d %b %Y}: {len(days):,} {comparison.step}s, {rows:,} rows that "
+        f"all of {len(comparison.runs)} run{'s' if len(comparison.runs) > 1 else ''} score. Intervals: 95 %."
     )
 
 
@@ -132,7 +132,9 @@ def _tables(comparison: Comparison) -> list[_Table]:
     blocks = [
         _table("Scores against returns", comparison.table, tables.SIGNAL),
         _table("Shape of the signal", comparison.table, tables.SHAPE),
-        _table("Rank IC by days to come", tables.by_days(comparison), tables.BY_DAYS),
+        _table(
+            tables.horizons_title(comparison), tables.by_horizon(comparison), tables.horizon_columns(comparison.step)
+        ),
         _table("Backtest", comparison.table, tables.BACKTEST),
         _table("Backtest at other costs, excess a year", comparison.costs, tables.COSTS),
         _table("Information ratio at other costs", comparison.costs, tables.RATIOS),
@@ -142,7 +144,11 @@ def _tables(comparison: Comparison) -> list[_Table]:
         _table("Pairs: first less second", comparison.pairs, tables.PAIRS),
         _table("After simple factors: rank IC of the residual score", comparison.table, tables.RESIDUAL),
         _exposures(comparison.exposures),
-        _table("Rows that count: scored and labelled in all runs", comparison.dropped, tables.DROPPED),
+        _table(
+            "Rows that count: scored and labelled in all runs",
+            comparison.dropped,
+            tables.dropped_columns(comparison.step),
+        ),
     ]
     return [block for block in blocks if block.rows]
 
@@ -171,18 +177,21 @@ def _name(name: str | tuple[str, str]) -> str:
 
 
 def _sections(comparison: Comparison) -> Iterator[_Section]:
-    runs, days = comparison.runs, len(comparison.rank_ic)
+    runs, days, step = comparison.runs, len(comparison.rank_ic), comparison.step
     yield _uncertainty(comparison)
     yield _section(
         "excess-return",
         "Cumulative excess return and drawdown",
         "Over the benchmark, summed. Solid: after costs; dotted: before. Below: drawdown after costs."
-        + _thinning(max(len(run.report) for run in runs)),
+        + _thinning(max(len(run.report) for run in runs), "step"),
         charts.excess_return(runs),
     )
     yield _rolling(comparison)
     yield _section(
-        "monthly", "Rank IC by month", "Mean of the month's daily rank IC.", charts.monthly_rank_ic(comparison)
+        "monthly",
+        "Rank IC by month",
+        f"Mean of the month's rank ICs, one a {step}.",
+        charts.monthly_rank_ic(comparison),
     )
     yield _section(
         "deciles", "Deciles", "Mean label of the tenths of the instruments by score.", charts.deciles(comparison)
@@ -190,9 +199,9 @@ def _sections(comparison: Comparison) -> Iterator[_Section]:
     yield _Section(
         "decile-returns",
         "Labels of the deciles, summed",
-        "As if each tenth were held from every label's day to the next, without costs. Below: the top decile less the "
-        "bottom one; shaded: the 95 % interval of its mean a day (stationary bootstrap), from the first day on. Each "
-        "run is by itself." + _thinning(days),
+        f"As if each tenth were held from every label's {step} to the next, without costs. Below: the top decile less "
+        f"the bottom one; shaded: the 95 % interval of its mean a {step} (stationary bootstrap), from the first {step} "
+        "on. Each run is by itself." + _thinning(days, step),
         [
             _Part(
                 [
@@ -207,23 +216,24 @@ def _sections(comparison: Comparison) -> Iterator[_Section]:
     if len(comparison.horizons):
         yield _section(
             "horizons",
-            "Rank IC by days to come",
-            "With the return from tomorrow's close over so many days. Longer ones overlap: their intervals say so.",
-            charts.rank_ic_by_days(comparison),
+            tables.horizons_title(comparison),
+            f"With the return from the next {step}'s close over so many {step}s. Longer ones overlap: their intervals "
+            "say so.",
+            charts.rank_ic_by_horizon(comparison),
         )
     if any(len(run.report) for run in runs):
         yield _costs_and_drawdowns(comparison)
     yield _section(
         "turnover",
         "Turnover and cost",
-        f"Above: bought plus sold over the account, mean of {charts.TURNOVER_DAYS} days. Below: costs over the "
-        "account, summed." + _thinning(max(len(run.report) for run in runs)),
+        f"Above: bought plus sold over the account, a day, mean of {charts.TURNOVER_DAYS}. Below: costs over the "
+        "account, summed." + _thinning(max(len(run.report) for run in runs), "step"),
         charts.turnover_and_cost(runs),
     )
     yield _section(
         "score-correlation",
         "Score correlation",
-        "Mean daily rank correlation of the scores. 1: the same order every day.",
+        f"Mean rank correlation of the scores of a {step}. 1: the same order every {step}.",
         charts.score_correlation(comparison),
     )
     yield _calibration(runs)
@@ -234,9 +244,9 @@ def _section(name: str, title: str, text: str, chart: go.Figure) -> _Section:
     return _Section(name, title, text, [_Part([_Figure(chart)])])
 
 
-def _thinning(days: int) -> str:
-    days_apart = charts.thinning(days)
-    return f" One day in {days_apart} is drawn." if days_apart > 1 else ""
+def _thinning(count: int, step: str) -> str:
+    apart = charts.thinning(count)
+    return f" One {step} in {apart} is drawn." if apart > 1 else ""
 
 
 def _uncertainty(comparison: Comparison) -> _Section:
@@ -244,17 +254,18 @@ def _uncertainty(comparison: Comparison) -> _Section:
     if len(comparison.pairs):
         figures.append(_Figure(charts.pair_intervals(comparison), "Differences: first less second"))
     text = (
-        "Mean daily rank IC with its 95 % interval. An interval across zero is no evidence of a signal. Each interval "
-        "is by itself; the verdict corrects for how many there are."
+        f"Mean rank IC of a {comparison.step} with its 95 % interval. An interval across zero is no evidence of a "
+        "signal. Each interval is by itself; the verdict corrects for how many there are."
     )
     return _Section("uncertainty", "How sure the rank IC is", text, [_Part(figures, columns=2)])
 
 
 def _rolling(comparison: Comparison) -> _Section:
-    title, days = f"Rolling IC, {charts.ROLLING_DAYS} days", len(comparison.rank_ic)
+    step, days = comparison.step, len(comparison.rank_ic)
+    title = f"Rolling IC, {charts.ROLLING_DAYS} {step}s"
     if days < charts.ROLLING_DAYS:
-        return _Section("rolling-ic", title, f"Not drawn: the runs have {days} days in common.", [])
-    text = f"Mean of the last {charts.ROLLING_DAYS} days: rank IC above, IC below." + _thinning(days)
+        return _Section("rolling-ic", title, f"Not drawn: the runs have {days} {step}s in common.", [])
+    text = f"Mean of the last {charts.ROLLING_DAYS} {step}s: rank IC above, IC below." + _thinning(days, step)
     return _section("rolling-ic", title, text, charts.rolling_ic(comparison))
 
 
@@ -387,8 +398,9 @@ def _fans(comparison: Comparison) -> _Section:
     if not kronos:
         return _Section("fans", title, "No run among these forecasts bars.", [])
     text = (
-        "The best, the median and the worst day by rank IC, and of each the instruments with the highest, the median "
-        "and the lowest score. Shades: 90 % and 50 % bands of the close; line: median; candles: actual bars."
+        f"The best, the median and the worst {comparison.step} by rank IC, and of each the instruments with the "
+        "highest, the median and the lowest score. Shades: 90 % and 50 % bands of the close; line: median; candles: "
+        "actual bars."
     )
     return _Section("fans", title, text, [part for run in kronos for part in _fans_of(run, comparison)])
 
@@ -402,11 +414,15 @@ def _fans_of(run: RunResult, comparison: Comparison) -> list[_Part]:
     return [
         _Part(
             [_Figure(charts.fan(fan), _fan_caption(fan)) for fan in fans if fan.day_was == day_was],
-            title=f"{run.name}: {day_was} day, {day:%d %b %Y}, rank IC " + _minus(f"{rank_ic:+.3f}"),
+            title=f"{run.name}: {day_was} {comparison.step}, {_time(day)}, rank IC " + _minus(f"{rank_ic:+.3f}"),
             columns=3,
         )
         for day_was, day, rank_ic in days
     ]
+
+
+def _time(date: pd.Timestamp) -> str:
+    return f"{date:%d %b %Y}" if date == date.normalize() else f"{date:%d %b %Y %H:%M}"
 
 
 def _fan_caption(fan: Fan) -> str:
@@ -436,7 +452,7 @@ def _facts(comparison: Comparison, run: RunResult) -> dict[str, str]:
         "Model": _class_text(task.get("model")),
         "Score": str(run.kronos_run.get("model", {}).get("score") or ""),
         "Lookback, horizon": f"{data['lookback']}, {data['horizon']} bars" if "horizon" in data else "",
-        "Newey–West lag": f"{comparison.lag} days",
+        "Newey–West lag": f"{comparison.lag} {comparison.step}s",
         "Backtest": backtest_period(run),
         **_backtest(task.get("record")),
     }

@@ -14,6 +14,7 @@ import pandas as pd
 from kronos_qlib.addresses import check_answers
 from kronos_qlib.analysis import DEFAULT_URI
 from kronos_qlib.analysis.pickles import read_plain, read_table
+from kronos_qlib.analysis.portfolio import QLIB_DAYS_A_YEAR, steps_a_year
 from kronos_qlib.data.demo_market import BENCHMARK, is_synthetic
 
 # Read by mlflow: files here are small and local, and a server that does not answer is not asked again and again.
@@ -60,7 +61,9 @@ class RunResult:
     scores, labels: `pred.pkl` and the first column of `label.pkl`, index (datetime, instrument), sorted.
     trades: value of each trade of the backtest, index (datetime, instrument); None if not recorded.
     provider_uri: the Qlib store as the workflow named it; None if not recorded.
-    store: the folder of that store (daily bars) as found from here or from beside the database; None if it is not.
+    bar_freq: of the bars that are scored, as the store names it: day, 1week, 5min.
+    store: the folder of that store's bars as found from here or from beside the database; None if it is not.
+    year: how many steps of the backtest a year has, those of a day taken together, see `portfolio.steps_a_year`.
     synthetic: the store is a demo market.
     horizon: trading days forecast, of a Kronos run; else None.
     forecast_digest: the folder in `forecast.cache_dir` that holds the run's forecasts; None if not recorded.
@@ -88,6 +91,8 @@ class RunResult:
     config: dict[str, Any]
     kronos_run: dict[str, Any]
     artifacts: Path | None
+    bar_freq: str = "day"
+    year: float = QLIB_DAYS_A_YEAR
     trials: int = 1
     trial_rank_ics: tuple[float, ...] = ()
 
@@ -217,8 +222,9 @@ def _load_run(client: MlflowClient, name: str, run: MlflowRun, folder: Path) -> 
     metrics = _SIGNAL_METRICS | {own: stored.format(freq=freq) for own, stored in _BACKTEST_METRICS.items()}
     recorded = kronos_run.get("data", {}).get("provider_uri")
     provider_uri = config.get("qlib_init", {}).get("provider_uri") or recorded
-    stores = [*_stores(recorded, folder), *_stores(provider_uri, folder)]
-    store = next((store for store in stores if (store / "calendars" / "day.txt").is_file()), None)
+    bar_freq = _bar_freq(config, kronos_run, scores)
+    stores = [*_stores(recorded, bar_freq, folder), *_stores(provider_uri, bar_freq, folder)]
+    store = next((store for store in stores if _calendar(store, bar_freq).is_file()), None)
     return RunResult(
         name=name,
         run_id=run.info.run_id,
@@ -229,7 +235,9 @@ def _load_run(client: MlflowClient, name: str, run: MlflowRun, folder: Path) -> 
         labels=labels,
         trades=trades,
         provider_uri=provider_uri,
+        bar_freq=bar_freq,
         store=store,
+        year=steps_a_year(freq, read_sessions(store, bar_freq) if store else None),
         synthetic=BENCHMARK in set(_strings(config)) or (store is not None and is_synthetic(store)),
         horizon=kronos_run.get("data", {}).get("horizon"),
         overlap=run.data.tags.get("pretraining_overlap"),
@@ -347,10 +355,34 @@ def _local(uri: str) -> Path | None:
     return path if path.is_dir() else None
 
 
-def _stores(provider_uri: str | Mapping[str, str] | None, folder: Path) -> list[Path]:
-    """List where the store of daily bars may lie: as named, relative to the database, where qrun ran, and to here."""
-    named = provider_uri.get("day") if isinstance(provider_uri, Mapping) else provider_uri
+def _bar_freq(config: Mapping[str, Any], kronos_run: Mapping[str, Any], scores: pd.Series) -> str:
+    """Return the frequency of the bars that are scored: as recorded or configured, else as far apart as the scores."""
+    dataset = config.get("task", {}).get("dataset")
+    handler = dataset.get("kwargs", {}).get("handler") if isinstance(dataset, Mapping) else None
+    configured = handler.get("kwargs", {}).get("freq") if isinstance(handler, Mapping) else None
+    named = kronos_run.get("data", {}).get("freq") or configured
+    if isinstance(named, str):
+        return named
+    times = scores.index.unique("datetime")
+    distance = pd.Series(times).diff().median()
+    if pd.isna(distance) or (times == times.normalize()).all():
+        return "1week" if distance == pd.Timedelta(days=7) else "day"
+    return f"{distance // pd.Timedelta(minutes=1)}min"
+
+
+def _stores(provider_uri: str | Mapping[str, str] | None, freq: str, folder: Path) -> list[Path]:
+    """List where the store of these bars may lie: as named, relative to the database, where qrun ran, and to here."""
+    named = provider_uri.get(freq, provider_uri.get("day")) if isinstance(provider_uri, Mapping) else provider_uri
     return [base / Path(named).expanduser() for base in (folder, Path.cwd())] if named else []
+
+
+def _calendar(store: Path, freq: str) -> Path:
+    return store / "calendars" / f"{freq}.txt"
+
+
+def read_sessions(store: Path, freq: str) -> pd.DatetimeIndex:
+    """Read the calendar of a store's bars of a frequency."""
+    return pd.DatetimeIndex(_calendar(store, freq).read_text().splitlines())
 
 
 def _strings(config: Any) -> Iterator[str]:

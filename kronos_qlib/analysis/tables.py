@@ -25,16 +25,20 @@ def terminal_text(comparison: Comparison) -> str:
         _block("Scores against returns", comparison.table, SIGNAL),
         _block("Shape of the signal", comparison.table, SHAPE),
         _block("After simple factors (reversal, momentum, volatility, volume, size)", comparison.table, RESIDUAL),
-        _block("Rank IC by days to come", by_days(comparison), BY_DAYS) if len(comparison.horizons) else "",
+        _block(horizons_title(comparison), by_horizon(comparison), horizon_columns(comparison.step))
+        if len(comparison.horizons)
+        else "",
         _block("Backtest", comparison.table, BACKTEST),
         _block("Backtest at other costs, excess a year", comparison.costs, COSTS),
         _block(TRIALS_TITLE, comparison.table, TRIALS),
         _block(TIES_TITLE, tied(comparison), TIES) if len(tied(comparison)) else "",
         _block("Seeds: mean ± standard deviation", comparison.seeds, SEEDS) if len(comparison.seeds) else "",
         _block("Pairs: first less second", comparison.pairs, PAIRS) if len(comparison.pairs) else "",
-        _block("Rows that count: scored and labelled in all runs", comparison.dropped, DROPPED),
+        _block(
+            "Rows that count: scored and labelled in all runs", comparison.dropped, dropped_columns(comparison.step)
+        ),
         _list("Verdict", verdicts(comparison)),
-        _list("Notes", [*LEGEND, *comparison.notes]),
+        _list("Notes", [*legend(comparison.step), *comparison.notes]),
     ]
     return printable("\n\n".join(block for block in blocks if block))
 
@@ -53,8 +57,8 @@ def _interval(name: str) -> Cell:
 
 
 def _half_life(row: pd.Series) -> str:
-    days = row["signal_half_life"]
-    return "long" if np.isinf(days) else "n/a" if np.isnan(days) else f"{days:.1f} d"
+    bars = row["signal_half_life"]
+    return "long" if np.isinf(bars) else "n/a" if np.isnan(bars) else f"{bars:.1f}"
 
 
 def _capacity(row: pd.Series) -> str:
@@ -100,9 +104,9 @@ PAIRS: dict[str, Cell] = {
 }
 
 
-def _by_days(days: int) -> Cell:
-    t = _number(f"t_{days}", "{:+.1f}")
-    return lambda row: f"{row[f'rank_ic_{days}']:+.4f} ({t(row)})" if np.isfinite(row[f"rank_ic_{days}"]) else "n/a"
+def _by_horizon(bars: int) -> Cell:
+    t = _number(f"t_{bars}", "{:+.1f}")
+    return lambda row: f"{row[f'rank_ic_{bars}']:+.4f} ({t(row)})" if np.isfinite(row[f"rank_ic_{bars}"]) else "n/a"
 
 
 def _spread(name: str, layout: str) -> Cell:
@@ -147,15 +151,24 @@ def tied(comparison: Comparison) -> pd.DataFrame:
     return comparison.table[comparison.table["tied_share"] > 0]
 
 
-def by_days(comparison: Comparison) -> pd.DataFrame:
-    """Lay `horizons` out by run, for `BY_DAYS`."""
+def horizons_title(comparison: Comparison) -> str:
+    """Name what `by_horizon` and its figure show."""
+    return f"Rank IC by {comparison.step}s to come"
+
+
+def by_horizon(comparison: Comparison) -> pd.DataFrame:
+    """Lay `horizons` out by run, for `horizon_columns`."""
     wide = comparison.horizons[["rank_ic", "t"]].unstack("days")
     return wide.set_axis([f"{name}_{days}" for name, days in wide.columns], axis=1).loc[
         [run.name for run in comparison.runs if run.name in wide.index]
     ]
 
 
-BY_DAYS: dict[str, Cell] = {f"{days} day{'s' if days > 1 else ''} (t)": _by_days(days) for days in HORIZONS}
+def horizon_columns(step: str) -> dict[str, Cell]:
+    """Make the columns of `by_horizon`."""
+    return {f"{bars} {step}{'s' if bars > 1 else ''} (t)": _by_horizon(bars) for bars in HORIZONS}
+
+
 COSTS: dict[str, Cell] = {
     **{f"{multiple:g} ×": _number(f"excess_return_{multiple:g}x", "{:+.1%}") for multiple in COST_MULTIPLES},
     "break-even": _break_even,
@@ -176,7 +189,7 @@ TIES_TITLE = "Ties: mean label of the highest scores over random orders of equal
 TIES: dict[str, Cell] = {
     "Tied": _number("tied_share", "{:.1%}"),
     "Top k": _number("topk", "{:.0f}"),
-    "label a day": _topk_label,
+    "label": _topk_label,
 }
 SEEDS: dict[str, Cell] = {
     "Seeds": _number("seeds", "{:.0f}"),
@@ -184,31 +197,41 @@ SEEDS: dict[str, Cell] = {
     "Rank ICIR": _spread("rank_icir", "{:+.3f}"),
     "Excess/yr after cost": _spread("excess_return_with_cost", "{:+.1%}"),
 }
-DROPPED: dict[str, Cell] = {
-    "scored": _number("scored_rows", "{:,}"),
-    "no label": _number("unlabelled_rows", "{:,}"),
-    "dropped": _number("dropped_rows", "{:,}"),
-    "kept": _number("kept_rows", "{:,}"),
-    "days dropped": _number("dropped_days", "{:,}"),
-    "days kept": _number("kept_days", "{:,}"),
-}
-LEGEND = (
-    "t: Newey–West. 95 %: stationary block bootstrap of the mean. p and Holm: two-sided p after Holm's correction for "
-    "the rows of its table.",
-    "Decile spread: label of the top tenth less the bottom tenth, a day. Half-life: days until the rank "
-    f"autocorrelation of the scores is a half; long: not within {LONGEST_LAG} days or half of all. Corr.: mean daily "
-    "rank correlation of the scores.",
-    "Excess: over the benchmark. Inf. ratio and Drawdown: after costs. Turnover: a day, bought and sold. Capacity: the "
-    "account, in millions, at which 95 % of the trades are at most 1 % of the traded amount.",
-    "By days to come: rank IC with the return from tomorrow's close over so many days. Other costs: the same trades "
-    "at multiples of the costs recorded; break-even: the multiple that leaves nothing; none: "
-    "there is nothing before costs.",
-    "Deflated: 1 less the p of the rank IC, and of the Sharpe ratio of the excess return after costs, against the "
-    "expected best of so many trials without skill, whose rank ICs differ as recorded or by chance. Of 1 trial: the "
-    "Sharpe ratio against 0. Record: days after which such a Sharpe ratio is above 0 with 95 % confidence.",
-    "Tied: share of the scores that another instrument has that day. Label a day: of the k highest scores, no "
-    "backtest, ± its deviation over 20 random orders of equal ones.",
-)
+
+
+def dropped_columns(step: str) -> dict[str, Cell]:
+    """Make the columns of the rows that count and those that do not."""
+    return {
+        "scored": _number("scored_rows", "{:,}"),
+        "no label": _number("unlabelled_rows", "{:,}"),
+        "dropped": _number("dropped_rows", "{:,}"),
+        "kept": _number("kept_rows", "{:,}"),
+        f"{step}s dropped": _number("dropped_days", "{:,}"),
+        f"{step}s kept": _number("kept_days", "{:,}"),
+    }
+
+
+def legend(step: str) -> tuple[str, ...]:
+    """Explain the columns; `step` is what a score date is called."""
+    following = "tomorrow's" if step == "day" else f"the next {step}'s"
+    return (
+        "t: Newey–West. 95 %: stationary block bootstrap of the mean. p and Holm: two-sided p after Holm's correction "
+        "for the rows of its table.",
+        f"Decile spread: label of the top tenth less the bottom tenth, a {step}. Half-life: {step}s until the rank "
+        f"autocorrelation of the scores is a half; long: not within {LONGEST_LAG} {step}s or half of all. Corr.: mean "
+        f"rank correlation of the scores of a {step}.",
+        "Excess: over the benchmark. Inf. ratio and Drawdown: after costs. Turnover: a day, bought and sold. "
+        "Capacity: the account, in millions, at which 95 % of the trades are at most 1 % of the traded amount.",
+        f"By {step}s to come: rank IC with the return from {following} close over so many {step}s. Other costs: the "
+        "same trades at multiples of the costs recorded; break-even: the multiple that leaves nothing; none: "
+        "there is nothing before costs.",
+        "Deflated: 1 less the p of the rank IC, and of the Sharpe ratio of the excess return after costs, against the "
+        "expected best of so many trials without skill, whose rank ICs differ as recorded or by chance. Of 1 trial: "
+        "the Sharpe ratio against 0. Record: days of the backtest after which such a Sharpe ratio is above 0 with 95 % "
+        "confidence.",
+        f"Tied: share of the scores that another instrument has that {step}. Label: of the k highest scores of a "
+        f"{step}, no backtest, ± its deviation over 20 random orders of equal ones.",
+    )
 
 
 def _block(title: str, table: pd.DataFrame, columns: dict[str, Cell]) -> str:

@@ -63,14 +63,14 @@ def trials_verdicts(comparison: Comparison) -> list[str]:
 
 def _overfitting_verdict(comparison: Comparison) -> list[str]:
     parts = [
-        f"{found.share:.0%} by {measure} ({found.runs} runs, {found.days:,} days, {found.blocks} blocks)"
+        f"{found.share:.0%} by {measure} ({found.runs} runs, {found.days:,} dates, {found.blocks} blocks)"
         for measure, found in comparison.overfitting.items()
         if np.isfinite(found.share)
     ]
     if not parts:
         return []
     return [
-        "Overfitting: the best run of one half of the days is below the median in the other half in "
+        "Overfitting: the best run of one half of the dates is below the median in the other half in "
         f"{', '.join(parts)}; a half is chance"
     ]
 
@@ -101,11 +101,11 @@ def _sentence(
     """Write one verdict. Evidence needs both: an interval without zero, and a p that stands after Holm's correction."""
     mean, low, high, p = figures
     if not np.isfinite(mean):
-        return f"{subject}: n/a: the scores do not vary within a day, or nothing is left of them"
+        return f"{subject}: n/a: the scores of a date do not vary, or nothing is left of them"
     if (days.dropna() == 0).all():
-        return f"{subject}: 0 on every day: the two order the instruments alike"
+        return f"{subject}: 0 on every date: the two order the instruments alike"
     if not np.isfinite([low, high, p]).all():
-        return f"{subject}: {_signed(mean)}: too few days to say how sure that is"
+        return f"{subject}: {_signed(mean)}: too few dates to say how sure that is"
     verdict = nothing
     if p < _EVIDENCE and (low > 0 or high < 0):
         verdict = found

@@ -58,6 +58,7 @@ def record_run(settings: Settings, dataset: KLineDataset, calibration: Calibrati
             "provider_uri": str(C.dpm.get_data_uri(handler.freq)),
             "synthetic": is_synthetic(C.dpm.get_data_uri(handler.freq)),
             "universe": handler.instruments,
+            "freq": handler.freq,
             "first": handler.dates[0],
             "last": handler.dates[-1],
             "amount": handler.amount_rule,

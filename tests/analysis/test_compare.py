@@ -17,7 +17,7 @@ from scipy.stats import norm, spearmanr
 
 from kronos_qlib.analysis.comparison import PAIR_COLUMNS, TABLE_COLUMNS, Comparison, compare_runs
 from kronos_qlib.analysis.figures import plot_excess_return
-from kronos_qlib.analysis.portfolio import cost_a_year, drawdowns, sweep_costs
+from kronos_qlib.analysis.portfolio import cost_a_year, drawdowns, steps_a_year, sweep_costs
 from kronos_qlib.analysis.results import ResultsError, RunResult, load_runs
 from kronos_qlib.analysis.signals import daily_ic, daily_rank_ic, wide
 from kronos_qlib.analysis.significance import newey_west_t
@@ -300,7 +300,7 @@ def test_one_run_by_two_names_is_one_row_and_a_copy_is_said_to_be_the_same(recor
     (run,) = _without_store(load_runs(["reversal"], recorded.uri))
     assert [each.run_id for each in load_runs(["reversal", run.run_id], recorded.uri)] == [run.run_id]
     compared = compare_runs([run, dataclasses.replace(run, name="copy")])
-    assert pair_verdict(compared, "reversal", "copy").endswith("0 on every day: the two order the instruments alike")
+    assert pair_verdict(compared, "reversal", "copy").endswith("0 on every date: the two order the instruments alike")
 
 
 def test_overlap_with_pretraining_is_told(recorded: Recorded) -> None:
@@ -521,10 +521,12 @@ def test_trials_have_a_verdict_where_there_was_evidence_before_they_were_counted
 def test_a_backtest_by_weeks_has_fifty_of_them_a_year_as_in_qlib(compared: Comparison) -> None:
     weekly = compared.runs[0].report.resample("W").sum()
     expected = risk_analysis(weekly["return"] - weekly["bench"] - weekly["cost"], freq="week")["risk"]
-    costs = sweep_costs(weekly, "1week")
+    costs = sweep_costs(weekly, steps_a_year("1week"))
     assert costs["excess_return_1x"] == pytest.approx(expected["annualized_return"])
     assert costs["information_ratio_1x"] == pytest.approx(expected["information_ratio"])
-    assert costs["excess_return_0x"] - costs["excess_return_1x"] == pytest.approx(cost_a_year(weekly, "1week"))
+    assert costs["excess_return_0x"] - costs["excess_return_1x"] == pytest.approx(
+        cost_a_year(weekly, steps_a_year("1week"))
+    )
     assert drawdowns(weekly)["depth"].iloc[0] == pytest.approx(expected["max_drawdown"])
 
 
