@@ -1,7 +1,7 @@
 """Where there is nothing to find no model finds anything, and a leak of the future is noticed.
 
-Two seeds of benchmarks/leaks.py on smaller markets, with the same functions. LightGBM on Alpha158 alone, which is Qlib's
-own, is asked there only: here its features are among those of `factors`.
+Two seeds of benchmarks/leaks.py on smaller markets, with the same functions. LightGBM on Alpha158 alone, which is
+Qlib's own, is asked there only: here its features are among those of `factors`.
 """
 
 import sys
