@@ -14,8 +14,6 @@ import scoringrules
 from numpy.typing import NDArray
 from scipy.stats import kstest, lognorm, norm
 from scipy.stats import t as t_distribution
-from statsmodels.regression.linear_model import OLS
-from statsmodels.tsa.stattools import acovf
 
 from kronos_qlib.data.windows import CLOSE, Windows
 from kronos_qlib.forecast.calibration import LEAST_VOLATILITY, bar_volatility, bessel_factor
@@ -275,6 +273,8 @@ def interval(values: Floats, dates: np.ndarray, steps: int) -> tuple[float, floa
     The weights of the lags fall to zero, so there are twice as many as days overlap, 2 × (`steps` − 1). Student's t, of
     the number of days. NaN for fewer than 5 × `steps` days.
     """
+    from statsmodels.regression.linear_model import OLS  # takes half a second, which a training need not wait for
+
     days, time = np.unique(dates, return_inverse=True)
     if len(days) < max(5 * steps, 2):
         return np.nan, np.nan
@@ -291,6 +291,8 @@ def diebold_mariano(differences: Floats, dates: np.ndarray, steps: int) -> tuple
     Harvey, Leybourne & Newbold (1997). The variance counts autocovariances up to lag `steps` − 1 in full; where their
     sum is not positive, by Bartlett's weights. NaN for fewer than 5 × `steps` days or without variance.
     """
+    from statsmodels.tsa.stattools import acovf
+
     daily = pd.Series(differences).groupby(np.asarray(dates)).mean().to_numpy()
     days = len(daily)
     if days < max(5 * steps, 2) or np.ptp(daily) == 0:

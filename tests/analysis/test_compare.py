@@ -1,20 +1,26 @@
 import dataclasses
-import json
+import gc
 import pickle
 import shutil
-import subprocess
 import sys
+import types
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import qlib
 from matplotlib.image import imread
 from mlflow.tracking import MlflowClient
 from qlib.contrib.evaluate import risk_analysis
+from qlib.data import D
+from qlib.workflow import R
+from qlib.workflow.record_temp import PortAnaRecord, SigAnaRecord
 from scipy.stats import norm, spearmanr
 
+from kronos_qlib.analysis import significance
 from kronos_qlib.analysis.comparison import PAIR_COLUMNS, TABLE_COLUMNS, Comparison, compare_runs
 from kronos_qlib.analysis.figures import plot_excess_return
 from kronos_qlib.analysis.portfolio import cost_a_year, drawdowns, steps_a_year, sweep_costs
@@ -26,63 +32,68 @@ from kronos_qlib.analysis.verdicts import pair_verdict, residual_verdict, run_ve
 from kronos_qlib.cli import main
 from kronos_qlib.data.demo_market import write_demo_market
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Mean of empty slice")]  # Qlib's, of an exchange
 
-# Qlib's own recorders on a small demo market, in a process of their own: qlib.init is for the whole process. The config
-# holds an object that only this script can load, as qrun's holds the trained model.
-_RECORD = """
-import json, sys
-import qlib
-from qlib.data import D
-from qlib.workflow import R
-from qlib.workflow.record_temp import PortAnaRecord, SigAnaRecord
 
-class OnlyHere:
-    def __init__(self): self.weights = [1.0, 2.0]
+class _OnlyHere:
+    """What the config of a run holds and nobody else can load, as the trained model in qrun's: its module is gone."""
 
-market, uri = sys.argv[1:]
-manager = {"class": "MLflowExpManager", "module_path": "qlib.workflow.expm",
-           "kwargs": {"uri": uri, "default_exp_name": "Experiment"}}
-init = {"provider_uri": "market", "region": "cn", "exp_manager": manager}
-qlib.init(**{**init, "provider_uri": market}, kernels=1, logging_level=50)
+    def __init__(self) -> None:
+        self.weights = [1.0, 2.0]
 
-data = D.features(D.instruments("demo"), ["Ref($close, 10)/$close", "Ref($close, -2)/Ref($close, -1) - 1"],
-                  start_time="2018-03-01", end_time="2018-05-18").swaplevel().sort_index()
-label = data.iloc[:, [1]].set_axis(["LABEL0"], axis=1)
-backtest = {
-    "strategy": {"class": "TopkDropoutStrategy", "module_path": "qlib.contrib.strategy",
-                 "kwargs": {"signal": "<PRED>", "topk": 3, "n_drop": 1}},
-    "backtest": {"start_time": "2018-03-02", "end_time": "2018-05-18", "account": 1e8, "benchmark": "DEMOINDEX",
-                 "exchange_kwargs": {"freq": "day", "limit_threshold": 0.095, "deal_price": "open",
-                                     "open_cost": 0.001, "close_cost": 0.0015, "min_cost": 5}},
-}
 
-def run(name, sign, records=("signal", "backtest"), benchmark="DEMOINDEX"):
-    with R.start(experiment_name=name):
-        recorder = R.get_recorder()
-        pred = sign * data.iloc[:, [0]].set_axis(["score"], axis=1)
-        recorder.save_objects(**{"pred.pkl": pred, "label.pkl": label})
-        if "signal" in records:
-            SigAnaRecord(recorder).generate()
-        if "backtest" in records:
-            PortAnaRecord(recorder, backtest).generate()
-        if "fail" in records:
-            raise RuntimeError("as a workflow may")
-    recorder.save_objects(config={"qlib_init": init, "task": {"model": OnlyHere(), "benchmark": benchmark}})
-    return recorder.id
+def _record(market: Path, uri: str) -> dict[str, str]:
+    """Runs by Qlib's own recorders on a small demo market; the ids of two of them."""
+    kwargs = {"uri": uri, "default_exp_name": "Experiment"}
+    manager = {"class": "MLflowExpManager", "module_path": "qlib.workflow.expm", "kwargs": kwargs}
+    init = {"provider_uri": "market", "region": "cn", "exp_manager": manager}
+    qlib.init(**{**init, "provider_uri": str(market)}, kernels=1, logging_level=50)
 
-run("reversal", -1, ["signal"])
-ids = {"newest": run("reversal", 1, ["signal", "backtest"])}
-try: run("reversal", 1, ["fail"])
-except RuntimeError: pass
-try: run("failed", 1, ["fail"])
-except RuntimeError: pass
-ids["momentum"] = run("momentum", -1, benchmark="unnamed")
-run("constant", 0)
-run("no_backtest", 1, ["signal"])
-run("no_signal", 1, [])
-print(json.dumps(ids))
-"""
+    fields = ["Ref($close, 10)/$close", "Ref($close, -2)/Ref($close, -1) - 1"]
+    data = D.features(D.instruments("demo"), fields, start_time="2018-03-01", end_time="2018-05-18")
+    data = data.swaplevel().sort_index()
+    label = data.iloc[:, [1]].set_axis(["LABEL0"], axis=1)
+    strategy = {"class": "TopkDropoutStrategy", "module_path": "qlib.contrib.strategy"}
+    exchange = {"freq": "day", "limit_threshold": 0.095, "deal_price": "open"}
+    exchange |= {"open_cost": 0.001, "close_cost": 0.0015, "min_cost": 5}
+    span = {"start_time": "2018-03-02", "end_time": "2018-05-18"}
+    backtest = {
+        "strategy": strategy | {"kwargs": {"signal": "<PRED>", "topk": 3, "n_drop": 1}},
+        "backtest": span | {"account": 1e8, "benchmark": "DEMOINDEX", "exchange_kwargs": exchange},
+    }
+
+    def run(name: str, sign: int, records: Sequence[str] = ("signal", "backtest"), benchmark: str = "DEMOINDEX") -> str:
+        with R.start(experiment_name=name):
+            recorder = R.get_recorder()
+            pred = sign * data.iloc[:, [0]].set_axis(["score"], axis=1)
+            recorder.save_objects(**{"pred.pkl": pred, "label.pkl": label})
+            if "signal" in records:
+                SigAnaRecord(recorder).generate()
+            if "backtest" in records:
+                PortAnaRecord(recorder, backtest).generate()
+            if "fail" in records:
+                raise RuntimeError("as a workflow may")
+        recorder.save_objects(config={"qlib_init": init, "task": {"model": _OnlyHere(), "benchmark": benchmark}})
+        return recorder.id
+
+    run("reversal", -1, ["signal"])
+    ids = {"newest": run("reversal", 1, ["signal", "backtest"])}
+    for name in ("reversal", "failed"):
+        with pytest.raises(RuntimeError):
+            run(name, 1, ["fail"])
+    ids["momentum"] = run("momentum", -1, benchmark="unnamed")
+    run("constant", 0)
+    run("no_backtest", 1, ["signal"])
+    run("no_signal", 1, [])
+    return ids
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fewer_draws() -> Iterator[None]:
+    """Intervals of a tenth of the resamples, whose number test_significance.py leaves as it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(significance, "_DRAWS", 200)
+        yield
 
 
 @dataclass(frozen=True)
@@ -97,15 +108,21 @@ class Recorded:
         return f"sqlite:///{self.folder}/mlflow.db"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory, database: Path) -> Recorded:
     folder = tmp_path_factory.mktemp("recorded")
     shutil.copy(database, folder)
     market = write_demo_market(folder / "market", instruments=12, days=110, signal=0.2)
-    command = [sys.executable, "-c", _RECORD, str(market), f"sqlite:///{folder}/mlflow.db"]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    assert ran.returncode == 0, ran.stderr
-    return Recorded(folder, json.loads(ran.stdout.splitlines()[-1]))
+    gone = types.ModuleType("gone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setitem(sys.modules, "gone", gone)
+        patch.setattr(gone, "_OnlyHere", _OnlyHere, raising=False)
+        patch.setattr(_OnlyHere, "__module__", "gone")
+        ids = _record(market, f"sqlite:///{folder}/mlflow.db")
+    gc.collect()
+    gc.freeze()  # what is loaded by now is searched no more: statsmodels' multipletests collects garbage at each call
+    return Recorded(folder, ids)
 
 
 def test_newest_finished_run_of_an_experiment_counts(recorded: Recorded) -> None:
@@ -121,7 +138,7 @@ def test_recorder_id_names_a_run(recorded: Recorded) -> None:
     assert run.metrics["rank_ic"] < 0
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def compared(recorded: Recorded) -> Comparison:
     return compare_runs(load_runs(["reversal", "momentum", "reversal", "constant"], recorded.uri))
 

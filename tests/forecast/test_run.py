@@ -60,7 +60,7 @@ def test_killed_again_and_again_it_goes_on_with_the_chunk_it_was_at(plain, tmp_p
 def test_processes_without_a_cache_give_the_same_and_need_no_pandas(plain, monkeypatch, tmp_path):
     monkeypatch.setattr(processes, "WORKER", ("-c", WITHOUT_PANDAS))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    values, resumed = run(make_task(), processes=3)
+    values, resumed = run(make_task(), processes=2)
     assert resumed == 0
     assert_same(values, plain)
     assert not list(tmp_path.iterdir())

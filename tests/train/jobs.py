@@ -55,7 +55,8 @@ def ranker_job(folder, **settings):
     rng = np.random.default_rng(0)
     days = [windows.take(np.argsort(windows.dates, kind="stable")) for windows in WINDOWS]
     labels = [rng.normal(size=len(windows)).astype(np.float32) for windows in days]
-    settings = {"output_dir": str(folder), "epochs": 2, "batch_size": 8, "learning_rate": 5e-3} | settings
+    sizes = {"epochs": 2, "days_per_epoch": 50, "batch_size": 4, "valid_days": 20}
+    settings = {"output_dir": str(folder), "learning_rate": 5e-3} | sizes | settings
     return RankerJob(
         tokenizer=tokenizer,
         model=model,

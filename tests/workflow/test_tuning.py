@@ -218,10 +218,11 @@ def test_no_bar_after_the_valid_segment_decides_a_trial(market, place, how, fold
 
 @pytest.mark.slow
 def test_rankers_are_tuned_alike_and_leave_no_folders(market, place):
+    sizes = {"epochs": 1, "days_per_epoch": 16, "batch_size": 8, "valid_days": 10}
     kwargs = {
         "tokenizer": TOKENIZER,
         "model": MODEL,
-        "ranker": {"output_dir": "out", "epochs": 1, "batch_size": 8, "learning_rate": 5e-3, "valid_days": 10},
+        "ranker": {"output_dir": "out", "learning_rate": 5e-3} | sizes,
         "device": "cpu",
         "dtype": "float32",
         "seed": 1,
