@@ -105,8 +105,8 @@ def _year_notes(runs: Sequence[RunResult]) -> list[str]:
         return []
     years = "; ".join(f"{name}: {year:.0f}" for name, year in own.items())
     return [
-        f"Steps a year by the market's own calendar, days taken whole: {years}. Qlib's records count 238 days and 50 "
-        "weeks of every market, so their figures a year differ."
+        f"Figures a year are of whole days or weeks, as many as the market has: {years}. Qlib's records take 238 days "
+        "or 50 weeks of any market, and minutes one by one, so theirs differ."
     ]
 
 

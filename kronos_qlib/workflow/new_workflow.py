@@ -12,7 +12,7 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from kronos_qlib.data.calendar import WEEKEND_SHARE
+from kronos_qlib.data.calendar import WEEKEND_SHARE, is_intraday
 from kronos_qlib.files import whole_file
 from kronos_qlib.ingest.store_files import StoreFiles
 from kronos_qlib.ingest.symbols import exchange_of, is_index
@@ -200,6 +200,7 @@ def _settings(
     weeks = freq == "1week"
     bars_a_day = len(calendar) / len(days)
     segments = _segments(days, math.ceil(lookback / bars_a_day), math.ceil(horizon / bars_a_day), folder)
+    cut = {name: (span[0], _last_session(calendar, span[1], freq)) for name, span in segments.items()}
     index, index_note = _benchmark(store, freq, benchmark, known)
     shares = [name for name in known if not is_index(name)] or known
     topk = max(1, min(50, len(shares) // 5))
@@ -215,7 +216,9 @@ def _settings(
         "universe": universe,
         "universe_note": f"   # a universe of the store: {', '.join(store.universes)}",
         "freq": freq,
-        "segments": segments,
+        "segments": cut,
+        "start": str(days[0].date()),
+        "end": _last_session(calendar, str(days[-1].date()), freq),
         "shares": f"{TRAIN:.0%}, {VALID:.0%}, {1 - TRAIN - VALID:.0%}",
         "bars_a_year": 52 if weeks else round(market.days_a_year * bars_a_day),
         "topk": topk,
@@ -273,7 +276,14 @@ def _region(names: Sequence[str], days: pd.DatetimeIndex) -> tuple[str, str]:
     return "us", f"{chinese:.0%} of the names are of mainland China, {weekend:.0%} of the days Saturdays and Sundays"
 
 
-def _segments(days: pd.DatetimeIndex, lookback: int, horizon: int, folder: Path) -> dict[str, Any]:
+def _last_session(calendar: pd.DatetimeIndex, date: str, freq: str) -> str:
+    """Write the end of a range: of bars within a day with its time, as Qlib takes a date alone for its midnight."""
+    if not is_intraday(freq):
+        return date
+    return str(calendar[calendar.searchsorted(pd.Timestamp(date) + pd.Timedelta(days=1)) - 1])
+
+
+def _segments(days: pd.DatetimeIndex, lookback: int, horizon: int, folder: Path) -> dict[str, tuple[str, str]]:
     """Cut the days into train, valid and test: days with a window behind them and, for labels and backtest, after."""
     first, last = lookback, len(days) - 1 - horizon - 2
     if last - first + 1 < _LEAST_DAYS:
@@ -285,8 +295,6 @@ def _segments(days: pd.DatetimeIndex, lookback: int, horizon: int, folder: Path)
     valid, test = first + round(TRAIN * count), first + round((TRAIN + VALID) * count)
     date = [str(day.date()) for day in days]
     return {
-        "start": date[0],
-        "end": date[-1],
         "train": (date[first], date[valid - 1]),
         "valid": (date[valid], date[test - 1]),
         "test": (date[test], date[last]),

@@ -592,7 +592,7 @@ def test_overfitting_is_a_figure_of_four_runs_and_more(recorded: Recorded) -> No
     compared = compare_runs([run, *others])
     found = compared.overfitting["rank IC"]
     assert found.share < 0.2, "one of them has a signal"
-    assert f"by rank IC (4 runs, {found.days} days, {found.blocks} blocks); a half is" in _told(compared)
+    assert f"by rank IC (4 runs, {found.days} dates, {found.blocks} blocks); a half is" in _told(compared)
     alone = compare_runs([run])
     assert all(np.isnan(found.share) for found in alone.overfitting.values())
     told = "n/a for overfitting: it takes 4 runs that vary and 20 days in common; by excess return there are 1 and "

@@ -65,6 +65,8 @@ def test_a_store_of_each_market_gets_files_that_check_finds_nothing_against(
     assert read_workflow(Path("mine.yaml"))["qlib_init"]["region"] == region
     backtest = backtest_of(task)
     assert backtest["exchange_kwargs"]["limit_threshold"] == limit and backtest["exchange_kwargs"]["freq"] == freq
+    end = pd.Timestamp(settings["segments"]["test"][1])
+    assert end == times[times.normalize() == end.normalize()][-1] and pd.Timestamp(backtest["end_time"]) == end
     for file in ("mine.yaml", "mine_lightgbm.yaml"):
         check = WorkflowCheck(Path(file))
         errors = [finding.text for finding in check.findings() if finding.level == "error"]
