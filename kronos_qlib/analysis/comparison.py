@@ -129,8 +129,8 @@ def compare_runs(runs: Sequence[RunResult], trials: int | None = None) -> Compar
     not seen; residual_rank_ic and on: rank IC of what the simple factors (`data.factors.FACTORS`) leave of the scores,
     per day.
     Of the backtest, whatever its rows: turnover a day; excess_return, excess_return_with_cost (a year, over the
-    benchmark), information_ratio (annualised) and max_drawdown with cost, as Qlib stored them, or by the market's own
-    sessions a year and by the day where these differ (`portfolio.steps_a_year`); cost a year; capacity
+    benchmark), information_ratio (annualised) and max_drawdown with cost, as Qlib stored them, or by the day and the
+    market's own year where these differ (`RunResult.year`); cost a year; capacity
     (`portfolio.capacity`), in the market's currency.
     After counting trials: trials, as `trials` says or else as the MLflow store tells; deflated_rank_ic and
     deflated_sharpe, 1 less the p of the figure against the best of so many by chance (see `analysis.overfitting`);

@@ -4,9 +4,11 @@ import numpy as np
 import pandas as pd
 from qlib.utils.time import Freq
 
-QLIB_DAYS_A_YEAR = 238  # those of `risk_analysis`
+QLIB_DAYS_A_YEAR = 238  # those of `risk_analysis`, which are of this region:
+QLIB_YEARS_REGION = "cn"
 _LONGER = {Freq.NORM_FREQ_WEEK: 50, Freq.NORM_FREQ_MONTH: 12}  # its weeks and months
-_ALIKE = 0.03  # so far may Qlib's year be from the market's: then its own figures stand
+_PERIODS = {Freq.NORM_FREQ_WEEK: "W", Freq.NORM_FREQ_MONTH: "M"}
+_LEAST_DAYS = 28  # of a calendar that says how many sessions a year has
 COST_MULTIPLES = 0.0, 0.5, 1.0, 2.0, 3.0  # of the costs recorded
 _SHARE = 0.01
 _QUANTILE = 0.05
@@ -20,21 +22,14 @@ def mean_turnover(report: pd.DataFrame) -> float:
 def steps_a_year(freq: str, sessions: pd.DatetimeIndex | None = None) -> float:
     """Return how many days a year has, or weeks or months where a backtest's frequency is so long.
 
-    They are Qlib's (238, 50, 12), and those of the market's own `sessions`, of a year at least, where these differ
-    by more than 3 %: Qlib counts the days of Chinese exchanges, of no other market.
+    Without `sessions`, a market's own of a month at least, they are Qlib's for every market: 238, 50, 12.
     """
     count, base = Freq.parse(freq) if freq else (1, Freq.NORM_FREQ_DAY)
-    usual = _LONGER[base] / count if base in _LONGER else QLIB_DAYS_A_YEAR
-    if sessions is None or not len(sessions) or (sessions[-1] - sessions[0]).days < 365:
-        return usual
-    steps = sessions.normalize().to_period({"week": "W", "month": "M"}.get(base, "D")).unique()
-    own = (
-        (len(steps) - 1)
-        * 365.25
-        / (steps[-1].start_time - steps[0].start_time).days
-        / (count if base in _LONGER else 1)
-    )
-    return usual if abs(own / usual - 1) <= _ALIKE else own
+    if sessions is None or not len(sessions) or (sessions[-1] - sessions[0]).days < _LEAST_DAYS:
+        return _LONGER[base] / count if base in _LONGER else QLIB_DAYS_A_YEAR
+    steps = sessions.to_period(_PERIODS.get(base, "D")).unique()
+    years = (steps[-1].start_time - steps[0].start_time).days / 365.25
+    return (len(steps) - 1) / years / (count if base in _LONGER else 1)
 
 
 def is_annualised_by_qlib(freq: str, year: float) -> bool:

@@ -14,7 +14,7 @@ import pandas as pd
 from kronos_qlib.addresses import check_answers
 from kronos_qlib.analysis import DEFAULT_URI
 from kronos_qlib.analysis.pickles import read_plain, read_table
-from kronos_qlib.analysis.portfolio import QLIB_DAYS_A_YEAR, steps_a_year
+from kronos_qlib.analysis.portfolio import QLIB_DAYS_A_YEAR, QLIB_YEARS_REGION, steps_a_year
 from kronos_qlib.data.demo_market import BENCHMARK, is_synthetic
 
 # Read by mlflow: files here are small and local, and a server that does not answer is not asked again and again.
@@ -63,7 +63,8 @@ class RunResult:
     provider_uri: the Qlib store as the workflow named it; None if not recorded.
     bar_freq: of the bars that are scored, as the store names it: day, 1week, 5min.
     store: the folder of that store's bars as found from here or from beside the database; None if it is not.
-    year: how many steps of the backtest a year has, those of a day taken together, see `portfolio.steps_a_year`.
+    year: how many steps of the backtest a year has, those of a day taken together: in Qlib's region cn as many as
+        Qlib counts, elsewhere those of the store's calendar, see `portfolio.steps_a_year`.
     synthetic: the store is a demo market.
     horizon: trading days forecast, of a Kronos run; else None.
     forecast_digest: the folder in `forecast.cache_dir` that holds the run's forecasts; None if not recorded.
@@ -220,7 +221,7 @@ def _load_run(client: MlflowClient, name: str, run: MlflowRun, folder: Path) -> 
         config = files.read("config", dict, reader=read_plain) or {}  # only qrun saves it
         kronos_run = files.read("kronos_run.json", _mapping, reader=_read_json) or {}
     metrics = _SIGNAL_METRICS | {own: stored.format(freq=freq) for own, stored in _BACKTEST_METRICS.items()}
-    recorded = kronos_run.get("data", {}).get("provider_uri")
+    recorded, region = kronos_run.get("data", {}).get("provider_uri"), config.get("qlib_init", {}).get("region", "cn")
     provider_uri = config.get("qlib_init", {}).get("provider_uri") or recorded
     bar_freq = _bar_freq(config, kronos_run, scores)
     stores = [*_stores(recorded, bar_freq, folder), *_stores(provider_uri, bar_freq, folder)]
@@ -237,7 +238,7 @@ def _load_run(client: MlflowClient, name: str, run: MlflowRun, folder: Path) -> 
         provider_uri=provider_uri,
         bar_freq=bar_freq,
         store=store,
-        year=steps_a_year(freq, read_sessions(store, bar_freq) if store else None),
+        year=steps_a_year(freq, read_sessions(store, bar_freq) if store and region != QLIB_YEARS_REGION else None),
         synthetic=BENCHMARK in set(_strings(config)) or (store is not None and is_synthetic(store)),
         horizon=kronos_run.get("data", {}).get("horizon"),
         overlap=run.data.tags.get("pretraining_overlap"),

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import qlib
+from exchange_calendars import get_calendar
 from matplotlib.image import imread
 from mlflow.tracking import MlflowClient
 from qlib.contrib.evaluate import risk_analysis
@@ -23,7 +24,7 @@ from scipy.stats import norm, spearmanr
 from kronos_qlib.analysis import significance
 from kronos_qlib.analysis.comparison import PAIR_COLUMNS, TABLE_COLUMNS, Comparison, compare_runs
 from kronos_qlib.analysis.figures import plot_excess_return
-from kronos_qlib.analysis.portfolio import cost_a_year, drawdowns, steps_a_year, sweep_costs
+from kronos_qlib.analysis.portfolio import annualise, cost_a_year, drawdowns, steps_a_year, sweep_costs
 from kronos_qlib.analysis.results import ResultsError, RunResult, load_runs
 from kronos_qlib.analysis.signals import daily_ic, daily_rank_ic, wide
 from kronos_qlib.analysis.significance import newey_west_t
@@ -533,6 +534,25 @@ def test_trials_have_a_verdict_where_there_was_evidence_before_they_were_counted
         "reversal rank IC after counting 9 trials: deflated 0.990: it stands",
         "reversal Sharpe ratio after counting 9 trials: deflated 0.949: no evidence that stands, which needs 0.95",
     ]
+
+
+def test_a_year_outside_china_is_the_market_s_own_and_bars_of_a_day_are_taken_together(compared: Comparison) -> None:
+    hours, sessions = pd.date_range("2020-01-01", "2020-03-31", freq="h"), get_calendar("XNYS").sessions_in_range
+    assert steps_a_year("60minute", hours) == pytest.approx(365.25)
+    assert steps_a_year("1day", sessions("2020-01-01", "2023-12-31")) == pytest.approx(1006 / 4, rel=0.005)
+    assert steps_a_year("1week", hours[::168]) == pytest.approx(52.18, abs=0.01)
+    daily = compared.runs[0].report
+    halves = pd.concat([daily / 2, (daily / 2).set_axis(daily.index + pd.Timedelta(hours=6))]).sort_index()
+    expected = risk_analysis(daily["return"] - daily["bench"] - daily["cost"], N=365)["risk"]
+    for report in (daily, halves):
+        found = annualise(report, 365)
+        assert found["excess_return_with_cost"] == pytest.approx(expected["annualized_return"])
+        assert found["information_ratio"] == pytest.approx(expected["information_ratio"])
+        assert found["max_drawdown"] == pytest.approx(expected["max_drawdown"])
+        assert found["excess_return"] - found["excess_return_with_cost"] == pytest.approx(cost_a_year(report, 365))
+    own = compare_runs([dataclasses.replace(compared.runs[0], name="coins", year=365.0)])
+    assert own.table.loc["coins", "information_ratio"] == pytest.approx(expected["information_ratio"])
+    assert any(note.startswith("Figures a year are of whole days") and "coins: 365" in note for note in own.notes)
 
 
 def test_a_backtest_by_weeks_has_fifty_of_them_a_year_as_in_qlib(compared: Comparison) -> None:
