@@ -6,7 +6,7 @@ window alone, whatever others are asked for and in whichever order.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -33,8 +33,7 @@ from kronos_qlib.evaluation.measures import (
     lookback_volatility,
     qlike,
 )
-
-BaselineName = Literal["last_value", "volatility", "ewma", "garman_klass", "garch_t", "historical_simulation"]
+from kronos_qlib.extensions import call_extension, load_extension
 
 DECAY = 0.94  # of RiskMetrics, for daily bars
 MOST_BARS = 1000  # returns behind the score date that GARCH is fitted on and historical simulation draws from
@@ -42,6 +41,7 @@ FEWEST_FITTED = 250  # returns that a GARCH is fitted on, about a year
 FEWEST_RESIDUALS = 30  # standardised returns to draw from
 BURN_IN = 20  # returns before the first of them
 DRAWN, KEPT = 1000, 100  # paths that quantiles are taken from; of these, how many are kept
+_OWN_BLOCK = 4096  # windows that a baseline of the user's own gets at a time
 _BLOCK = 64  # windows simulated at a time
 _GARCH, _HISTORICAL = 1, 2  # streams of random numbers
 
@@ -59,6 +59,54 @@ class BaselineForecast:
     variance: Floats
     paths: NDArray[np.float32] | None = None
     about: dict[str, Any] = field(default_factory=dict)
+
+
+class Baseline(Protocol):
+    """A baseline of the user's own, an entry of `baselines` as a configuration; its class gives it its name."""
+
+    def __call__(self, context: Floats, horizon: int) -> Floats:
+        """Forecast the closes of W windows, from each window alone.
+
+        Args:
+            context: their bars in the store's units [W, L, 6], columns `kronos_qlib.data.windows.COLUMNS`.
+            horizon: H, bars to forecast.
+
+        Returns:
+            Quantiles of the close, in the store's units [W, H, 7], at the levels 5, 10, 25, 50, 75, 90 and 95 %,
+            rising.
+        """
+
+
+def load_baseline(configuration: Mapping[str, Any]) -> Baseline:
+    """Make a baseline of the user's own, and try it on random walks. Raises ValueError."""
+    baseline: Baseline = load_extension(configuration)
+    walks = 100 * np.exp(np.random.default_rng(0).normal(0, 0.01, (3, 60, len(COLUMNS))).cumsum(1))
+    _own_quantiles(baseline, walks, 5)
+    return baseline
+
+
+def _own_quantiles(baseline: Baseline, context: Floats, horizon: int) -> Floats:
+    quantiles = call_extension(baseline, (len(context), horizon, len(LEVELS)), context, horizon)
+    if not np.isfinite(quantiles).all() or (np.diff(quantiles) < 0).any():
+        raise ValueError(f"{type(baseline).__name__} returns quantiles that are not finite or do not rise")
+    return quantiles
+
+
+def forecast_own_baseline(windows: Windows, horizon: int, baseline: Baseline) -> BaselineForecast:
+    """Forecast by a baseline of the user's own; a variance is taken from its quartiles, as of a log-normal.
+
+    Raises:
+        ValueError: it fails, or returns something else than quantiles.
+    """
+    last_close = windows.bars.values[windows.ends, CLOSE].astype(np.float64)
+    quantiles = np.concatenate(
+        [
+            _own_quantiles(baseline, windows.values(rows).astype(np.float64), horizon)
+            for rows in np.array_split(np.arange(len(windows)), -(-len(windows) // _OWN_BLOCK))
+        ]
+    )
+    quantiles = quantiles / last_close[:, None, None]
+    return BaselineForecast(quantiles, implied_variance(quantiles), about={"method": type(baseline).__name__})
 
 
 def forecast_baselines(windows: Windows, horizon: int, names: Sequence[str]) -> dict[str, BaselineForecast]:

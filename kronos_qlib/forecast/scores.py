@@ -1,12 +1,14 @@
 """Score sample paths: one number of an instrument from the distribution of its next bars."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kronos_qlib.data.windows import COLUMNS
+from kronos_qlib.extensions import call_extension, load_extension
 
 Floats = NDArray[np.float64]
 
@@ -23,7 +25,37 @@ SCORES = (
     *(f"z_{name}" for name in HORIZON_STATISTICS),
 )
 SUMMARIES = ("range", "volume_change", "skew")
+BLOCK = 4096  # windows that a score of a user's own is called with at a time, at most
 LEAST_RISK = 1e-6  # of the deviation that `return_to_risk` divides by: samples that all agree have none
+
+
+class PathScore(Protocol):
+    """A score of a user's own, the setting `score` of a KronosModel as a configuration.
+
+    It must depend on the window alone, not on the others of its block.
+    """
+
+    def __call__(self, paths: Floats, context: Floats) -> Floats:
+        """Score B windows.
+
+        Args:
+            paths: sample paths in the store's units [B, S, P, 6], columns `kronos_qlib.data.windows.COLUMNS`.
+            context: the bars that they were forecast from [B, L, 6].
+
+        Returns:
+            A finite number for each window [B]: the higher, the better.
+        """
+
+
+def load_score(configuration: Mapping[str, Any], samples: int, horizon: int, lookback: int) -> PathScore:
+    """Make a score of a user's own, and try it on random walks of a forecast's shape. Raises ValueError."""
+    score: PathScore = load_extension(configuration)
+    random = np.random.default_rng(0)
+    prices = 100 * np.exp(random.normal(0, 0.01, (3, lookback + samples * horizon, 6)).cumsum(1))
+    paths, context = prices[:, lookback:].reshape(3, samples, horizon, 6), prices[:, :lookback]
+    if not np.isfinite(call_extension(score, (3,), paths, context)).all():
+        raise ValueError(f"{type(score).__name__} returns what is no finite number for random walks")
+    return score
 
 
 def scores(close: Floats, last_close: Floats, scale: Floats) -> dict[str, Floats]:

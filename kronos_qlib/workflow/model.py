@@ -14,10 +14,11 @@ from qlib.model.base import ModelFT
 
 from kronos_qlib.data.dataset import KLineDataset, window_index
 from kronos_qlib.data.windows import COLUMNS, Windows
+from kronos_qlib.extensions import call_extension
 from kronos_qlib.forecast.calibration import FILE, Calibration, ForecastIdentity
 from kronos_qlib.forecast.engine.weights import beyond_training, check_max_context, check_pair
 from kronos_qlib.forecast.forecaster import quantile_columns
-from kronos_qlib.forecast.scores import SCORES
+from kronos_qlib.forecast.scores import BLOCK, SCORES, PathScore, load_score
 from kronos_qlib.hardware.device import resolve_device, resolve_dtype
 from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.nn.checkpoint import HubModule
@@ -61,7 +62,8 @@ class KronosModel(ModelFT):
         max_context: bars the model sees at most.
         finetune: see `FinetuneSettings`; None uses the checkpoints as they are.
         forecast: see `ForecastSettings`.
-        score: one of `kronos_qlib.forecast.scores.SCORES`.
+        score: one of `kronos_qlib.forecast.scores.SCORES`, or the configuration (class, module_path, kwargs) of a
+            `kronos_qlib.forecast.scores.PathScore`, which needs the paths: `forecast.keep_paths` or a calibration.
         device: auto, cpu, mps, cuda, cuda:N. dtype: auto, float32, bfloat16 (of the matrix products).
         seed: decides new weights, the order of training windows, dropout and every draw.
         neutralise: names of `kronos_qlib.data.factors`, such as volatility and size: what they explain of a day's
@@ -83,7 +85,7 @@ class KronosModel(ModelFT):
         max_context: int = 512,
         finetune: Mapping[str, Any] | None = None,
         forecast: Mapping[str, Any] | None = None,
-        score: str = "mean_return",
+        score: str | Mapping[str, Any] = "mean_return",
         device: str = "auto",
         dtype: str = "auto",
         seed: int = 100,
@@ -232,8 +234,38 @@ class KronosModel(ModelFT):
         self._check(dataset)
         name, factors = self.settings.score, self.settings.neutralise
         ranks = factor_ranks(dataset, dataset.score_windows(segment), factors) if factors else None
-        score = self.forecast(dataset, segment, [name])[name].rename("score")
+        if isinstance(name, Mapping):
+            score = self._score_paths(dataset, segment, self._own_score(dataset))
+        else:
+            score = self.forecast(dataset, segment, [name])[name].rename("score")
         return score if ranks is None else neutralise(score, ranks)
+
+    def _own_score(self, dataset: KLineDataset) -> PathScore:
+        """Make the score of the user's own, and try it. Raises ValueError."""
+        try:
+            samples = self.settings.forecast.sample_count
+            return load_score(self.settings.score, samples, dataset.horizon, dataset.lookback)
+        except ValueError as error:
+            raise ValueError(f"KronosModel: score: {error}") from None
+
+    def _score_paths(self, dataset: KLineDataset, segment: str | slice, score: PathScore) -> pd.Series:
+        index, paths = self.paths(dataset, segment)
+        windows, found = dataset.score_windows(segment), np.empty(len(index))
+        for start in range(0, len(index), BLOCK):
+            rows = np.arange(start, min(start + BLOCK, len(index)))
+            of_block = paths[rows].astype(np.float64), windows.values(rows).astype(np.float64)
+            try:
+                found[rows] = call_extension(score, (len(rows),), *of_block)
+            except ValueError as error:
+                raise ValueError(f"KronosModel: score: {error}") from None
+        wrong = np.flatnonzero(~np.isfinite(found))
+        if len(wrong):
+            date, name = index[wrong[0]]
+            raise ValueError(
+                f"KronosModel: score: {type(score).__name__} returns {found[wrong[0]]} for {name} on {date}, and for "
+                f"{len(wrong):,} of {len(found):,} windows what is no finite number"
+            )
+        return pd.Series(found, index, name="score")
 
     def forecast(
         self,
@@ -350,6 +382,8 @@ class KronosModel(ModelFT):
             raise ValueError(
                 f"KronosModel: the dataset's horizon ({dataset.horizon}) must be below max_context ({limit})"
             )
+        if isinstance(self.settings.score, Mapping):
+            self._own_score(dataset)  # what does not work is said before a training
         lookback, horizon = dataset.lookback, dataset.horizon
         beyond = beyond_training(self.model, min(lookback + horizon, limit))
         if beyond and self.settings.finetune is None:

@@ -3,7 +3,7 @@
 import json
 import platform
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from qlib.workflow.recorder import Recorder
 from kronos_qlib.data.dataset import KLineDataset
 from kronos_qlib.data.demo_market import is_synthetic
 from kronos_qlib.data.windows import Windows
+from kronos_qlib.extensions import describe_extension
 from kronos_qlib.forecast.calibration import Calibration
 from kronos_qlib.nn import zoo
 from kronos_qlib.nn.checkpoint import HubModule
@@ -40,6 +41,12 @@ def task_findings() -> list[Finding]:
     except Exception:  # not started by Qlib's trainer, which is no fault; what is raised depends on MLflow's store
         return []
     return [finding for finding in record_findings(task) if finding.level != "ok"]
+
+
+def _extensions(settings: Settings) -> dict[str, Any]:
+    """Describe the user's own classes among settings, by key; nothing where there are none."""
+    own = {key: value for key, value in vars(settings).items() if isinstance(value, Mapping) and "class" in value}
+    return {"extensions": {key: describe_extension(value) for key, value in own.items()}} if own else {}
 
 
 def record_run(settings: Settings, dataset: KLineDataset, calibration: Calibration | None = None) -> None:
@@ -66,6 +73,7 @@ def record_run(settings: Settings, dataset: KLineDataset, calibration: Calibrati
             "horizon": dataset.horizon,
             "segments": dataset.segments,
         },
+        **_extensions(settings),
         "packages": package_versions(),
         "machine": {
             "python": platform.python_version(),

@@ -2,14 +2,14 @@
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator
 from qlib.config import C
 from qlib.data.dataset import Dataset
 from qlib.log import get_module_logger
@@ -20,7 +20,14 @@ from qlib.workflow.recorder import Recorder
 from kronos_qlib.data.dataset import KLineDataset
 from kronos_qlib.data.demo_market import is_synthetic
 from kronos_qlib.data.windows import CLOSE, Windows
-from kronos_qlib.evaluation.baselines import BaselineForecast, BaselineName, compare_baselines, forecast_baselines
+from kronos_qlib.evaluation.baselines import (
+    FORECASTS,
+    BaselineForecast,
+    compare_baselines,
+    forecast_baselines,
+    forecast_own_baseline,
+    load_baseline,
+)
 from kronos_qlib.evaluation.calibration import NoSpread, calibrate, compare_calibration, measure_reliability
 from kronos_qlib.evaluation.figure import Evaluation, draw_evaluation
 from kronos_qlib.evaluation.measures import (
@@ -37,9 +44,10 @@ from kronos_qlib.evaluation.measures import (
     volatility_terciles,
 )
 from kronos_qlib.evaluation.risk import backtest_risk
+from kronos_qlib.extensions import describe_extension
 from kronos_qlib.forecast.calibration import Calibration
 from kronos_qlib.forecast.forecaster import QUANTILES, quantile_columns
-from kronos_qlib.settings import Settings, read_settings
+from kronos_qlib.settings import Settings, check_configuration, read_settings
 from kronos_qlib.workflow.calibration_job import drawn_outcomes, fit_on_segment
 from kronos_qlib.workflow.model import KronosModel
 
@@ -47,11 +55,27 @@ logger = get_module_logger("ForecastRecord")
 FEW_SAMPLES = 20  # with fewer the 90 % band of the right forecast covers less than 81 %
 
 
-def _all_different(names: list[str]) -> list[str]:
+def _known_baseline(entry: Any) -> Any:
+    """Check an entry of `baselines`: a name, or the configuration of a class of the user's own. Raises ValueError."""
+    if isinstance(entry, Mapping):
+        load_baseline(check_configuration(entry))
+    elif not isinstance(entry, str) or entry not in FORECASTS:
+        *names, last = map(repr, FORECASTS)
+        raise ValueError(f"Input should be {', '.join(names)} or {last}")
+    return entry
+
+
+def _all_different(baselines: list[Any]) -> list[Any]:
     """Check the setting `baselines`. Raises ValueError."""
+    names = [_baseline_name(entry) for entry in baselines]
     if len(set(names)) < len(names):
         raise ValueError("should name each baseline once")
-    return names
+    return baselines
+
+
+def _baseline_name(entry: str | Mapping[str, Any]) -> str:
+    """Return a baseline's name: its own, or its class's."""
+    return entry if isinstance(entry, str) else getattr(entry["class"], "__name__", str(entry["class"]))
 
 
 class RecordSettings(Settings):
@@ -62,9 +86,12 @@ class RecordSettings(Settings):
     calibrate_on: str | None = None
     """A segment that ends before `segment` starts; on its forecasts a calibration is fitted and shown, not applied: for
     a model without a `calibration` of its own, which is shown by itself."""
-    baselines: Annotated[list[BaselineName], AfterValidator(_all_different)] = ["last_value", "volatility"]
+    baselines: Annotated[list[Annotated[Any, BeforeValidator(_known_baseline)]], AfterValidator(_all_different)] = [
+        *("last_value", "volatility")
+    ]
     """What the forecasts are compared with: `last_value`, `volatility`, `ewma`, `garman_klass`, `garch_t`,
-    `historical_simulation`; the last two take minutes, see [Baselines and risk](forecasting.md#baselines-and-risk)."""
+    `historical_simulation`; the last two take minutes, see [Baselines and risk](forecasting.md#baselines-and-risk). Or
+    a class of your own (class, module_path, kwargs), see [Extending](extending.md)."""
 
 
 class ForecastRecord(RecordTemp):
@@ -104,7 +131,7 @@ class ForecastRecord(RecordTemp):
         recorder: Recorder | None = None,
         segment: str = "test",
         calibrate_on: str | None = None,
-        baselines: Sequence[str] = ("last_value", "volatility"),
+        baselines: Sequence[str | Mapping[str, Any]] = ("last_value", "volatility"),
         **unknown: Any,
     ) -> None:
         super().__init__(recorder)
@@ -213,7 +240,17 @@ class ForecastRecord(RecordTemp):
     def _baselines(self) -> dict[str, BaselineForecast]:
         """Forecast by the baselines, with a warning of the windows that one of them could not forecast its own way."""
         windows = self.dataset.score_windows(self.settings.segment)
-        baselines = forecast_baselines(windows, self.dataset.horizon, self.settings.baselines)
+        baselines: dict[str, BaselineForecast] = {}
+        for entry in self.settings.baselines:
+            name, horizon = _baseline_name(entry), self.dataset.horizon
+            if isinstance(entry, str):
+                baselines |= forecast_baselines(windows, horizon, [entry])
+                continue
+            try:
+                baselines[name] = forecast_own_baseline(windows, horizon, load_baseline(entry))
+            except ValueError as error:
+                raise ValueError(f"ForecastRecord: baselines: {error}") from None
+            baselines[name].about["extension"] = describe_extension(entry)
         for name, forecast in baselines.items():
             instead = forecast.about.get("ewma_instead", 0)
             if instead:

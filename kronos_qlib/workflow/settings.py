@@ -1,15 +1,17 @@
 """The keyword arguments of KronosModel, as a workflow file gives them."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from kronos_qlib.data.extra import ExtraData
 from kronos_qlib.data.factors import FACTORS
+from kronos_qlib.extensions import load_extension
 from kronos_qlib.forecast.calibration import BandKind
 from kronos_qlib.forecast.scores import SCORES
 from kronos_qlib.hardware.device import DTYPES
-from kronos_qlib.settings import Settings, read_settings
+from kronos_qlib.settings import Settings, check_configuration, read_settings
 from kronos_qlib.train.settings import AutoOrCount, FinetuneSettings
 
 
@@ -36,6 +38,15 @@ def known_dtype(dtype: Any) -> Any:
     if not isinstance(dtype, str) or (dtype != "auto" and dtype not in DTYPES):
         raise ValueError(f"should be auto, {' or '.join(DTYPES)}")
     return dtype
+
+
+def known_score(score: Any) -> Any:
+    """Check a score: a name, or the configuration of a class of the user's own. Raises ValueError."""
+    if isinstance(score, Mapping):
+        load_extension(check_configuration(score))
+    elif not isinstance(score, str) or score not in SCORES:
+        raise ValueError(f"should be one of {', '.join(SCORES)}")
+    return score
 
 
 class WorkflowFinetuneSettings(FinetuneSettings):
@@ -113,8 +124,9 @@ class ModelSettings(Settings):
     """null uses the checkpoints as they are."""
     forecast: Annotated[ForecastSettings, Field(strict=False)] = ForecastSettings()
     """How sample paths are drawn, executed and kept."""
-    score: str = "mean_return"
-    """What a score is, see [Scores](scores.md)."""
+    score: Annotated[Any, BeforeValidator(known_score)] = "mean_return"
+    """What a score is, see [Scores](scores.md); or a class of your own (class, module_path, kwargs), which gets the
+    sample paths, see [Extending](extending.md)."""
     neutralise: list[str] = []
     """Factors, such as `[volatility, size]`, also `reversal`, `momentum`, `volume_change`: the scores are the residuals
     of a regression on the factors' ranks, each day."""
@@ -128,13 +140,6 @@ class ModelSettings(Settings):
     seed: int = Field(default=100, ge=0, lt=2**63)
     """Decides new weights, the order of training windows, dropout and every draw of a forecast."""
 
-    @field_validator("score")
-    @classmethod
-    def _known_score(cls, score: str) -> str:
-        if score not in SCORES:
-            raise ValueError(f"should be one of {', '.join(SCORES)}")
-        return score
-
     @field_validator("neutralise")
     @classmethod
     def _known_factors(cls, names: list[str]) -> list[str]:
@@ -146,6 +151,12 @@ class ModelSettings(Settings):
     def _a_spread_needs_samples(self) -> "ModelSettings":
         if self.calibration is not None and self.forecast.sample_count < 2:
             raise ValueError("calibration needs forecast.sample_count of 2 or more: one sample has no spread")
+        return self
+
+    @model_validator(mode="after")
+    def _a_score_of_paths_needs_them(self) -> "ModelSettings":
+        if isinstance(self.score, Mapping) and not self.forecast.keep_paths and self.calibration is None:
+            raise ValueError("a score of your own needs the sample paths: set forecast.keep_paths and a cache_dir")
         return self
 
     @model_validator(mode="after")
