@@ -102,6 +102,8 @@ def monthly_rank_ic(comparison: Comparison) -> go.Figure:
         hovertemplate="%{y}<br>%{x|%B %Y}<br>rank IC %{z:+.4f}<extra></extra>",
     )
     figure = _figure(trace).update_layout(height=110 + 34 * len(months), hovermode="closest")
+    if len(months.columns) <= 12:  # of few months ticks would be days, and of one parts of a second
+        figure.update_xaxes(dtick="M1", tickformat="%b %Y")
     return figure.update_xaxes(showgrid=False, hoverformat="%B %Y").update_yaxes(showgrid=False)
 
 
