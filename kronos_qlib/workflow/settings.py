@@ -44,7 +44,9 @@ def known_score(score: Any) -> Any:
     """Check a score: a name, or the configuration of a class of the user's own. Raises ValueError."""
     if isinstance(score, Mapping):
         load_extension(check_configuration(score))
-    elif not isinstance(score, str) or score not in SCORES:
+    elif not isinstance(score, str):
+        raise ValueError("Input should be a valid string")
+    elif score not in SCORES:
         raise ValueError(f"should be one of {', '.join(SCORES)}")
     return score
 
