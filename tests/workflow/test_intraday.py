@@ -12,7 +12,7 @@ from qlib.cli.run import workflow as qrun
 from kronos_qlib.analysis.results import load_runs
 from kronos_qlib.cli import main
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Mean of empty slice:RuntimeWarning")]  # Qlib's
 
 
 @pytest.mark.parametrize(
