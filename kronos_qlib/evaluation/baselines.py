@@ -93,7 +93,7 @@ def _own_quantiles(baseline: Baseline, context: Floats, horizon: int) -> Floats:
 
 
 def forecast_own_baseline(windows: Windows, horizon: int, baseline: Baseline) -> BaselineForecast:
-    """Forecast by a baseline of the user's own; a variance is taken from its quartiles, as of a log-normal.
+    """Forecast by a baseline of the user's own; its variance is the one that its quantiles imply.
 
     Raises:
         ValueError: it fails, or returns something else than quantiles.
