@@ -53,8 +53,11 @@ def load_score(configuration: Mapping[str, Any], samples: int, horizon: int, loo
     random = np.random.default_rng(0)
     prices = 100 * np.exp(random.normal(0, 0.01, (3, lookback + samples * horizon, 6)).cumsum(1))
     paths, context = prices[:, lookback:].reshape(3, samples, horizon, 6), prices[:, :lookback]
-    if not np.isfinite(call_extension(score, (3,), paths, context)).all():
+    found = call_extension(score, (3,), paths, context)
+    if not np.isfinite(found).all():
         raise ValueError(f"{type(score).__name__} returns what is no finite number for random walks")
+    if not np.allclose(call_extension(score, (1,), paths[:1], context[:1]), found[:1], rtol=1e-6):
+        raise ValueError(f"{type(score).__name__} scores a window by the others of its block too")
     return score
 
 
