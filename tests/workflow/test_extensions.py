@@ -137,6 +137,7 @@ def test_a_baseline_that_is_wrong_is_told_as_the_record_is_made(store, kept, tmp
             "return np.zeros((len(given[0]), given[1], 7)) - np.arange(7)",
             "quantiles that are not finite or do not rise",
         ),
+        ("return np.full((len(given[0]), given[1], 7), given[0].mean())", "forecasts a window by the others"),
     ):
         with pytest.raises(ValueError, match=rf"^ForecastRecord: baselines.0: Own .*{message}"):
             ForecastRecord(model, dataset, baselines=[own(tmp_path, body)])
