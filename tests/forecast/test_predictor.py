@@ -253,7 +253,7 @@ def test_a_series_has_the_same_draws_alone_and_in_a_batch(predictor, small):
     together = predictor.predict_batch(frames, [x_times] * count, [y_times] * count, len(y_times), **options)
     for frame, expected in zip(frames, together):
         alone = predictor.predict(frame, x_times, y_times, len(y_times), **options)
-        np.testing.assert_allclose(alone.to_numpy(), expected.to_numpy(), rtol=1e-6)
+        np.testing.assert_allclose(alone.to_numpy(), expected.to_numpy(), rtol=1e-5)
     assert not np.allclose(together[2], together[0])
 
 
@@ -332,7 +332,7 @@ def test_a_calibrated_forecast_is_the_map_of_the_one_that_was_drawn(small, tmp_p
     np.testing.assert_allclose(mean, expected.mean(0), rtol=1e-12)
     assert mean.attrs["calibration"] == calibration.describe()
     batch = predictor.predict_batch(frames[:2], [x_times] * 2, [y_times[:3]] * 2, 3, verbose=False, **SAMPLED)
-    np.testing.assert_allclose(batch[0], mean, rtol=1e-6)
+    np.testing.assert_allclose(batch[0], mean, rtol=1e-5)  # one window and two are other products in float32
     from_file = KronosPredictor(
         small.model, small.tokenizer, "cpu", s2_rotation="aligned", calibration=calibration.save(tmp_path / "c.json")
     )
