@@ -74,6 +74,14 @@ def describe_extension(configuration: Mapping[str, Any]) -> dict[str, Any]:
     return {"class": kind.__name__, "module": kind.__module__, "file": file, "digest": digest}
 
 
+def at_home(configuration: Any) -> Any:
+    """Return a configuration whose file is named by its whole path, for a process elsewhere; others as they are."""
+    place = configuration.get("module_path") if isinstance(configuration, Mapping) else None
+    if not isinstance(place, str) or not place.endswith(".py"):
+        return configuration
+    return dict(configuration) | {"module_path": str(Path(place).expanduser().resolve())}
+
+
 def _module(place: str) -> Any:
     try:
         if not place.endswith(".py"):

@@ -19,5 +19,5 @@ map their windows from disk and stay small. So whatever needs pandas is apart fr
 made once, in the process that has Qlib, and reach the others as arrays.
 
 Shapes: N bars, I instruments, W windows, B windows of a batch, L lookback, P horizon, T = L + the bars after it in a
-window, D columns of a bar (6: `windows.COLUMNS`).
+window, D columns of a bar (`windows.COLUMNS`, and those that a handler adds).
 """

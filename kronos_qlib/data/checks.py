@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kronos_qlib.data.windows import COLUMNS, Bars
+from kronos_qlib.data.windows import Bars
 
 ROUNDING = 1e-5  # adjusted float32 prices may disagree by some units in the last place
 CHANGE_TOLERANCE = 0.20
@@ -98,7 +98,7 @@ def check_bars(bars: Bars) -> None:
     faults = {
         "an infinite value": np.isinf(bars.values).any(axis=1),
         "a price of zero or less": (prices <= 0).any(axis=1),
-        "a negative volume or amount": (bars.values[:, 4:] < 0).any(axis=1),
+        "a negative volume or amount": (bars.values[:, 4:6] < 0).any(axis=1),
         "its high below its low": high < low * (1 - ROUNDING),
         "its open or close outside low … high": impossible_bars(prices),
     }
@@ -106,7 +106,7 @@ def check_bars(bars: Bars) -> None:
         rows = np.flatnonzero(wrong)
         if len(rows):
             first = rows[0]
-            values = ", ".join(f"{name} {value:g}" for name, value in zip(COLUMNS, bars.values[first]))
+            values = ", ".join(f"{name} {value:g}" for name, value in zip(bars.columns, bars.values[first]))
             raise ValueError(
                 f"KLineHandler: {_name(bars, first)} has {fault}: {values} ({len(rows)} such bars in all, of "
                 f"{len(np.unique(bars.codes[rows]))} instruments); correct them in the store, set them to NaN, "

@@ -20,8 +20,9 @@ from kronos_qlib.data.dataset import KLineDataset
 from kronos_qlib.data.dates import Date
 from kronos_qlib.data.handler import KLineHandler, check_universe
 from kronos_qlib.data.join_windows import drop_unused_bars, join_windows
-from kronos_qlib.data.windows import Windows
+from kronos_qlib.data.windows import Normalisation, Windows
 from kronos_qlib.data.windows_on_disk import map_windows, save_windows
+from kronos_qlib.extensions import at_home
 from kronos_qlib.settings import Settings
 
 
@@ -75,7 +76,8 @@ def training_set(
 
 
 def extra_windows(extra: ExtraData, dataset: KLineDataset, folder: Path, key: str) -> Windows:
-    """Select windows of another universe over the train segment of `dataset`, with its lookback and horizon.
+    """Select windows of another universe over the train segment of `dataset`, with its lookback, horizon,
+    normalisation and columns, and its rule for bars without volume.
 
     No bar after the segment's end is read; a train segment without an end ends with the dataset's data. Qlib has one
     store in a process, so another store is read by a process of its own, which saves the windows in `folder`; they are
@@ -94,9 +96,12 @@ def extra_windows(extra: ExtraData, dataset: KLineDataset, folder: Path, key: st
         "start_time": extra.start_time,
         "freq": freq,
         "amount": extra.amount,
+        "volume": dataset.handler.data_loader.volume,
+        "columns": {name: at_home(column) for name, column in dataset.handler.data_loader.columns.items()},
         "segment": [start, end],
         "lookback": dataset.lookback,
         "horizon": dataset.horizon,
+        "normalisation": dataset.normalisation,
     }
     store = _other_store(extra, freq)
     if store is None:
@@ -119,14 +124,17 @@ def _select_windows(
     start_time: Any,
     freq: str,
     amount: str,
+    volume: str,
+    columns: Mapping[str, Any],
     segment: Sequence[Any],
     lookback: int,
     horizon: int,
+    normalisation: Normalisation,
 ) -> Windows:
     """Select the training windows of a segment from the store in use, on no more bars than they need."""
     # A label that looks ahead would read bars after the end.
-    handler = KLineHandler(instruments, start_time, segment[1], freq, label="$close", amount=amount)
-    dataset = KLineDataset(handler, {"train": segment}, lookback, horizon)
+    handler = KLineHandler(instruments, start_time, segment[1], freq, "$close", amount, volume, columns)
+    dataset = KLineDataset(handler, {"train": segment}, lookback, horizon, normalisation=normalisation)
     windows = dataset.training_windows("train")
     dataset.warn_of_left_out(windows)
     return drop_unused_bars(windows)

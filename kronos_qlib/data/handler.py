@@ -1,18 +1,19 @@
 """KLineHandler: the K-lines of a universe as a Qlib data handler, and as one array of valid bars."""
 
-import logging
 import warnings
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import pandas as pd
 from pydantic import BeforeValidator, Field, model_validator
-from qlib.data.data import ExpressionD
 from qlib.data.dataset.handler import DataHandlerLP
 
+from kronos_qlib.data.bar_columns import check_columns
 from kronos_qlib.data.calendar import range_end
 from kronos_qlib.data.checks import check_bars, warn_of_jumps
 from kronos_qlib.data.dates import Date
+from kronos_qlib.data.expressions import check_expression
 from kronos_qlib.data.loader import KLineLoader, Universe, member_spans
 from kronos_qlib.data.stamps import stamps
 from kronos_qlib.data.windows import CLOSE, COLUMNS, Bars
@@ -41,15 +42,8 @@ def _check_label(value: Any) -> list[str]:
     labels = [value] if isinstance(value, str) else value
     if not isinstance(labels, (list, tuple)) or not labels:
         raise ValueError("should be a Qlib expression or a list of them")
-    own = logging.getLogger("qlib.data")  # it would log a traceback of what is said here
-    disabled, own.disabled = own.disabled, True
-    try:
-        for label in labels:
-            ExpressionD.get_expression_instance(label)
-    except Exception as error:  # Qlib evaluates the text as Python: anything may be raised
-        raise ValueError(f"should hold Qlib expressions ({type(error).__name__}: {error})") from None
-    finally:
-        own.disabled = disabled
+    for label in labels:
+        check_expression(label)
     return list(labels)
 
 
@@ -73,6 +67,10 @@ class HandlerSettings(Settings):
     volume: Literal["required", "optional"] = "required"
     """`required`: a bar without volume is none, as on a day without trade. `optional`, for currencies, indices and
     contracts for difference: volume and amount are 0 where they are unknown, with a warning that counts such bars."""
+    columns: Annotated[dict[str, Any], BeforeValidator(check_columns)] = {}
+    """Further columns of a bar by name, such as `turnover: $turn`: Qlib expressions that look at no later bar, or
+    classes of your own (class, module_path, kwargs), see [Extending](extending.md). A bar that lacks one is none, with
+    a warning that counts such bars. The tokenizer's `d_in` must be 6 and so many more."""
 
     @model_validator(mode="after")
     def _check_order(self) -> "HandlerSettings":
@@ -96,6 +94,7 @@ class KLineHandler(DataHandlerLP):
         first of these that all bars of the first session have (auto: no later bar must decide it). It is one rule for
         the whole run, logged and kept in `amount_rule`; bars without an amount by it are dropped, with a warning.
     volume: required, or optional for instruments without volume: theirs is 0 then, and so is the amount.
+    columns: further columns by name: Qlib expressions, or configurations of a `bar_columns.BarColumn`.
 
     Raises ValueError (FileNotFoundError for a missing store), one line, for wrong settings, an unknown universe, a
     missing field, an empty result; `bars` raises it for bars that no market prints.
@@ -118,17 +117,19 @@ class KLineHandler(DataHandlerLP):
         label: str | list[str] = LABEL,
         amount: str = "auto",
         volume: str = "required",
+        columns: Mapping[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
         values = {"instruments": instruments, "start_time": start_time, "end_time": end_time}
-        values |= {"freq": freq, "label": label, "amount": amount, "volume": volume, **unknown}
+        values |= {"freq": freq, "label": label, "amount": amount, "volume": volume}
+        values |= {"columns": {} if columns is None else columns, **unknown}
         settings = read_settings(HandlerSettings, "KLineHandler", values)
         self.freq = settings.freq
         super().__init__(
             settings.instruments,
             settings.start_time,
             range_end(settings.end_time, self.freq),
-            data_loader=KLineLoader(settings.freq, settings.label, settings.amount, settings.volume),
+            data_loader=KLineLoader(settings.freq, settings.label, settings.amount, settings.volume, settings.columns),
         )
 
     @property
@@ -137,12 +138,17 @@ class KLineHandler(DataHandlerLP):
         return self.data_loader.amount_rule
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """Return the names of a bar's columns: the six, then the settings' own."""
+        return COLUMNS + tuple(self.data_loader.columns)
+
+    @property
     def dates(self) -> pd.DatetimeIndex:
         """Return the sessions on which any instrument has data."""
         return self._data.index.levels[0]
 
     def bars(self) -> Bars:
-        """Return the valid bars: those with all six columns and, unless volume is optional, one other than zero.
+        """Return the valid bars: those with all columns and, unless volume is optional, one other than zero.
 
         They are selected once, with warnings of instruments that have none and of returns that disagree with `$change`.
 
@@ -155,7 +161,7 @@ class KLineHandler(DataHandlerLP):
             traded = values[:, COLUMNS.index("volume")] != 0
             optional = self.data_loader.volume == "optional"
             valid = ~np.isnan(values).any(axis=1) & (traded | optional)
-            bars = _bars_of(rows.index, values, valid)
+            bars = _bars_of(rows.index, values, valid, self.columns)
             _warn_of_instruments_without_bars(rows, bars.instruments)
             if optional:
                 _warn_of_bars_without_volume(bars)
@@ -216,7 +222,7 @@ class KLineHandler(DataHandlerLP):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
-def _bars_of(index: pd.MultiIndex, values: np.ndarray, valid: np.ndarray) -> Bars:
+def _bars_of(index: pd.MultiIndex, values: np.ndarray, valid: np.ndarray, columns: tuple[str, ...]) -> Bars:
     """Make bars of the valid rows of an (instrument, datetime) sorted table; an instrument without any is left out."""
     names, counts = np.unique(index.codes[0][valid], return_counts=True)
     dates = index.get_level_values(1).to_numpy("datetime64[ns]")[valid]
@@ -226,6 +232,7 @@ def _bars_of(index: pd.MultiIndex, values: np.ndarray, valid: np.ndarray) -> Bar
         dates=dates,
         offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         instruments=tuple(index.levels[0][names]),
+        columns=columns,
     )
 
 

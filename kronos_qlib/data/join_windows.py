@@ -20,7 +20,7 @@ def join_windows(sources: Sequence[tuple[str, Windows]]) -> Windows:
     window are kept. Instruments are sorted within each source; one that several sources of a store have is there
     several times.
 
-    Raises ValueError for sources that differ in lookback, future, clip or normalisation.
+    Raises ValueError for sources that differ in lookback, future, clip, normalisation or the bars' columns.
     """
     first = sources[0][1]
     for store, windows in sources[1:]:
@@ -29,6 +29,11 @@ def join_windows(sources: Sequence[tuple[str, Windows]]) -> Windows:
             raise ValueError(
                 f"windows of {store or 'the same store'} have (lookback, future, clip, normalisation) {theirs} "
                 f"and the first ones {ours}: they cannot be joined"
+            )
+        if windows.bars.columns != first.bars.columns:
+            raise ValueError(
+                f"bars of {store or 'the same store'} have the columns {', '.join(windows.bars.columns)} and the first "
+                f"ones {', '.join(first.bars.columns)}: they cannot be joined"
             )
     named = [(store, _name_instruments(store, windows)) for store, windows in sources]
     kept = [named[0][1], *(drop_unused_bars(_drop_repeats(named, i)) for i in range(1, len(named)))]
@@ -42,6 +47,7 @@ def join_windows(sources: Sequence[tuple[str, Windows]]) -> Windows:
         dates=np.concatenate([each.dates for each in bars]),
         offsets=np.concatenate([[0], *(each.offsets[1:] + row for each, row in zip(bars, first_rows))]),
         instruments=tuple(name for each in bars for name in each.instruments),
+        columns=first.bars.columns,
     )
     ends = np.concatenate([windows.ends + row for windows, row in zip(kept, first_rows)])
     return replace(first, bars=all_bars, ends=ends)
@@ -62,6 +68,7 @@ def drop_unused_bars(windows: Windows) -> Windows:
         dates=bars.dates[used],
         offsets=np.append(offsets[:-1][has_bars], offsets[-1]),
         instruments=tuple(np.array(bars.instruments, object)[has_bars]),
+        columns=bars.columns,
     )
     return replace(windows, bars=used_bars, ends=new_row[windows.ends])
 

@@ -1,8 +1,9 @@
 """KLineLoader: reads a Qlib store into one table of K-lines: six columns, label, one rule for the amount."""
 
-import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,12 @@ from qlib.data.dataset.loader import DataLoader
 from qlib.log import get_module_logger
 from qlib.utils import code_to_fname
 
+from kronos_qlib.data.bar_columns import load_column
 from kronos_qlib.data.calendar import check_sessions
 from kronos_qlib.data.checks import check_bins, check_calendar_file, check_universe_file
+from kronos_qlib.data.expressions import named_fields
 from kronos_qlib.data.windows import COLUMNS
+from kronos_qlib.extensions import call_extension
 
 Universe = str | list[str] | dict[str, Any]
 Spans = dict[str, list[tuple[pd.Timestamp, pd.Timestamp]]]
@@ -31,16 +35,26 @@ class KLineLoader(DataLoader):
 
     `amount` is a rule for the amount (`amount`, `vwap`, `ohlc`) or `auto`: the first of them whose fields the bars of
     the first session have. That rule is kept in `amount_rule`, so that a pickled loader never changes it. With `volume`
-    optional, volume and amount are 0 in bars that have prices and no volume.
+    optional, volume and amount are 0 in bars that have prices and no volume. `columns` are further ones by name: Qlib
+    expressions, or configurations of a `BarColumn`.
     """
 
     volume = "required"  # of loaders pickled before there was a choice
+    columns: Mapping[str, Any] = MappingProxyType({})  # likewise
 
-    def __init__(self, freq: str, label: list[str], amount: str, volume: str = "required") -> None:
+    def __init__(
+        self,
+        freq: str,
+        label: list[str],
+        amount: str,
+        volume: str = "required",
+        columns: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         self.freq = freq
         self.label = label
         self.amount = amount
         self.volume = volume
+        self.columns = dict(columns)
         self.amount_rule: str | None = None if amount == "auto" else amount
 
     def load(
@@ -49,8 +63,8 @@ class KLineLoader(DataLoader):
         """Load full histories from start_time to end_time, not cut to membership; warn of instruments without bars.
 
         Returns:
-            float32, index (datetime, instrument) sorted; columns `("feature", open … amount)`, `("label", "LABEL0" …)`,
-            and `("check", "change")`, the store's own `$change`, NaN where it has none.
+            float32, index (datetime, instrument) sorted; columns `("feature", open … amount)` and those of `columns`,
+            `("label", "LABEL0" …)`, and `("check", "change")`, the store's own `$change`, NaN where it has none.
 
         Raises:
             ValueError: the store has no such universe, frequency or field, or no bars in the range.
@@ -60,7 +74,9 @@ class KLineLoader(DataLoader):
         stored = _stored(names, self.freq)
         self._check_files(names)
         # Given as a list, the instruments keep their full histories: Qlib cuts a universe to its members' spans.
-        fields = list(dict.fromkeys([*RAW, *stored, *self.label]))  # a label may be a field
+        expressions = {name: column for name, column in self.columns.items() if isinstance(column, str)}
+        # A label or a column may be a field.
+        fields = list(dict.fromkeys([*RAW, *stored, *self.label, *expressions.values()]))
         raw = D.features(names, fields, start_time, end_time, freq=self.freq)
         raw[[field for field in OPTIONAL if field not in stored]] = np.float32(np.nan)
         where = f"universe {_title(instruments)} in store {store_folder(self.freq)}"
@@ -95,24 +111,73 @@ class KLineLoader(DataLoader):
             without = raw[list(RAW[:4])].notna().all(axis=1) & (raw["$volume"].isna() | (raw["$volume"] == 0))
             for name in ("volume", "amount"):
                 columns["feature", name] = columns["feature", name].mask(without, 0.0)
+        columns |= self._own_columns(columns, {name: raw[text] for name, text in expressions.items()}, where)
         columns |= {("label", f"LABEL{i}"): raw[expression] for i, expression in enumerate(self.label)}
         columns["check", "change"] = raw["$change"]
         return pd.DataFrame(columns).astype(np.float32).swaplevel().sort_index()
 
+    def _own_columns(
+        self, six: Mapping[tuple[str, str], pd.Series], expressed: Mapping[str, pd.Series], where: str
+    ) -> dict[tuple[str, str], pd.Series]:
+        """Return the columns beyond the six, NaN where a bar has none; warn of such bars.
+
+        Raises ValueError where no bar has one.
+        """
+        if not self.columns:
+            return {}
+        bars = pd.concat({name: column for (_, name), column in six.items()}, axis=1)
+        valid = bars.notna().all(axis=1) & ((bars["volume"] != 0) | (self.volume == "optional"))
+        known = bars[valid].sort_index()
+        result = {}
+        for name, column in self.columns.items():
+            if isinstance(column, str):
+                values = expressed[name].astype(float)
+            else:
+                values = _computed(name, column, known).reindex(bars.index)
+            values = values.where(np.isfinite(values))
+            lacking = valid & values.isna()
+            if lacking.sum() == valid.sum():
+                raise ValueError(f"KLineHandler: columns: {name}: no bar of {where} has it")
+            if lacking.any():
+                instrument, date = lacking.index[lacking.argmax()]
+                warnings.warn(
+                    f"KLineHandler: {lacking.sum():,} of {valid.sum():,} bars of {where} have no {name} and are "
+                    f"dropped, {instrument} {date} first",
+                    stacklevel=4,
+                )
+            result["feature", name] = values
+        return result
+
     def _check_files(self, names: list[str]) -> None:
-        """Check the files of the fields that are read, and that the labels' fields are there. Raises ValueError."""
+        """Check the files of the fields that are read, and that those of labels and columns are there.
+
+        Raises ValueError.
+        """
         folder = store_folder(self.freq)
         calendar = folder / "calendars" / f"{self.freq}.txt"
-        labelled = sorted({name.lower() for text in self.label for name in re.findall(r"\$(\w+)", text)})
-        check_bins(folder, self.freq, names, {*(field[1:] for field in (*RAW, *OPTIONAL)), *labelled}, calendar)
+        texts = {"columns": [text for text in self.columns.values() if isinstance(text, str)], "label": self.label}
+        named = {key: sorted({field for text in own for field in named_fields(text)}) for key, own in texts.items()}
+        read = {field[1:] for field in (*RAW, *OPTIONAL)}.union(*named.values())
+        check_bins(folder, self.freq, names, read, calendar)
         if not any((folder / "features" / code_to_fname(name).lower()).is_dir() for name in names):
             return  # that there are no bars is said by who reads them
-        for field in labelled:
+        for key, field in ((key, field) for key, fields in named.items() for field in fields):
             files = (folder / "features" / code_to_fname(name).lower() / f"{field}.{self.freq}.bin" for name in names)
             if not any(path.exists() for path in files):
                 raise ValueError(
-                    f"KLineHandler: label: field ${field} is missing: no instrument of store {folder} has it"
+                    f"KLineHandler: {key}: field ${field} is missing: no instrument of store {folder} has it"
                 )
+
+
+def _computed(name: str, configuration: Mapping[str, Any], bars: pd.DataFrame) -> pd.Series:
+    """Compute a column of the user's own from the bars, instrument by instrument. Raises ValueError."""
+    column, parts = load_column(configuration), []
+    for instrument, own in bars.groupby(level=0, sort=False):
+        try:
+            parts.append(call_extension(column, (len(own),), own.to_numpy(np.float64)))
+        except ValueError as error:
+            raise ValueError(f"KLineHandler: columns: {name}: {instrument}: {error}") from None
+    return pd.Series(np.concatenate(parts) if parts else [], bars.index)
 
 
 def store_folder(freq: str) -> Path:

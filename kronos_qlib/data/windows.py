@@ -78,8 +78,9 @@ def denormalise(x: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarra
 class Bars:
     """The valid bars of all instruments in one contiguous array, by instrument, then by time.
 
-    values: float32 `[N, D]`, columns `COLUMNS`. stamp: int8 `[N, 5]`. dates: datetime64[ns] `[N]`.
+    values: float32 `[N, D]`. stamp: int8 `[N, 5]`. dates: datetime64[ns] `[N]`.
     offsets: int64 `[I + 1]`; rows `offsets[i]:offsets[i + 1]` are those of `instruments[i]`, which are sorted by name.
+    columns: the names of the D columns: `COLUMNS`, then those that a handler adds.
     """
 
     values: np.ndarray
@@ -87,6 +88,7 @@ class Bars:
     dates: np.ndarray
     offsets: np.ndarray
     instruments: tuple[str, ...]
+    columns: tuple[str, ...] = COLUMNS
 
     def __len__(self) -> int:
         return len(self.values)

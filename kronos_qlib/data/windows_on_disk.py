@@ -33,6 +33,7 @@ def save_windows(folder: Path, windows: Mapping[str, Windows]) -> None:
         "windows": {name: {key: getattr(each, key) for key in _SETTINGS} for name, each in windows.items()},
         "arrays": {name: {"dtype": array.dtype.str, "shape": array.shape} for name, array in arrays.items()},
         "instruments": bars.instruments,
+        "columns": bars.columns,
     }
     manifest["digest"] = _digest(manifest, arrays)
     if _holds(folder, manifest["digest"]):
@@ -52,7 +53,9 @@ def map_windows(folder: Path) -> dict[str, Windows]:
     """
     manifest = _read_manifest(folder)
     arrays = {name: _map(_file(folder, name), **kind) for name, kind in manifest["arrays"].items()}
-    bars = Bars(**{name: arrays[name] for name in _DTYPES}, instruments=tuple(manifest["instruments"]))
+    names = tuple(manifest["instruments"]), tuple(manifest["columns"])
+    values, stamp, dates, offsets = (arrays[name] for name in _DTYPES)
+    bars = Bars(values, stamp, dates, offsets, *names)
     return {name: Windows(bars, arrays[_ends(name)], **settings) for name, settings in manifest["windows"].items()}
 
 
@@ -79,7 +82,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is missing: no windows were saved there, or not to the end") from None
     except ValueError:
         raise ValueError(_damage(path, "is not JSON")) from None
-    if not isinstance(manifest, dict) or not {"windows", "arrays", "instruments", "digest"} <= manifest.keys():
+    if (
+        not isinstance(manifest, dict)
+        or not {"windows", "arrays", "instruments", "columns", "digest"} <= manifest.keys()
+    ):
         raise ValueError(_damage(path, "is not a manifest of windows"))
     return manifest
 

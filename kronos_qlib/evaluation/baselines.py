@@ -68,7 +68,8 @@ class Baseline(Protocol):
         """Forecast the closes of W windows, from each window alone.
 
         Args:
-            context: their bars in the store's units [W, L, 6], columns `kronos_qlib.data.windows.COLUMNS`.
+            context: their bars in the store's units [W, L, D], columns
+                `kronos_qlib.data.windows.COLUMNS`, then those that the handler adds.
             horizon: H, bars to forecast.
 
         Returns:

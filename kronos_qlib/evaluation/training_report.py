@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from kronos_qlib.data.windows import COLUMNS, Batch, Windows, denormalise
+from kronos_qlib.data.windows import Batch, Windows, denormalise
 from kronos_qlib.files import whole_file
 from kronos_qlib.nn import KronosTokenizer
 from kronos_qlib.train.job import STAGES
@@ -110,14 +110,14 @@ def reconstruction_error(
     is: what clipping loses counts as an error.
 
     Returns:
-        A row per column of a bar, open … amount. mae, rmse: mean absolute and root mean squared error, in the
+        A row per column of a bar. mae, rmse: mean absolute and root mean squared error, in the
         column's unit. mae_share: mae over the mean absolute value of the column (0.01 is 1 %), NaN if that is zero.
         mae_s1, mae_s1_share: the same from the coarse bits alone.
 
     Raises:
         ValueError: there are no windows.
     """
-    sums = pd.DataFrame(0.0, pd.Index(COLUMNS, name="column"), ["error", "square", "error_s1", "value"])
+    sums = pd.DataFrame(0.0, pd.Index(windows.bars.columns, name="column"), ["error", "square", "error_s1", "value"])
     with torch.no_grad():
         for rows, batch, x in _batches(tokenizer, windows, device, batch_size):
             (recon_s1, recon), *_ = tokenizer(x)
@@ -143,7 +143,7 @@ def reconstruction_error(
 def _batches(
     tokenizer: KronosTokenizer, windows: Windows, device: torch.device, batch_size: int
 ) -> Iterator[tuple[np.ndarray, Batch, Tensor]]:
-    """Yield the rows of a batch, the batch, and its bars x [B, T, 6] on the device, to which the tokenizer is moved."""
+    """Yield the rows of a batch, the batch, and its bars x [B, T, D] on the device, to which the tokenizer is moved."""
     if not len(windows):
         raise ValueError("There are no windows to measure the tokenizer on; pass some of the validation segment")
     tokenizer.to(device).eval()
@@ -154,7 +154,7 @@ def _batches(
 
 
 def _actual_bars(windows: Windows, rows: np.ndarray) -> np.ndarray:
-    """Look up the bars of the windows at `rows` in the data: float64 [B, T, 6], in price units."""
+    """Look up the bars of the windows at `rows` in the data: float64 [B, T, D], in price units."""
     offsets = np.arange(1 - windows.lookback, windows.future + 1)
     return windows.bars.values[windows.ends[rows, None] + offsets].astype(np.float64)
 

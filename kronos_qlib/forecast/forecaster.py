@@ -43,7 +43,8 @@ def schema(task: Task) -> pa.Schema:
     if task.summaries:
         fields += [(name, pa.float64()) for name in SUMMARIES]
     if task.keep_paths:
-        fields.append(("paths", pa.list_(pa.float32(), task.sampling.sample_count * task.horizon * len(COLUMNS))))
+        values = task.sampling.sample_count * task.horizon * len(task.windows.bars.columns)
+        fields.append(("paths", pa.list_(pa.float32(), values)))
     return pa.schema(fields)
 
 
@@ -87,7 +88,7 @@ class Forecaster:
         Returns:
             digest of the window, datetime, instrument, last_close (price units), the scores of
             `kronos_qlib.forecast.scores`, quantiles of the close (price units), and where the task keeps them
-            `SUMMARIES`, and `paths`: the S × P × 6 values of each window in price units.
+            `SUMMARIES`, and `paths`: the S × P × D values of each window in price units.
 
         Raises:
             RuntimeError: the memory does not suffice for a single window.

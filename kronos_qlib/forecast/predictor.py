@@ -55,6 +55,8 @@ class KronosPredictor:
             name it in `attrs["calibration"]`. None: forecasts as they are drawn.
         normalisation: of small prices: "unit_free", whatever their unit, or with the absolute 1e-5 as "published"; see
             `kronos_qlib.data.windows.normalise`.
+        columns: names of the columns that bars have beyond the six, of a tokenizer of more; frames have them under
+            these names, and so have forecasts.
 
     Raises:
         ValueError: networks that do not belong together or are in each other's place, an option out of range, a
@@ -75,9 +77,16 @@ class KronosPredictor:
         normalisation: Normalisation = "unit_free",
         anchor: bool = False,
         calibration: Calibration | str | Path | None = None,
+        columns: Sequence[str] = (),
     ) -> None:
+        self.columns = (*COLUMNS, *columns)
         try:
             check_pair(tokenizer, model)
+            if isinstance(columns, str) or len(set(self.columns)) != tokenizer.d_in:
+                raise ValueError(
+                    f"the tokenizer's d_in is {tokenizer.d_in}; bars have {len(COLUMNS)} columns, and columns should "
+                    f"name the {max(0, tokenizer.d_in - len(COLUMNS))} others, not {columns!r}"
+                )
             check_max_context(max_context, model)
             Sampling(
                 s2_rotation=s2_rotation, anchor=anchor
@@ -165,7 +174,7 @@ class KronosPredictor:
         seed = int(torch.randint(2**62, ())) if seed is None else seed
         sampling = Sampling(sample_count, T, top_k, top_p, seed, self.s2_rotation, anchor=self.anchor)
         paths, y_times = self._paths(df_list, x_timestamp_list, y_timestamp_list, pred_len, sampling, verbose)
-        return [self._named(pd.DataFrame(mean, t, list(COLUMNS))) for mean, t in zip(paths.mean(1), y_times)]
+        return [self._named(pd.DataFrame(mean, t, list(self.columns))) for mean, t in zip(paths.mean(1), y_times)]
 
     def predict_paths(
         self,
@@ -180,7 +189,7 @@ class KronosPredictor:
         sample_count: int = 1,
         seed: int = 0,
     ) -> np.ndarray:
-        """Return the sample paths themselves: float64 [sample_count, pred_len, 6], price units; see `predict`."""
+        """Return the sample paths themselves: float64 [sample_count, pred_len, D], price units; see `predict`."""
         sampling = Sampling(sample_count, T, top_k, top_p, seed, self.s2_rotation, anchor=self.anchor)
         paths, _ = self._paths([df], [x_timestamp], [y_timestamp], pred_len, sampling, progress=False)
         return paths[0]
@@ -221,11 +230,12 @@ class KronosPredictor:
             ValueError: a column is missing, neither future_df nor prediction_length is given, or what `predict` raises.
         """
         columns = [target] if isinstance(target, str) else list(target)
-        unknown = [column for column in columns if column not in COLUMNS]
+        unknown = [column for column in columns if column not in self.columns]
         levels = [float(level) for level in quantile_levels]
         if unknown or not columns or not levels or not all(0 < level < 1 for level in levels):
             raise ValueError(
-                f"KronosPredictor: target should name columns of {list(COLUMNS)}, and quantile_levels lie within 0 … 1"
+                f"KronosPredictor: target should name columns of {list(self.columns)}, and quantile_levels lie within "
+                "0 … 1"
             )
         if (future_df is None) == (prediction_length is None):
             raise ValueError("KronosPredictor: give either future_df or prediction_length")
@@ -268,10 +278,10 @@ class KronosPredictor:
     def _quantile_rows(
         self, paths: np.ndarray, times: pd.DatetimeIndex, columns: Sequence[str], levels: Sequence[float], bars: Any
     ) -> pd.DataFrame:
-        """Tabulate the quantiles of some columns of paths [S, P, 6], a row for each time and column."""
+        """Tabulate the quantiles of some columns of paths [S, P, D], a row for each time and column."""
         tables = []
         for column in columns:
-            values = paths[..., COLUMNS.index(column)]
+            values = paths[..., self.columns.index(column)]
             if self.calibration is not None and column == "close":
                 quantiles = self.close_quantiles(values, bars, [0.5, *levels])
             else:
@@ -290,7 +300,7 @@ class KronosPredictor:
             return np.quantile(closes, levels, axis=0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it was said when they were forecast from
-            known = _bars(bars, "df")[None, :, CLOSE]
+            known = self._bars(bars, "df")[None, :, CLOSE]
         every, place = np.unique([0.5, *levels], return_inverse=True)
         ratios = closes[None] / known[:, -1]
         return self.calibration.quantiles(ratios, bar_volatility(known), every)[0].T[place[1:]] * known[0, -1]
@@ -304,14 +314,14 @@ class KronosPredictor:
         sampling: Sampling,
         progress: bool,
     ) -> tuple[np.ndarray, list[pd.DatetimeIndex]]:
-        """Return paths [B, S, pred_len, 6] in price units and the times of each series' forecast."""
+        """Return paths [B, S, pred_len, D] in price units and the times of each series' forecast."""
         for name, values in (("df_list", frames), ("x_timestamp_list", x_times), ("y_timestamp_list", y_times)):
             if not isinstance(values, (list, tuple)) or not values or len(values) != len(frames):
                 raise ValueError(f"KronosPredictor: {name} should be a list with one entry for each df, at least one")
         if not is_whole(pred_len) or pred_len < 1:
             raise ValueError(f"KronosPredictor: pred_len is {pred_len!r}; it must be a whole number, at least 1")
         names = [f"df {i}" if len(frames) > 1 else "df" for i in range(len(frames))]
-        series = [_bars(frame, name) for frame, name in zip(frames, names)]
+        series = [self._bars(frame, name) for frame, name in zip(frames, names)]
         if len({len(rows) for rows in series}) > 1:
             raise ValueError(
                 f"KronosPredictor: a batch needs series of one length, not {[len(rows) for rows in series]}"
@@ -335,6 +345,17 @@ class KronosPredictor:
         if self.calibration is not None:
             bars = self.calibration.map_bars(bars, rows[:, -1, CLOSE], bar_volatility(rows[..., CLOSE]))
         return bars, [y for _, y in times]
+
+    def _bars(self, frame: pd.DataFrame, name: str) -> np.ndarray:
+        """Return the columns [L, D] of a frame, volume and amount completed."""
+        more = list(self.columns[len(COLUMNS) :])
+        if not more or not isinstance(frame, pd.DataFrame):
+            return _bars(frame, name)
+        missing = [column for column in more if column not in frame]
+        if missing:
+            raise ValueError(f"KronosPredictor: {name} has no column {missing[0]!r}; it needs {more}")
+        values = _numbers(frame[more], name)
+        return np.hstack([_bars(frame.drop(columns=more), name), values])
 
     def _check_calibration(self, identity: Mapping[str, Any], horizon: int) -> None:
         """Raise a ValueError if the calibration is of forecasts with another identity, in what is given of it."""
@@ -374,15 +395,15 @@ def own_weights(tokenizer: KronosTokenizer, model: Kronos) -> dict[str, str]:
 
 
 def possible_bars(paths: np.ndarray) -> np.ndarray:
-    """Return paths [..., 6] whose bars are possible; the close is unchanged.
+    """Return paths [..., D] whose bars are possible; the close is unchanged.
 
     The high is raised to the larger of open and close, the low lowered to the smaller, and a negative volume or amount
-    becomes 0: the network draws the six columns of a bar freely.
+    becomes 0: the network draws the columns of a bar freely.
     """
     bars = paths.copy()
     bars[..., 1] = paths[..., [0, 1, 3]].max(axis=-1)
     bars[..., 2] = paths[..., [0, 2, 3]].min(axis=-1)
-    bars[..., 4:] = np.maximum(paths[..., 4:], 0)
+    bars[..., 4:6] = np.maximum(paths[..., 4:6], 0)
     return bars
 
 
@@ -442,18 +463,7 @@ def _bars(frame: pd.DataFrame, name: str) -> np.ndarray:
         raise ValueError(f"KronosPredictor: {name} has no column {missing[0]!r}; it needs {PRICES}")
     every, labels = frame.columns, [columns[column] for column in COLUMNS if column in columns]
     frame = frame[labels]
-    for label in labels:
-        if not _holds_numbers(frame[label]):
-            raise ValueError(f"KronosPredictor: column {label!r} of {name} does not hold numbers")
-    frame = frame.convert_dtypes()
-    values = frame.to_numpy(np.float64, na_value=np.nan)
-    if not np.isfinite(values).all():
-        row, column = np.argwhere(~np.isfinite(values))[0]
-        where = f"column {frame.columns[column]!r}, row {frame.index[row]}"
-        raise ValueError(
-            f"KronosPredictor: {name} holds {values[row, column]} in {where}; fill or drop such bars first"
-        )
-    bars = pd.DataFrame(values, columns=[column for column in COLUMNS if column in columns])
+    bars = pd.DataFrame(_numbers(frame, name), columns=[column for column in COLUMNS if column in columns])
     if plain_name(columns.get(AMOUNT, "")) == "turnover" and is_rate(bars[AMOUNT], bars["close"], bars.get(VOLUME)):
         del bars[AMOUNT], columns[AMOUNT]
     unused = unused_columns(every, columns)
@@ -470,6 +480,21 @@ def _bars(frame: pd.DataFrame, name: str) -> np.ndarray:
     if AMOUNT not in bars:
         bars[AMOUNT] = bars[VOLUME] * bars[PRICES].mean(axis=1)
     return bars[list(COLUMNS)].to_numpy(np.float64)
+
+
+def _numbers(frame: pd.DataFrame, name: str) -> np.ndarray:
+    """Return the values of a frame, float64. Raises ValueError for what is no finite number."""
+    for label in frame.columns:
+        if not _holds_numbers(frame[label]):
+            raise ValueError(f"KronosPredictor: column {label!r} of {name} does not hold numbers")
+    values = frame.convert_dtypes().to_numpy(np.float64, na_value=np.nan)
+    if not np.isfinite(values).all():
+        row, column = np.argwhere(~np.isfinite(values))[0]
+        where = f"column {frame.columns[column]!r}, row {frame.index[row]}"
+        raise ValueError(
+            f"KronosPredictor: {name} holds {values[row, column]} in {where}; fill or drop such bars first"
+        )
+    return values
 
 
 def _holds_numbers(column: pd.Series) -> bool:
@@ -524,4 +549,4 @@ def _key(bars: np.ndarray, times: pd.DatetimeIndex) -> int:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(f"KronosPredictor: {message}", stacklevel=6)
+    warnings.warn(f"KronosPredictor: {message}", stacklevel=7)

@@ -39,20 +39,23 @@ class PathScore(Protocol):
         """Score B windows.
 
         Args:
-            paths: sample paths in the store's units [B, S, P, 6], columns `kronos_qlib.data.windows.COLUMNS`.
-            context: the bars that they were forecast from [B, L, 6].
+            paths: sample paths in the store's units [B, S, P, D], columns
+                `kronos_qlib.data.windows.COLUMNS`, then those that the handler adds.
+            context: the bars that they were forecast from [B, L, D].
 
         Returns:
             A finite number for each window [B]: the higher, the better.
         """
 
 
-def load_score(configuration: Mapping[str, Any], samples: int, horizon: int, lookback: int) -> PathScore:
+def load_score(
+    configuration: Mapping[str, Any], samples: int, horizon: int, lookback: int, columns: int = len(COLUMNS)
+) -> PathScore:
     """Make a score of a user's own, and try it on random walks of a forecast's shape. Raises ValueError."""
     score: PathScore = load_extension(configuration)
     random = np.random.default_rng(0)
-    prices = 100 * np.exp(random.normal(0, 0.01, (3, lookback + samples * horizon, 6)).cumsum(1))
-    paths, context = prices[:, lookback:].reshape(3, samples, horizon, 6), prices[:, :lookback]
+    prices = 100 * np.exp(random.normal(0, 0.01, (3, lookback + samples * horizon, columns)).cumsum(1))
+    paths, context = prices[:, lookback:].reshape(3, samples, horizon, columns), prices[:, :lookback]
     found = call_extension(score, (3,), paths, context)
     if not np.isfinite(found).all():
         raise ValueError(f"{type(score).__name__} returns what is no finite number for random walks")

@@ -4,13 +4,17 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from pydantic import FiniteFloat
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from kronos_qlib.nn import zoo
 from kronos_qlib.nn.checkpoint import Bits, DropoutRate, HubModule, Layers, Width
 from kronos_qlib.nn.layers import Block, check_heads, initialise
 from kronos_qlib.nn.quantizer import MeanCode, SignQuantizer, ids_to_signs, signs_to_ids
+
+KNOWN_COLUMNS = 6  # of a bar that every tokenizer has; further ones are products of their own
 
 
 class KronosTokenizer(HubModule):
@@ -67,7 +71,7 @@ class KronosTokenizer(HubModule):
 
     def latent(self, x: Tensor) -> Tensor:
         """Encode normalised bars x [B, T, D] to what is then quantized: [B, T, bits], not yet of unit length."""
-        h = self.embed(x.to(self.embed.weight.dtype))
+        h = embed_columns(x.to(self.embed.weight.dtype), self.embed.weight, self.embed.bias)
         for block in self.encoder:
             h = block(h)
         return self.quant_embed(h)
@@ -104,4 +108,46 @@ class KronosTokenizer(HubModule):
     def _decode(self, h: Tensor) -> Tensor:
         for block in self.decoder:
             h = block(h)
-        return self.head(h)
+        return project_columns(h, self.head.weight, self.head.bias)
+
+    def widened(self, d_in: int) -> Self:
+        """Return a copy that takes and returns bars of `d_in` columns, of which this one has the first.
+
+        The weights of the new columns are zero: until it is trained they change no code, and are decoded to their mean.
+
+        Raises:
+            ValueError: it would have fewer columns.
+        """
+        if d_in < self.d_in:
+            raise ValueError(f"d_in ({d_in}) is below the {self.d_in} columns that the weights are of")
+        tensors, more = self.state_dict(), d_in - self.d_in
+        tensors["embed.weight"] = F.pad(tensors["embed.weight"], (0, more))
+        tensors["head.weight"] = F.pad(tensors["head.weight"], (0, 0, 0, more))
+        tensors["head.bias"] = F.pad(tensors["head.bias"], (0, more))
+        wide = type(self)(**self.config | {"d_in": d_in})
+        wide.load_state_dict(tensors)
+        wide.source = self.source
+        return wide.train(self.training)
+
+
+def embed_columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply bars x [..., D] by a weight [d, D]: [..., d].
+
+    The columns beyond the six are a product of their own, so that where their weights are zero the rest is the same bit
+    by bit.
+    """
+    if weight.shape[1] <= KNOWN_COLUMNS:
+        return F.linear(x, weight, bias)
+    (known, more), (first, rest) = (
+        (each[..., :KNOWN_COLUMNS].contiguous(), each[..., KNOWN_COLUMNS:].contiguous()) for each in (x, weight)
+    )
+    return F.linear(known, first, bias) + F.linear(more, rest)
+
+
+def project_columns(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply hidden states h [..., d] by a weight [D, d]: bars [..., D]; see `embed_columns`."""
+    if len(weight) <= KNOWN_COLUMNS:
+        return F.linear(h, weight, bias)
+    parts = slice(KNOWN_COLUMNS), slice(KNOWN_COLUMNS, None)
+    products = [F.linear(h, weight[rows], None if bias is None else bias[rows]) for rows in parts]
+    return torch.cat(products, dim=-1)

@@ -16,7 +16,7 @@ from kronos_qlib.nn.quantizer import MeanCode
 from kronos_qlib.nn.ranker import KronosRankNetwork
 from kronos_qlib.train.settings import LearningSettings, PredictorSettings, RankerSettings, TokenizerSettings
 
-VOLUME = COLUMNS.index("volume")  # volume and amount are the last columns
+VOLUME, AMOUNT = COLUMNS.index("volume"), COLUMNS.index("amount")
 LEAST_VARIANCE = 1e-12  # of scores that are all alike
 
 
@@ -177,12 +177,13 @@ class RankStage:
 
 
 def rank_scores(network: KronosRankNetwork, tokenizer: KronosTokenizer | None, x: Tensor, stamp: Tensor) -> Tensor:
-    """Score windows of normalised bars x [B, T, 6] with their stamps [B, T, 5]: [B].
+    """Score windows of normalised bars x [B, T, D] with their stamps [B, T, 5]: [B].
 
     The tokenizer is None for a network whose inputs are bars.
     """
     if not network.volume:
-        x = torch.cat([x[..., :VOLUME], torch.zeros_like(x[..., VOLUME:])], dim=-1)
+        x = x.clone()
+        x[..., [VOLUME, AMOUNT]] = 0
     if tokenizer is None:
         return network(x, stamp)
     with torch.no_grad():

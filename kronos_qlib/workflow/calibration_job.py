@@ -7,7 +7,7 @@ from qlib.config import C
 
 from kronos_qlib.data.dataset import KLineDataset
 from kronos_qlib.data.demo_market import is_synthetic
-from kronos_qlib.data.windows import CLOSE, COLUMNS, Windows
+from kronos_qlib.data.windows import CLOSE, Windows
 from kronos_qlib.evaluation.calibration import fit_calibration
 from kronos_qlib.evaluation.measures import LEVELS, Outcomes, lookback_volatility, realised_closes
 from kronos_qlib.forecast.calibration import BandKind, Calibration, ForecastIdentity
@@ -72,7 +72,7 @@ def fit_on_segment(dataset: KLineDataset, segment: str, outcomes: Outcomes, iden
 
 def drawn_outcomes(windows: Windows, horizon: int, drawn: Mapping[str, np.ndarray]) -> Outcomes:
     """Return forecasts, `last_close` and `paths` as they were drawn, with what came."""
-    closes = _closes(drawn, horizon)
+    closes = _closes(drawn, windows, horizon)
     realised, ends = realised_closes(windows, horizon)
     return Outcomes(
         dates=windows.dates,
@@ -87,10 +87,10 @@ def drawn_outcomes(windows: Windows, horizon: int, drawn: Mapping[str, np.ndarra
     )
 
 
-def _closes(drawn: Mapping[str, np.ndarray], horizon: int) -> np.ndarray:
+def _closes(drawn: Mapping[str, np.ndarray], windows: Windows, horizon: int) -> np.ndarray:
     """Return the closes of sample paths [W, S, P], ratios to the last close."""
     last_close = drawn["last_close"]
-    bars = drawn["paths"].reshape(len(last_close), -1, horizon, len(COLUMNS))
+    bars = drawn["paths"].reshape(len(windows), -1, horizon, len(windows.bars.columns))
     return bars[..., CLOSE].astype(np.float64) / last_close[:, None, None]
 
 
@@ -110,7 +110,7 @@ def calibrated_columns(
         names: `last_close`, `paths`, scores, quantiles of the close.
     """
     last_close, volatility = drawn["last_close"], lookback_volatility(windows)
-    closes = _closes(drawn, horizon)
+    closes = _closes(drawn, windows, horizon)
     result = {"last_close": last_close}
     if "paths" in names:
         result["paths"] = np.empty_like(drawn["paths"])
@@ -119,7 +119,7 @@ def calibrated_columns(
         rows = np.arange(start, min(start + BLOCK, len(windows)))
         of_block = last_close[rows], volatility[rows]
         if "paths" in names:
-            bars = drawn["paths"][rows].reshape(len(rows), -1, horizon, len(COLUMNS))
+            bars = drawn["paths"][rows].reshape(len(rows), -1, horizon, len(windows.bars.columns))
             result["paths"][rows] = calibration.map_bars(bars, *of_block).reshape(len(rows), -1)
         closes[rows] = calibration.map_closes(closes[rows], volatility[rows])
         if any(name in SCORES for name in names):

@@ -243,8 +243,8 @@ class KronosFactors(DataLoader):
         if pca is not None:
             segments["fit"] = pca.fit
             last = None if last is None else max(last, pca.fit[1])
-        bars = {"label": "$close", "amount": settings.amount, "volume": settings.volume}  # some label is asked for
-        handler = KLineHandler(universe, None, last, settings.freq, **bars)
+        range_and_label = None, last, settings.freq, "$close"  # some label is asked for
+        handler = KLineHandler(universe, *range_and_label, settings.amount, settings.volume)
         shape = settings.lookback, settings.horizon, settings.exchange
         dataset = KLineDataset(handler, segments, *shape, normalisation=settings.normalisation)
         fit = None

@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pandas as pd
@@ -13,9 +13,10 @@ from qlib.log import get_module_logger
 from qlib.model.base import ModelFT
 
 from kronos_qlib.data.dataset import KLineDataset, window_index
-from kronos_qlib.data.windows import COLUMNS, Windows
+from kronos_qlib.data.windows import Windows
 from kronos_qlib.extensions import call_extension
 from kronos_qlib.forecast.calibration import FILE, Calibration, ForecastIdentity
+from kronos_qlib.forecast.engine.sampling import is_whole
 from kronos_qlib.forecast.engine.weights import beyond_training, check_max_context, check_pair
 from kronos_qlib.forecast.forecaster import quantile_columns
 from kronos_qlib.forecast.scores import BLOCK, SCORES, PathScore, load_score
@@ -50,6 +51,7 @@ from kronos_qlib.workflow.training_job import (
 
 logger = get_module_logger("KronosModel")
 Network = TypeVar("Network", bound=HubModule)
+START_FROM = "start_from"
 
 
 class KronosModel(ModelFT):
@@ -58,7 +60,7 @@ class KronosModel(ModelFT):
     Args:
         tokenizer, model: a hub id, a local folder, a name of the zoo (mini, small, base, tokenizer-base,
             tokenizer-2k; nano, which is in this package; nano-new, a new network) or a mapping of constructor
-            arguments, which makes a new network.
+            arguments, which makes a new network. {start_from: …, d_in: …} is a tokenizer for bars of more columns.
         max_context: bars the model sees at most.
         finetune: see `FinetuneSettings`; None uses the checkpoints as they are.
         forecast: see `ForecastSettings`.
@@ -244,7 +246,8 @@ class KronosModel(ModelFT):
         """Make the score of the user's own, and try it. Raises ValueError."""
         try:
             samples = self.settings.forecast.sample_count
-            return load_score(self.settings.score, samples, dataset.horizon, dataset.lookback)
+            shape = samples, dataset.horizon, dataset.lookback, len(dataset.handler.columns)
+            return load_score(self.settings.score, *shape)
         except ValueError as error:
             raise ValueError(f"KronosModel: score: {error}") from None
 
@@ -308,7 +311,7 @@ class KronosModel(ModelFT):
             calibrated: as of `forecast`.
 
         Returns:
-            Index (datetime, instrument), sorted, of W windows, and float32 [W, S, P, 6] in the store's units: S samples
+            Index (datetime, instrument), sorted, of W windows, and float32 [W, S, P, D] in the store's units: S samples
             of P bars of open, high, low, close, volume and amount. 60,000 windows of 5 samples of 10 bars take 70 MiB.
 
         Raises:
@@ -320,7 +323,7 @@ class KronosModel(ModelFT):
             raise ValueError("KronosModel: the sample paths are not kept: set forecast.keep_paths and a cache_dir")
         windows = dataset.score_windows(segment)
         flat = self._forecast(dataset, windows, ["paths"], calibrated)["paths"]
-        return window_index(windows), flat.reshape(len(windows), samples, horizon, len(COLUMNS))
+        return window_index(windows), flat.reshape(len(windows), samples, horizon, -1)
 
     @property
     def identity(self) -> ForecastIdentity:
@@ -377,6 +380,7 @@ class KronosModel(ModelFT):
     def _check(self, dataset: KLineDataset) -> None:
         if not isinstance(dataset, KLineDataset):
             raise ValueError(f"KronosModel: the dataset must be a KLineDataset, not a {type(dataset).__name__}")
+        check_columns("KronosModel", self.tokenizer, dataset)
         limit = self.settings.max_context
         if dataset.horizon >= limit:
             raise ValueError(
@@ -409,9 +413,18 @@ def make_networks(
         make_network(Kronos, f"{owner}: model", model, seed),
     )
     check_pair(*pair)
-    if pair[0].d_in != len(COLUMNS):
-        raise ValueError(f"{owner}: the tokenizer's d_in is {pair[0].d_in}; bars have {len(COLUMNS)} columns")
     return pair
+
+
+def check_columns(owner: str, tokenizer: KronosTokenizer, dataset: KLineDataset) -> None:
+    """Raise a ValueError if a tokenizer is not for as many columns as the bars of a dataset have."""
+    columns = dataset.handler.columns
+    if tokenizer.d_in != len(columns):
+        raise ValueError(
+            f"{owner}: the tokenizer's d_in is {tokenizer.d_in}; bars have {len(columns)} columns, "
+            f"{', '.join(columns)}; the handler's setting columns adds some, and a tokenizer of more is made by "
+            f"{{start_from: …, d_in: {len(columns)}}}"
+        )
 
 
 def make_network(kind: type[Network], key: str, value: str | Mapping[str, Any], seed: int) -> Network:
@@ -421,6 +434,8 @@ def make_network(kind: type[Network], key: str, value: str | Mapping[str, Any], 
         key: of the setting, for errors.
         seed: of a new network's weights.
     """
+    if isinstance(value, Mapping) and START_FROM in value:
+        return _widened(kind, key, value, seed)
     entry = kind.entries.get(value) if isinstance(value, str) else None
     if entry and not (entry.hub_id or entry.folder):
         value = entry.config
@@ -432,3 +447,14 @@ def make_network(kind: type[Network], key: str, value: str | Mapping[str, Any], 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return kind.from_config(dict(value), key)
+
+
+def _widened(kind: type[Network], key: str, value: Mapping[str, Any], seed: int) -> Network:
+    """Make the tokenizer of {start_from: …, d_in: …}: a known one, for bars of more columns."""
+    if kind is not KronosTokenizer or value.keys() != {START_FROM, "d_in"} or not is_whole(value["d_in"]):
+        raise ValueError(f"{key}: {START_FROM} is of a tokenizer's {{{START_FROM}: …, d_in: …}}, not {dict(value)}")
+    start = make_network(KronosTokenizer, key, value[START_FROM], seed)
+    try:
+        return cast(Network, start.widened(value["d_in"]))
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None

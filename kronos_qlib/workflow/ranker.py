@@ -8,18 +8,17 @@ import numpy as np
 import pandas as pd
 import torch
 from pydantic import BeforeValidator, Field
-from qlib.data.base import Expression
-from qlib.data.data import ExpressionD
 from qlib.data.dataset.handler import DataHandlerLP
 from qlib.log import get_module_logger
 from qlib.model.base import ModelFT
 from tqdm.auto import tqdm
 
 from kronos_qlib.data.dataset import KLineDataset, window_index
+from kronos_qlib.data.expressions import sessions_ahead
 from kronos_qlib.data.windows import Windows
 from kronos_qlib.forecast.engine.weights import beyond_training
 from kronos_qlib.hardware.device import process_count, resolve_device, resolve_dtype
-from kronos_qlib.nn.ranker import KronosRankNetwork
+from kronos_qlib.nn.ranker import BAR_COLUMNS, KronosRankNetwork
 from kronos_qlib.settings import MISSING, Settings, read_settings
 from kronos_qlib.train.adapters import check_freeze, require_peft
 from kronos_qlib.train.distributed import Compute, open_compute
@@ -28,7 +27,7 @@ from kronos_qlib.train.settings import RankerSettings
 from kronos_qlib.train.stages import rank_scores
 from kronos_qlib.train.step import derive_seed
 from kronos_qlib.workflow.findings import segment_overlap
-from kronos_qlib.workflow.model import make_networks
+from kronos_qlib.workflow.model import check_columns, make_networks
 from kronos_qlib.workflow.recording import (
     active_recorder,
     record_metrics,
@@ -231,6 +230,9 @@ class KronosRanker(ModelFT):
     def _check(self, dataset: KLineDataset) -> None:
         if not isinstance(dataset, KLineDataset):
             raise ValueError(f"KronosRanker: the dataset must be a KLineDataset, not a {type(dataset).__name__}")
+        check_columns("KronosRanker", self.tokenizer, dataset)
+        if self.settings.ranker.inputs == "bars" and len(dataset.handler.columns) > BAR_COLUMNS:
+            raise ValueError(f"KronosRanker: with inputs: bars it takes {BAR_COLUMNS} columns; use tokens for more")
         pooled = self.settings.ranker.pooled_bars
         if pooled > dataset.lookback:
             raise ValueError(f"KronosRanker: ranker.pooled_bars ({pooled}) is above the lookback ({dataset.lookback})")
@@ -250,7 +252,7 @@ def labelled_windows(dataset: KLineDataset, segment: str) -> tuple[Windows, np.n
     windows, handler = dataset.score_windows(segment), dataset.handler
     end = dataset.segments[segment][1]
     sessions = handler.dates if end is None else handler.dates[handler.dates <= end]
-    reach = label_reach(handler.data_loader.label[0])
+    reach = sessions_ahead(handler.data_loader.label[0])
     if reach >= len(sessions):
         raise ValueError(f"KronosRanker: {windows.segment} has only the {reach} sessions that a label looks ahead")
     last = sessions[-1 - reach].to_numpy()
@@ -262,9 +264,3 @@ def labelled_windows(dataset: KLineDataset, segment: str) -> tuple[Windows, np.n
     if not kept.any():
         raise ValueError(f"KronosRanker: {windows.segment} has no day with labels of two instruments or more")
     return windows.take(kept), np.ascontiguousarray(targets[kept])
-
-
-def label_reach(label: str) -> int:
-    """Return how many sessions after its date a label's expression looks."""
-    expression: Expression = ExpressionD.get_expression_instance(label)
-    return int(expression.get_extended_window_size()[1])

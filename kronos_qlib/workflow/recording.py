@@ -43,9 +43,10 @@ def task_findings() -> list[Finding]:
     return [finding for finding in record_findings(task) if finding.level != "ok"]
 
 
-def _extensions(settings: Settings) -> dict[str, Any]:
-    """Describe the user's own classes among settings, by key; nothing where there are none."""
-    own = {key: value for key, value in vars(settings).items() if isinstance(value, Mapping) and "class" in value}
+def _extensions(settings: Settings, columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe the user's own classes among settings and a handler's columns, by key; nothing where there are none."""
+    given = {**vars(settings), **{f"columns.{name}": value for name, value in columns.items()}}
+    own = {key: value for key, value in given.items() if isinstance(value, Mapping) and "class" in value}
     return {"extensions": {key: describe_extension(value) for key, value in own.items()}} if own else {}
 
 
@@ -69,11 +70,12 @@ def record_run(settings: Settings, dataset: KLineDataset, calibration: Calibrati
             "first": handler.dates[0],
             "last": handler.dates[-1],
             "amount": handler.amount_rule,
+            **({"columns": dict(own)} if (own := handler.data_loader.columns) else {}),
             "lookback": dataset.lookback,
             "horizon": dataset.horizon,
             "segments": dataset.segments,
         },
-        **_extensions(settings),
+        **_extensions(settings, handler.data_loader.columns),
         "packages": package_versions(),
         "machine": {
             "python": platform.python_version(),

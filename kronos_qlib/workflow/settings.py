@@ -117,7 +117,8 @@ class ModelSettings(Settings):
 
     tokenizer: Annotated[Any, BeforeValidator(known_network)]
     """Hub id, local folder, name of the zoo, which wins over a folder of that name (`tokenizer-base`, `tokenizer-2k`;
-    `nano`, in this package; `nano-new`: a new network), or a mapping of constructor arguments: a new network."""
+    `nano`, in this package; `nano-new`: a new network), or a mapping of constructor arguments: a new network; or
+    `{start_from: nano, d_in: 8}`: one of these, for bars of more [columns](extending.md)."""
     model: Annotated[Any, BeforeValidator(known_network)]
     """Likewise; names of the zoo: `mini`, `small`, `base`, `nano`; `nano-new`: a new network."""
     max_context: int = Field(default=512, ge=2)

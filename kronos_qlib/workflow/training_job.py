@@ -11,7 +11,7 @@ from qlib.log import get_module_logger
 
 from kronos_qlib.data.dataset import KLineDataset, window_index
 from kronos_qlib.data.extra import training_set
-from kronos_qlib.data.windows import COLUMNS, Windows
+from kronos_qlib.data.windows import Windows
 from kronos_qlib.evaluation.training_report import write_training_report
 from kronos_qlib.hardware.device import process_count, resolve_device, resolve_dtype
 from kronos_qlib.nn import Kronos, KronosTokenizer
@@ -184,7 +184,7 @@ def _draw_weights(
                 "KronosModel: a reweighter needs windows_per_epoch: an epoch of all windows draws all once"
             )
         given = reweighter.reweight(
-            pd.DataFrame(windows.bars.values[windows.ends], window_index(windows), list(COLUMNS))
+            pd.DataFrame(windows.bars.values[windows.ends], window_index(windows), list(windows.bars.columns))
         )
         weights = np.asarray(given, np.float64).reshape(-1) * (1.0 if weights is None else weights)
         if weights.shape != (len(windows),) or not (np.isfinite(weights).all() and (weights > 0).all()):

@@ -32,11 +32,11 @@ from qlib.utils import auto_filter_kwargs, class_casting, get_callable_kwargs, i
 from sqlalchemy.engine import make_url
 
 from kronos_qlib.data.calendar import is_intraday, range_end
+from kronos_qlib.data.expressions import sessions_ahead
 from kronos_qlib.data.folds import Segments, purged_segments, walk_forward_folds
 from kronos_qlib.train.step import derive_seed
 from kronos_qlib.workflow.check import recorder_findings
 from kronos_qlib.workflow.findings import one_line
-from kronos_qlib.workflow.ranker import label_reach
 from kronos_qlib.workflow.recording import PACKAGES
 from kronos_qlib.workflow.search_space import MARK, read_space, with_values, write_tuned
 from kronos_qlib.workflow.trial_store import NoExpManager, Trial, TrialRuns, TrialStore
@@ -110,7 +110,7 @@ class Tuning:
         labels = _labels(handler)
         if not labels:
             raise ValueError(f"{workflow}: {HANDLER}.kwargs.label should name the label, whose reach is the embargo")
-        self.reach = max(label_reach(label) for label in labels)
+        self.reach = max(sessions_ahead(label) for label in labels)
         self._train, self._valid = self._read_segments()
         self.folds = self._folds(task)
         self.last = self.folds[-1]["valid"][1]

@@ -14,11 +14,12 @@ from tampering import LAST_DAY, tampered
 from tiny import LOOKBACK, make_dataset, same_weights, use_market, weights
 
 from kronos_qlib import KronosRanker
+from kronos_qlib.data.expressions import sessions_ahead
 from kronos_qlib.nn.ranker import KronosRankNetwork
 from kronos_qlib.train.job import RankerJob
 from kronos_qlib.train.launch import launch
 from kronos_qlib.train.stages import _ranks, rank_loss
-from kronos_qlib.workflow.ranker import label_reach, labelled_windows
+from kronos_qlib.workflow.ranker import labelled_windows
 
 RANKER = {"epochs": 2, "batch_size": 8, "learning_rate": 5e-3, "valid_days": 10, "checkpoint_every": 4, "log_every": 4}
 RESULTS = "history.csv", "best/model.safetensors", "best/config.json", "result.json"
@@ -74,7 +75,7 @@ def test_neither_training_nor_choice_of_weights_sees_a_bar_after_its_segments(st
 
 
 def test_the_labels_of_a_segment_end_before_its_last_sessions(store):
-    assert label_reach("Ref($close, -2)/Ref($close, -1) - 1") == 2 and label_reach("$close/Ref($close, 3)") == 0
+    assert sessions_ahead("Ref($close, -2)/Ref($close, -1) - 1") == 2 and sessions_ahead("$close/Ref($close, 3)") == 0
     dataset = make_dataset()
     windows, targets = labelled_windows(dataset, "valid")
     sessions = dataset.handler.dates[dataset.handler.dates <= "2018-06-15"]

@@ -43,7 +43,7 @@ def use_market(folder: Path) -> None:
 
 
 def make_dataset(**changes: Any) -> KLineDataset:
-    handler = KLineHandler(changes.pop("instruments", "demo"))
+    handler = changes.pop("handler", None) or KLineHandler(changes.pop("instruments", "demo"))
     return KLineDataset(
         **{"handler": handler, "segments": SEGMENTS, "lookback": LOOKBACK, "horizon": HORIZON} | changes
     )

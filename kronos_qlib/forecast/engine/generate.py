@@ -24,7 +24,7 @@ from kronos_qlib.nn.model import TIME_TABLES, S2Rotation
 from kronos_qlib.nn.quantizer import signs_to_ids
 
 CPU_BATCH = 32  # windows in a window batch of one thread: more leave its caches, fewer make narrow products
-BYTES_PER_BAR = 64  # of a path while it is drawn: its random numbers, and six float32 columns twice
+BYTES_PER_BAR = 16  # of a path while it is drawn: its random numbers; and 8 a column: float32, twice
 CPU = torch.device("cpu")
 DrawPaths = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """From x [B, L, D], x_stamp [B, L, 5], y_stamp [B, P, 5] and uniform numbers [P, 2, B, S] to paths [B, S, P, D]."""
@@ -111,7 +111,7 @@ def generate(
     """
     _check_shapes(weights, x, x_stamp, y_stamp)
     windows, horizon = x.shape[0], y_stamp.shape[1]
-    drawn = windows * sampling.sample_count * horizon * BYTES_PER_BAR
+    drawn = windows * sampling.sample_count * horizon * (BYTES_PER_BAR + 8 * x.shape[-1])
     check_memory(f"sample_count {sampling.sample_count} ({windows} windows, {horizon} bars)", drawn, CPU)
     keys = np.arange(windows) if keys is None else _as_integers(keys, windows)
     stratified = sampling.sampling == "stratified"
@@ -249,7 +249,7 @@ def _as_integers(keys: Sequence[int] | np.ndarray | Tensor, count: int) -> np.nd
 
 def encode(tokenizer: TokenizerWeights, x: Tensor) -> tuple[Tensor, Tensor]:
     """Encode normalised bars [B, L, D] as tokens s1 and s2 [B, L]."""
-    h, _ = prefill(tokenizer.encoder, tokenizer.embed(x).float())
+    h, _ = prefill(tokenizer.encoder, tokenizer.embed_bars(x))
     signs = torch.where(tokenizer.quant_embed(h) > 0, 1.0, -1.0)
     return signs_to_ids(signs[..., : tokenizer.s1_bits]), signs_to_ids(signs[..., tokenizer.s1_bits :])
 
@@ -272,6 +272,6 @@ def _decode(
         for s1, s2 in (context, [tokens.flatten(1) for tokens in own])
     )
     context_out, caches = prefill(tokenizer.decoder, shared, layout, last_keys_only=not with_last)
-    bars = tokenizer.head(extend(tokenizer.decoder, caches, rows, 0, mask, layout.group_size))
-    last = tokenizer.head(context_out[:, -1]) if with_last else None
+    bars = tokenizer.project_bars(extend(tokenizer.decoder, caches, rows, 0, mask, layout.group_size))
+    last = tokenizer.project_bars(context_out[:, -1]) if with_last else None
     return bars.unflatten(1, (-1, layout.group_size)), last

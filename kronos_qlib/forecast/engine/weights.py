@@ -14,6 +14,7 @@ from kronos_qlib.hardware.device import check_memory
 from kronos_qlib.nn import Kronos, KronosTokenizer, zoo
 from kronos_qlib.nn.layers import Attention, Block, RMSNorm
 from kronos_qlib.nn.quantizer import ids_to_signs
+from kronos_qlib.nn.tokenizer import embed_columns, project_columns
 
 _Rows = tuple[Tensor, Tensor | None]  # weight and bias of a layer
 
@@ -103,14 +104,22 @@ def rotate_neighbours(x: Tensor, angles: Tensor) -> Tensor:
 class TokenizerWeights:
     """The tokenizer: the codes' embedding is a lookup, coarse[s1] + fine[s2]."""
 
-    embed: Linear
+    embed: Linear  # of bars, by `embed_columns`
     encoder: Stack
     quant_embed: Linear
     coarse: Tensor
     fine: Tensor
     decoder: Stack
-    head: Linear
+    head: Linear  # to bars, by `project_columns`
     s1_bits: int
+
+    def embed_bars(self, x: Tensor) -> Tensor:
+        """Embed normalised bars [..., D]: [..., d]."""
+        return embed_columns(x.to(self.embed.weight.dtype), self.embed.weight, self.embed.bias)
+
+    def project_bars(self, h: Tensor) -> Tensor:
+        """Decode hidden states [..., d] to normalised bars [..., D]."""
+        return project_columns(h.to(self.head.weight.dtype), self.head.weight, self.head.bias)
 
 
 @dataclass(frozen=True)
@@ -265,7 +274,8 @@ def _close_ranks(tokenizer: KronosTokenizer) -> tuple[Tensor, Tensor]:
         for block in tokenizer.decoder:
             weights_of_block = _block(block, torch.float32)
             x = weights_of_block.output(x, weights_of_block.values(x))  # a single position attends to itself
-        ranks.append(tokenizer.head(x)[:, CLOSE].argsort(stable=True).argsort())
+        bars = project_columns(x, tokenizer.head.weight, tokenizer.head.bias)
+        ranks.append(bars[:, CLOSE].argsort(stable=True).argsort())
     return ranks[0], ranks[1]
 
 

@@ -1,0 +1,175 @@
+"""Columns beyond the six: from the store and from a class, through training and forecasts; a wider tokenizer."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from networks import MODEL, TOKENIZER
+from qlib.data import D
+from tampering import LAST_DAY, tampered
+from tiny import HORIZON, LOOKBACK, finetune, make_dataset, make_model, use_market
+
+from kronos_qlib import KLineHandler, KronosPredictor, KronosRanker
+from kronos_qlib.data.windows import COLUMNS
+from kronos_qlib.nn import Kronos, KronosTokenizer
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "range_column.py"
+RANGE = {"class": "SmoothedRange", "module_path": str(EXAMPLE), "kwargs": {"half_life": 3}}
+INDEX_RETURN = "ChangeInstrument('DEMO0000', $close/Ref($close, 1) - 1)"
+TWO = {"range": RANGE, "market": INDEX_RETURN}
+
+
+def wide_dataset(columns=TWO, **changes):
+    return make_dataset(handler=KLineHandler("demo", columns=columns), **changes)
+
+
+@pytest.fixture(scope="module")
+def networks():
+    torch.manual_seed(3)
+    return KronosTokenizer(**TOKENIZER).eval(), Kronos(**MODEL).eval()
+
+
+@pytest.fixture
+def narrow(networks, tmp_path):
+    return str(networks[0].save_pretrained(tmp_path / "narrow") or tmp_path / "narrow")
+
+
+def test_columns_are_those_of_the_expression_and_the_class(store):
+    bars = KLineHandler("demo", columns=TWO).bars()
+    six = KLineHandler("demo").bars()
+    assert bars.columns == (*COLUMNS, "range", "market") and bars.values.shape[1] == 8
+    returns = D.features(["DEMO0000"], ["$close"])["$close"].droplevel(0).pct_change(fill_method=None)
+    np.testing.assert_allclose(bars.values[:, 7], returns[bars.dates], rtol=1e-4, atol=1e-7)
+    own = slice(six.offsets[1], six.offsets[2])
+    expected = pd.Series(np.log(six.values[own, 1].astype(float) / six.values[own, 2])).ewm(halflife=3, adjust=False)
+    # The index has no return on its first day and around a suspension, so bars of these days are left out.
+    kept = np.isin(six.dates[own], bars.dates)
+    mine = bars.values[bars.offsets[1] : bars.offsets[2], 6]
+    np.testing.assert_allclose(mine, expected.mean()[kept], rtol=1e-4, atol=1e-7)
+
+
+def test_bars_without_a_column_are_counted_and_left_out(store):
+    with pytest.warns(UserWarning, match=r"have no market and are dropped, DEMO00\d\d 2018-01-02"):
+        bars = KLineHandler("demo", columns={"market": INDEX_RETURN}).bars()
+    assert bars.dates.min() == np.datetime64("2018-01-03")
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"next": "Ref($close, -1)"}, "columns: next: Ref($close, -1) looks 1 sessions ahead"),
+        ({"close": "$open"}, "columns: has 'close': a name is letters, digits and _, and none of open"),
+        ({"x": "$close +"}, "columns: x: should hold Qlib expressions"),
+        ({"x": 3}, "columns: x: should be a Qlib expression or a configuration"),
+        ({"x": "$absent"}, "KLineHandler: columns: field $absent is missing: no instrument of store"),
+        ({"x": "0/($close - $close)"}, "KLineHandler: columns: x: no bar of universe 'demo'"),
+        (["$open"], "columns: should be a mapping of names"),
+    ],
+)
+def test_a_wrong_column_is_one_line(store, columns, message):
+    with pytest.raises(ValueError) as error:
+        KLineHandler("demo", columns=columns)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return np.append(bars[1:, 3], 0)", "Own looks ahead"),
+        ("return bars[:, 3] - bars[:, 3].mean()", "Own looks ahead"),
+        ("return bars[:5, 3]", "Own returns the shape [5], and should return [60]"),
+        ("return bars[:, 3] / 0", "Own returns what is infinite"),
+        ("raise KeyError('x')", "Own fails: KeyError"),
+    ],
+)
+def test_a_class_that_cannot_be_a_column_is_told_before_anything_is_loaded(tmp_path, body, message):
+    file = tmp_path / "own.py"
+    file.write_text(f"import numpy as np\n\nclass Own:\n    def __call__(self, bars):\n        {body}\n")
+    with np.errstate(divide="ignore"), pytest.raises(ValueError) as error:
+        KLineHandler("demo", columns={"x": {"class": "Own", "module_path": str(file)}})
+    assert "KLineHandler: columns: x: " in str(error.value) and message in str(error.value)
+
+
+def test_a_wider_tokenizer_forecasts_bitwise_what_the_narrow_one_does_until_it_learns(store, narrow, networks):
+    """Zero weights: the columns change neither codes nor the six, whatever they hold."""
+    model = {"model": MODEL, "forecast": {"sample_count": 3}}
+    before, wide = make_dataset(), wide_dataset({"range": RANGE, "spread": "$high/$low"})
+    old = make_model(tokenizer=narrow, **model)
+    new = make_model(tokenizer={"start_from": narrow, "d_in": 8}, **model)
+    pd.testing.assert_frame_equal(old.forecast(before), new.forecast(wide), check_exact=True)
+    windows, drawn = wide.score_windows("test"), []
+    for dataset, made in ((before, old), (wide, new)):
+        batch = dataset.score_windows("test").normalised(np.arange(40))
+        x = torch.from_numpy(batch.x)
+        with torch.inference_mode():
+            codes = made.tokenizer.encode(x)
+            drawn.append((codes, made.tokenizer.decode(codes)[..., :6], made.tokenizer(x)[0][1][..., :6]))
+    assert all(torch.equal(one, other) for one, other in zip(*drawn))
+    assert windows.bars.values.shape[1] == 8 and new.tokenizer.source == narrow
+
+
+def test_all_columns_are_learnt_and_forecast(store, narrow, tmp_path):
+    forecast = {"keep_paths": True, "cache_dir": str(tmp_path / "cache")}
+    wide = {"start_from": narrow, "d_in": 8}
+    model = make_model(tokenizer=wide, forecast=forecast, finetune=finetune(tmp_path / "run"))
+    dataset = wide_dataset()
+    model.fit(dataset)
+    start = KronosTokenizer.from_pretrained(narrow).widened(8)
+    assert not torch.equal(model.tokenizer.embed.weight[:, 6:], start.embed.weight[:, 6:])
+    index, paths = model.paths(dataset)
+    assert paths.shape == (len(index), 2, HORIZON, 8)
+    again = KronosTokenizer.from_pretrained(tmp_path / "run" / "tokenizer" / "best")
+    assert again.d_in == 8 and torch.equal(again.head.weight, model.tokenizer.head.weight)
+    assert "range" in (tmp_path / "run" / "reconstruction.csv").read_text()
+
+
+def test_no_score_sees_a_later_value_of_a_column(store, narrow, tmp_path):
+    def scores(folder):
+        use_market(folder)
+        model = make_model(tokenizer={"start_from": narrow, "d_in": 7})
+        with torch.no_grad():
+            model.tokenizer.embed.weight[:, 6] = 0.1
+        return model.predict(wide_dataset({"range": RANGE}))
+
+    whole, shocked = scores(store), scores(tampered(store, tmp_path / "shocked", "prices"))
+    until = whole.index.get_level_values(0) <= LAST_DAY
+    assert until.any() and not until.all()
+    pd.testing.assert_series_equal(whole[until], shocked.reindex(whole.index)[until], check_exact=True)
+    assert not whole[~until].equals(shocked.reindex(whole.index)[~until])
+
+
+def test_columns_and_tokenizer_must_agree(store, narrow):
+    with pytest.raises(ValueError, match="d_in is 6; bars have 7 columns, open, .*, range; the handler's setting"):
+        make_model(tokenizer=narrow).predict(wide_dataset({"range": RANGE}))
+    with pytest.raises(ValueError, match="d_in is 8; bars have 6 columns"):
+        make_model(tokenizer={"start_from": narrow, "d_in": 8}).predict(make_dataset())
+    with pytest.raises(ValueError, match=r"d_in \(4\) is below the 6 columns"):
+        make_model(tokenizer={"start_from": narrow, "d_in": 4})
+    with pytest.raises(ValueError, match="tokenizer: start_from is of a tokenizer's"):
+        make_model(tokenizer={"start_from": narrow, "bits": 4})
+    with pytest.raises(ValueError, match="inputs: bars it takes 6 columns"):
+        ranker = {"output_dir": "ranker", "inputs": "bars"}
+        KronosRanker({"start_from": narrow, "d_in": 8}, MODEL, ranker=ranker).fit(wide_dataset())
+
+
+def test_predictor_takes_and_returns_the_columns_that_it_is_told(networks):
+    tokenizer, model = networks
+    times = pd.date_range("2024-01-01", periods=LOOKBACK + 3)
+    random = np.random.default_rng(0)
+    bars = pd.DataFrame(
+        100 + random.normal(0, 1, (LOOKBACK, 1)) + [0, 1, -1, 0.5], columns=["open", "high", "low", "close"]
+    )
+    bars["funding"] = random.normal(0, 1e-4, LOOKBACK)
+    wide = KronosPredictor(model, tokenizer.widened(7), "cpu", columns=["funding"])
+    options = {"pred_len": 3, "seed": 1, "verbose": False}
+    found = wide.predict(bars, times[:LOOKBACK], times[LOOKBACK:], **options)
+    plain = KronosPredictor(model, tokenizer, "cpu")
+    expected = plain.predict(bars.drop(columns="funding"), times[:LOOKBACK], times[LOOKBACK:], **options)
+    assert list(found.columns) == [*COLUMNS, "funding"]
+    assert np.isfinite(found["funding"]).all() and expected.shape == (3, 6)
+    with pytest.raises(ValueError, match="df has no column 'funding'"):
+        wide.predict(bars.drop(columns="funding"), times[:LOOKBACK], times[LOOKBACK:], **options)
+    with pytest.raises(ValueError, match="d_in is 7; bars have 6 columns, and columns should name the 1 others"):
+        KronosPredictor(model, tokenizer.widened(7), "cpu")
