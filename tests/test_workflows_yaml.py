@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from qlib.cli.run import render_template
 from qlib.utils.data import update_config
@@ -19,6 +20,10 @@ KRONOS = ["kronos_csi300", "kronos_csi300_zeroshot", "kronos_csi300_nano", "kron
 KRONOS += ["kronos_csi300_nano_calibrated", "ranker_csi300"]
 CSI300 = KRONOS + [f"{name}_csi300" for name in BASELINES]
 DEMO = ["kronos_demo", "ranker_demo"] + [f"{name}_demo" for name in BASELINES]
+OTHERS = [
+    f"{kind}_{market}" for market in ("5min", "crypto_1h", "us_day") for kind in ("kronos", "lightgbm", "reversal")
+]
+NESTED = ["nested_daily_signal", "nested_minute_execution"]
 VARIABLES = ["QLIB_DATA", "KRONOS_TOKENIZER", "KRONOS_MODEL"]
 
 
@@ -32,7 +37,7 @@ def load(name: str) -> dict[str, Any]:
     """A workflow as `qrun` sees it: `qlib.cli.run.workflow` up to the start of Qlib."""
     path = WORKFLOWS / f"{name}.yaml"
     config = YAML(typ="safe", pure=True).load(render_template(path))
-    return update_config(load_base(config["BASE_CONFIG_PATH"]), config)
+    return update_config(load_base(config["BASE_CONFIG_PATH"]), config) if "BASE_CONFIG_PATH" in config else config
 
 
 def load_base(file_name: str) -> dict[str, Any]:
@@ -74,7 +79,7 @@ def shared_part(config: dict[str, Any]) -> dict[str, Any]:
         (config, ["experiment_name"]),
         (config["task"], ["model"]),
         (dataset, ["class", "module_path"]),
-        (dataset["kwargs"], ["lookback", "horizon"]),
+        (dataset["kwargs"], ["lookback", "horizon", "exchange"]),
         (dataset["kwargs"]["handler"], ["class", "module_path"]),
         (record_kwargs(config, "ForecastRecord"), ["baselines"]),
         (dataset["kwargs"]["handler"]["kwargs"], ["infer_processors", "fit_start_time", "fit_end_time", "kronos"]),
@@ -85,10 +90,11 @@ def shared_part(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_these_are_all_the_workflows():
-    assert {path.stem for path in WORKFLOWS.glob("*.yaml")} == {*CSI300, *DEMO, "base_csi300", "base_demo"}
+    bases = [f"base_{market}" for market in ("csi300", "demo", "5min", "crypto_1h", "us_day")]
+    assert {path.stem for path in WORKFLOWS.glob("*.yaml")} == {*CSI300, *DEMO, *OTHERS, *NESTED, *bases}
 
 
-@pytest.mark.parametrize("name", CSI300 + DEMO)
+@pytest.mark.parametrize("name", CSI300 + DEMO + OTHERS + NESTED)
 def test_the_experiment_is_named_after_the_file(name):
     assert load(name)["experiment_name"] == name
 
@@ -118,23 +124,24 @@ def test_paths_come_from_the_environment(name, monkeypatch):
         assert config["task"]["model"]["kwargs"]["model"] == "/somewhere/of my own/KRONOS_MODEL"
 
 
-@pytest.mark.parametrize("base", ["base_csi300.yaml", "base_demo.yaml"])
+@pytest.mark.parametrize("base", [path.name for path in WORKFLOWS.glob("base_*.yaml")])
 def test_a_base_holds_no_template(base):
     """Qlib would leave it as it stands."""
     text = (WORKFLOWS / base).read_text()
     assert "{{" not in text and "{%" not in text
 
 
-@pytest.mark.parametrize("name", CSI300 + DEMO)
+@pytest.mark.parametrize("name", CSI300 + DEMO + OTHERS + NESTED)
 def test_the_recorder_is_a_sqlite_file(name):
     manager = load(name)["qlib_init"]["exp_manager"]
     assert manager["class"] == "MLflowExpManager"
     assert manager["kwargs"]["uri"] == "sqlite:///mlflow.db"
 
 
-@pytest.mark.parametrize("name", CSI300 + DEMO)
+@pytest.mark.parametrize("name", CSI300 + DEMO + OTHERS)
 def test_kronos_and_the_baselines_differ_in_model_and_features_only(name):
-    ours, yardstick = load(name), load("lightgbm_demo" if name in DEMO else "lightgbm_csi300")
+    market = name.split("_", 1)[1] if name in OTHERS else "demo" if name in DEMO else "csi300"
+    ours, yardstick = load(name), load(f"lightgbm_{market}")
     models = {"kronos": "KronosModel", "linear": "LinearModel", "lightgbm": "LGBModel", "lightgbm360": "LGBModel"}
     models |= {"ranker": "KronosRanker"}
     assert ours["task"]["model"]["class"] == models.get(name.split("_")[0], "FactorScore")
@@ -157,7 +164,7 @@ def test_a_baseline_is_the_same_on_both_markets(name):
         assert demo["task"][part] == csi300["task"][part]
 
 
-@pytest.mark.parametrize("name", [f"{name}_{market}" for name in RULES for market in ("csi300", "demo")])
+@pytest.mark.parametrize("name", [f"{name}_{market}" for name in RULES for market in ("csi300", "demo")] + OTHERS[2::3])
 def test_a_rule_is_a_stock_dataset_without_processors_whose_column_is_the_score(name):
     task = load(name)["task"]
     assert task["model"]["module_path"] == "kronos_qlib.workflow.rules"
@@ -185,16 +192,16 @@ def test_the_pca_of_kronos_factors_is_fitted_on_the_train_segment_alone(name):
     assert load(name)["task"]["model"] == plain["task"]["model"], "the features are all that differs"
 
 
-@pytest.mark.parametrize("name", CSI300 + DEMO)
+@pytest.mark.parametrize("name", CSI300 + DEMO + OTHERS)
 def test_the_label_is_the_return_that_an_order_after_the_close_can_earn(name):
     assert handler_kwargs(load(name))["label"] == ["Ref($close, -2)/Ref($close, -1) - 1"]
 
 
-@pytest.mark.parametrize("name", CSI300 + DEMO)
+@pytest.mark.parametrize("name", CSI300 + DEMO + OTHERS)
 def test_segments_are_in_order_and_the_backtest_is_the_test_segment(name):
     config = load(name)
     segments = config["task"]["dataset"]["kwargs"]["segments"]
-    dates = [date for segment in ("train", "valid", "test") for date in segments[segment]]
+    dates = [pd.Timestamp(date) for segment in ("train", "valid", "test") for date in segments[segment]]
     assert dates == sorted(set(dates)) and len(segments) == 3
     backtest = backtest_config(config)["backtest"]
     assert [backtest["start_time"], backtest["end_time"]] == segments["test"]

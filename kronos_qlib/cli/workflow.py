@@ -8,9 +8,10 @@ from kronos_qlib.cli.command import Commands, fail
 from kronos_qlib.text import printable
 
 _DESCRIPTION = """\
-    Write a commented workflow for a store: OUT.yaml for Kronos, OUT_lightgbm.yaml as its yardstick, and OUT_base.yaml
-    with what both share. Segments are cut by the store's dates, lookback and horizon by its frequency, benchmark, costs
-    and price limits by its market. Read them, change them: they are yours. Nothing runs yet.
+    Write a commented workflow for a store: OUT.yaml for Kronos, OUT_lightgbm.yaml and OUT_reversal.yaml as its
+    yardsticks, and OUT_base.yaml with what they share. Segments are cut by the store's dates, lookback and horizon by
+    its frequency, benchmark, costs, price limits and T+1 by its market. Read them, change them: they are yours. Nothing
+    runs yet.
 """
 
 _EXAMPLES = """\
@@ -38,7 +39,7 @@ def add_command(commands: Commands) -> None:
     command.add_argument("store", metavar="STORE", nargs="?", type=Path, help="a Qlib store")
     command.add_argument("--universe", default="all", metavar="NAME", help="a universe of the store (default: all)")
     command.add_argument("--model", default="nano", help="nano, mini, small or base (default: nano)")
-    command.add_argument("--region", default="auto", help="cn, us or crypto (default: auto, by names and days)")
+    command.add_argument("--region", default="auto", help="cn, us, tw or crypto (default: auto, by names and days)")
     command.add_argument("--freq", help="which bars of the store, such as 5min (default: the finest there are)")
     command.add_argument("--benchmark", metavar="NAME", help="an instrument (default: the index, or the mean of all)")
     command.add_argument("--copy", nargs="+", metavar="NAME", help="copy workflows of the package instead, or all")
@@ -77,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
         print(printable(note))
     print(f"written: {', '.join(map(str, files))}")
     if notes:
-        first, second = files[:2]
-        print(f"next: kronos-qlib check {first}; qrun {first}; qrun {second}")
-        print(f"then: kronos-qlib compare {first.stem} {second.stem}")
+        *runs, _ = files  # the last is the base
+        print(f"next: kronos-qlib check {runs[0]}; {'; '.join(f'qrun {run}' for run in runs)}")
+        print(f"then: kronos-qlib compare {' '.join(run.stem for run in runs)}")
     return 0

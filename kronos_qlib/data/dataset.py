@@ -52,6 +52,20 @@ def _check_exchange(value: Any) -> Any:
     return value
 
 
+def _check_times(value: Any) -> Any:
+    """Check the setting `score_times`. Raises ValueError."""
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(time, str) for time in value):
+        raise ValueError('should be a list of times of day such as ["14:55"], in quotes, or null')
+    for time in value:
+        try:
+            pd.to_datetime(time, format="%H:%M")
+        except ValueError:
+            raise ValueError(f"{time!r} is no time of day such as 14:55") from None
+    return list(value)
+
+
 class DatasetSettings(Settings):
     """The keyword arguments of `KLineDataset`."""
 
@@ -71,6 +85,9 @@ class DatasetSettings(Settings):
     max_gap: int | None = Field(default=None, ge=0)
     """Sessions that an instrument may miss between two bars of a window, suspended say; windows with a longer gap are
     left out, and counted. null: any, with a warning that counts windows over more than 60 missed sessions."""
+    score_times: Annotated[list[str] | None, BeforeValidator(_check_times)] = None
+    """Times of day, such as `["14:55"]`: only bars of these times are score dates, for one signal a day from bars of
+    minutes. null: every bar. Training windows end on any bar."""
     fetch_kwargs: dict[str, Any] = {}
     """Arguments of the handler's `fetch`, as of Qlib's `DatasetH`."""
 
@@ -84,6 +101,7 @@ class KLineDataset(DatasetH):
     exchange: whose sessions follow the end of the store's calendar (see `SessionCalendar`).
     normalisation: of small prices (see `windows.normalise`).
     max_gap: sessions that may be missing between two bars of a window; None: any.
+    score_times: times of day of the bars that are score dates; None: of all.
 
     `prepare` is DatasetH's, so that Qlib's records find features and labels. A pickle keeps the settings only.
 
@@ -92,6 +110,7 @@ class KLineDataset(DatasetH):
 
     normalisation: Normalisation = "unit_free"  # of datasets pickled before there was a choice
     max_gap: int | None = None  # likewise
+    score_times: list[str] | None = None  # likewise
 
     def __init__(
         self,
@@ -103,6 +122,7 @@ class KLineDataset(DatasetH):
         fetch_kwargs: Mapping[str, Any] | None = None,
         normalisation: Normalisation = "unit_free",
         max_gap: int | None = None,
+        score_times: list[str] | None = None,
         **unknown: Any,
     ) -> None:
         values: dict[str, Any] = {"handler": handler, "segments": segments, "lookback": lookback, "horizon": horizon}
@@ -110,6 +130,7 @@ class KLineDataset(DatasetH):
             "exchange": exchange,
             "normalisation": normalisation,
             "max_gap": max_gap,
+            "score_times": score_times,
             "fetch_kwargs": {} if fetch_kwargs is None else fetch_kwargs,
         }
         values |= unknown
@@ -178,12 +199,12 @@ class KLineDataset(DatasetH):
         return self._calendar
 
     def config(self, handler_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Change segments, lookback, horizon, exchange, normalisation, max_gap; the handler; or what a pickle keeps.
+        """Change settings but fetch_kwargs; the handler by `handler_kwargs`; or what a pickle keeps.
 
         The handler goes on loading from its own `start_time` if a later one is given, as Qlib's `PredUpdater` gives the
         first date to be scored: a window reaches `lookback` valid bars back, over suspensions of any length.
         """
-        known = ("segments", "lookback", "horizon", "exchange", "normalisation", "max_gap")
+        known = ("segments", "lookback", "horizon", "exchange", "normalisation", "max_gap", "score_times")
         ours = {key: kwargs.pop(key) for key in known if key in kwargs}
         unknown = set(kwargs) - {"dump_all", "exclude", "include", "recursive"}
         if unknown:
@@ -207,7 +228,7 @@ class KLineDataset(DatasetH):
         self.horizon = settings.horizon
         self.exchange = settings.exchange
         self.normalisation = settings.normalisation
-        self.max_gap = settings.max_gap
+        self.max_gap, self.score_times = settings.max_gap, settings.score_times
         self.__dict__.pop("_calendar", None)
 
     def _bounds(self, segment: Any) -> tuple[str, np.datetime64, np.datetime64]:
@@ -241,6 +262,8 @@ class KLineDataset(DatasetH):
         self._require_dates(segment)
         bars, members = self.handler.bars(), self.handler.members()
         wanted = members & (bars.dates >= start) & (bars.dates <= end)
+        if self.score_times is not None and not future:
+            wanted &= self._at_score_times(bars)
 
         rows = np.arange(len(bars))
         enough = rows - bars.offsets[bars.codes] >= self.lookback - 1
@@ -278,6 +301,21 @@ class KLineDataset(DatasetH):
             left_out=left_out,
             gaps=int(bridged.sum()),
         )
+
+    def _at_score_times(self, bars: Bars) -> np.ndarray:
+        """Return which bars are of the times of day that are scored: bool [N]. Raises ValueError for one without any.
+
+        As of the whole data, so that no later segment decides what is an error.
+        """
+        minutes = bars.stamp[:, 0] + 60 * bars.stamp[:, 1].astype(np.int64)
+        wanted = {time: 60 * int(time[:-3]) + int(time[-2:]) for time in self.score_times or ()}
+        for time, minute in wanted.items():
+            if not (minutes == minute).any():
+                raise ValueError(
+                    f"KLineDataset: score_times: no bar is of {time}; the last of a day are mostly of "
+                    f"{divmod(int(minutes.max()), 60)[0]:02d}:{int(minutes.max()) % 60:02d}"
+                )
+        return np.isin(minutes, list(wanted.values()))
 
     def _bridges_gap(self, bars: Bars, ends: np.ndarray, future: int) -> np.ndarray:
         """Return which windows reach over a gap longer than allowed, or than `LONG_GAP`: bool [W]."""

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from kronos_qlib.data.calendar import WEEKEND_SHARE, is_intraday
+from kronos_qlib.data.demo_market import BENCHMARK, is_synthetic
 from kronos_qlib.files import whole_file
 from kronos_qlib.ingest.store_files import StoreFiles
 from kronos_qlib.ingest.symbols import exchange_of, is_index
@@ -35,6 +36,7 @@ class Market:
     qlib_region: str
     exchange: str | None
     days_a_year: int
+    same_day_sale: bool  # of what was bought: not where the rule is T+1
     costs: tuple[tuple[str, str, str], ...]
     note: str
 
@@ -44,6 +46,7 @@ MARKETS = {
         "cn",
         "XSHG",
         252,
+        False,
         (
             ("limit_threshold", "0.095", "a share that moved this far is at its price limit: no trade"),
             ("open_cost", "0.001", "share of the amount bought"),
@@ -54,8 +57,9 @@ MARKETS = {
     ),
     "us": Market(
         "us",
-        None,
+        None,  # that of the region, unless the store trades on weekends
         252,
+        True,
         (
             ("limit_threshold", "null", "no price limits"),
             ("open_cost", "0.0005", "share of the amount bought"),
@@ -64,10 +68,24 @@ MARKETS = {
         ),
         "trading unit one share, no price limits",
     ),
+    "tw": Market(
+        "tw",
+        "XTAI",
+        245,
+        True,
+        (
+            ("limit_threshold", "0.095", "a share that moved this far is at its price limit: no trade"),
+            ("open_cost", "0.001425", "share of the amount bought: the broker's fee"),
+            ("close_cost", "0.004425", "share of the amount sold: the fee and the transaction tax"),
+            ("min_cost", "20", "dollars per order"),
+        ),
+        "trading unit 1,000 shares, price limits of Taiwan",
+    ),
     "crypto": Market(
         "us",
         "24/7",
         365,
+        True,
         (
             ("limit_threshold", "null", "no price limits"),
             ("trade_unit", "null", "any part of a coin"),
@@ -103,12 +121,12 @@ def write_workflow(
     freq: str | None = None,
     benchmark: str | None = None,
 ) -> tuple[list[Path], list[str]]:
-    """Write a workflow for a store, its LightGBM twin, and the base that both share.
+    """Write a workflow for a store, its twins of LightGBM and of a rule, and the base that they share.
 
     Args:
-        folder: the store. out: the workflow's file; the two others lie beside it.
+        folder: the store. out: the workflow's file; the others lie beside it.
         model: nano, mini, small or base.
-        region: cn, us, crypto, or auto: by the names of the instruments and the days of the week.
+        region: cn, us, tw, crypto, or auto: by the names of the instruments and the days of the week.
         benchmark: an instrument; by default the store's index, or the mean of its instruments.
 
     Returns:
@@ -124,7 +142,8 @@ def write_workflow(
     stem = out.stem
     if not re.fullmatch(r"[\w-]+", stem) or out.suffix not in (".yaml", ".yml"):
         raise ValueError(f"--out {out}: should be NAME.yaml, with letters, digits, _ and - in its name")
-    files = [out, out.with_name(f"{stem}_lightgbm{out.suffix}"), out.with_name(f"{stem}_base{out.suffix}")]
+    parts = ("lightgbm", "reversal", "base")
+    files = [out, *(out.with_name(f"{stem}_{part}{out.suffix}") for part in parts)]
     there = next((path for path in files if path.exists()), None)
     if there:
         raise FileExistsError(f"{there} is there already; name another by --out")
@@ -135,7 +154,7 @@ def write_workflow(
         autoescape=False,  # YAML, no page; names and paths in it are quoted  # nosec B701
     )
     environment.filters["pad"] = lambda text, width: str(text).ljust(width)
-    for path, name in zip(files, ("kronos", "lightgbm", "base")):
+    for path, name in zip(files, ("kronos", *parts)):
         text = environment.get_template(f"{name}.yaml.jinja").render(settings, stem=stem)
         with whole_file(path) as draft:
             draft.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
@@ -203,6 +222,10 @@ def _settings(
     cut = {name: (span[0], _last_session(calendar, span[1], freq)) for name, span in segments.items()}
     index, index_note = _benchmark(store, freq, benchmark, known)
     shares = [name for name in known if not is_index(name)] or known
+    # With days, what is bought at an open cannot be sold before the next one.
+    hold_thresh = 5 if freq == "day" and region == "cn" else 1
+    if is_intraday(freq) and not market.same_day_sale:
+        hold_thresh = math.ceil(bars_a_day)
     topk = max(1, min(50, len(shares) // 5))
     n_drop = max(1, topk // 10)
     traded = any(store.read(name, freq, ["volume"])[1].gt(0).any().any() for name in known[:20])
@@ -224,7 +247,10 @@ def _settings(
         "topk": topk,
         "members": len(shares),
         "n_drop": n_drop,
-        "hold_thresh": 5 if freq == "day" and region == "cn" else 1,
+        "hold_thresh": hold_thresh,
+        "hold_note": ""
+        if market.same_day_sale or not is_intraday(freq)
+        else ": T+1, no sale on the day of the purchase",
         "benchmark": index,
         "benchmark_note": index_note,
         "costs": market.costs,
@@ -310,6 +336,8 @@ def _benchmark(store: StoreFiles, freq: str, given: str | None, members: Sequenc
         if named.upper() not in every or not store.has(named, "close", freq):
             raise ValueError(f"--benchmark {named}: {store.folder} has no bars of it of {freq}")
         return json.dumps(named.upper()), ""
+    if is_synthetic(store.folder) and store.has(BENCHMARK, "close", freq):
+        return BENCHMARK, ""
     indices = [name for name in every if is_index(name) and store.has(name, "close", freq)]
     if indices:
         return json.dumps("SH000300" if "SH000300" in indices else indices[0]), ""

@@ -67,11 +67,14 @@ def test_a_store_of_each_market_gets_files_that_check_finds_nothing_against(
     assert backtest["exchange_kwargs"]["limit_threshold"] == limit and backtest["exchange_kwargs"]["freq"] == freq
     end = pd.Timestamp(settings["segments"]["test"][1])
     assert end == times[times.normalize() == end.normalize()][-1] and pd.Timestamp(backtest["end_time"]) == end
-    for file in ("mine.yaml", "mine_lightgbm.yaml"):
+    for file in ("mine.yaml", "mine_lightgbm.yaml", "mine_reversal.yaml"):
         check = WorkflowCheck(Path(file))
         errors = [finding.text for finding in check.findings() if finding.level == "error"]
         assert errors == []
-    assert "next: kronos-qlib check mine.yaml; qrun mine.yaml; qrun mine_lightgbm.yaml" in capsys.readouterr().out
+    assert (
+        "next: kronos-qlib check mine.yaml; qrun mine.yaml; qrun mine_lightgbm.yaml; qrun mine_reversal.yaml"
+        in capsys.readouterr().out
+    )
 
 
 def test_segments_follow_each_other_and_leave_what_labels_and_forecasts_need(tmp_path):
@@ -164,4 +167,4 @@ def test_a_copy_overwrites_nothing(tmp_path, capsys):
     assert "base_demo.yaml is there already, and is another" in capsys.readouterr().err
     assert (tmp_path / "base_demo.yaml").read_text() == "mine" and not (tmp_path / "kronos_demo.yaml").exists()
     assert main(["workflow", "--copy", "nothing"]) == 2
-    assert "--copy 'nothing' is unknown; use all, or some of kronos_csi300," in capsys.readouterr().err
+    assert "--copy 'nothing' is unknown; use all, or some of kronos_5min," in capsys.readouterr().err
