@@ -26,10 +26,10 @@ STAGE = {
 }
 
 
-def use_market(folder: Path) -> None:
-    """Point Qlib, which is global, at a market, and its recorders at mlflow.db in the working directory."""
+def use_market(folder: Path | dict[str, str]) -> None:
+    """Point Qlib, which is global, at a market or folders by frequency, its recorders at mlflow.db where we are."""
     qlib.init(
-        provider_uri=str(folder),
+        provider_uri=folder if isinstance(folder, dict) else str(folder),
         region="cn",
         kernels=1,
         logging_level=30,
