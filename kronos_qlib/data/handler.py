@@ -1,7 +1,7 @@
 """KLineHandler: the K-lines of a universe as a Qlib data handler, and as one array of valid bars."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, cast
 
 import numpy as np
@@ -156,18 +156,19 @@ class KLineHandler(DataHandlerLP):
             ValueError: a bar that no market prints, see `checks`.
         """
         if self._bars is None:
-            rows = self._data["feature"].swaplevel().sort_index()
-            values = rows.to_numpy(np.float32)
+            index = self._data.index  # sorted by (datetime, instrument)
+            order = np.argsort(index.codes[1], kind="stable")
+            sessions, names = (codes[order] for codes in index.codes)
+            values = self._data["feature"].to_numpy(np.float32)[order]
             traded = values[:, COLUMNS.index("volume")] != 0
             optional = self.data_loader.volume == "optional"
             valid = ~np.isnan(values).any(axis=1) & (traded | optional)
-            bars = _bars_of(rows.index, values, valid, self.columns)
-            _warn_of_instruments_without_bars(rows, bars.instruments)
+            bars = _bars_of(index.levels, sessions[valid], names[valid], values[valid], self.columns)
+            _warn_of_instruments_without_bars(self._data["feature"], bars.instruments)
             if optional:
                 _warn_of_bars_without_volume(bars)
             check_bars(bars)
-            change = self._change.swaplevel().sort_index().to_numpy()
-            warn_of_jumps(bars, _returns(rows.index, values[:, CLOSE])[valid], change[valid])
+            warn_of_jumps(bars, _returns(names, values[:, CLOSE])[valid], self._change.to_numpy()[order[valid]])
             self._bars = bars
         return self._bars
 
@@ -222,26 +223,32 @@ class KLineHandler(DataHandlerLP):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
-def _bars_of(index: pd.MultiIndex, values: np.ndarray, valid: np.ndarray, columns: tuple[str, ...]) -> Bars:
-    """Make bars of the valid rows of an (instrument, datetime) sorted table; an instrument without any is left out."""
-    names, counts = np.unique(index.codes[0][valid], return_counts=True)
-    dates = index.get_level_values(1).to_numpy("datetime64[ns]")[valid]
+def _bars_of(
+    levels: Sequence[pd.Index], sessions: np.ndarray, names: np.ndarray, values: np.ndarray, columns: tuple[str, ...]
+) -> Bars:
+    """Make bars of rows sorted by (instrument, datetime); an instrument without any is left out.
+
+    Args:
+        levels: of the table's index: all sessions, all names. sessions, names: which of them each row is of [N].
+    """
+    kept, counts = np.unique(names, return_counts=True)
+    dates = levels[0].to_numpy("datetime64[ns]")
     return Bars(
-        values=np.ascontiguousarray(values[valid]),
-        stamp=stamps(dates).astype(np.int8),
-        dates=dates,
+        values=values,
+        stamp=stamps(dates).astype(np.int8)[sessions],
+        dates=dates[sessions],
         offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        instruments=tuple(index.levels[0][names]),
+        instruments=tuple(levels[1][kept]),
         columns=columns,
     )
 
 
 def _warn_of_instruments_without_bars(rows: pd.DataFrame, kept: tuple[str, ...]) -> None:
     """Warn of instruments in the table without a single valid bar, and of the fields that they lack."""
-    names = rows.index.levels[0]
+    names = rows.index.levels[1]
     left_out = names.difference(kept)
     if len(left_out):
-        empty = {name: rows.loc[name].isna().all() for name in left_out[:5]}  # which fields have no value
+        empty = {name: rows.xs(name, level=1).isna().all() for name in left_out[:5]}  # which fields have no value
         named = [f"{name} (no {', '.join(f[f].index) if f.any() else 'trade'})" for name, f in empty.items()]
         warnings.warn(
             f"KLineHandler: {len(left_out)} of {len(names)} instruments are left out, they have no valid bar: "
@@ -263,12 +270,12 @@ def _warn_of_bars_without_volume(bars: Bars) -> None:
         )
 
 
-def _returns(index: pd.MultiIndex, close: np.ndarray) -> np.ndarray:
+def _returns(names: np.ndarray, close: np.ndarray) -> np.ndarray:
     """Return close-to-close returns `[N]` between an instrument's successive rows, which are successive sessions.
 
     A session without a close gives NaN for itself and for the next one: `$change` across a gap cannot be checked.
     """
     last_close = np.roll(close, 1)
-    last_close[np.diff(index.codes[0], prepend=-1) != 0] = np.nan
+    last_close[np.diff(names, prepend=-1) != 0] = np.nan
     last_close[~(last_close > 0)] = np.nan
     return close / last_close - 1

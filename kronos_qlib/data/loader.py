@@ -1,5 +1,6 @@
 """KLineLoader: reads a Qlib store into one table of K-lines: six columns, label, one rule for the amount."""
 
+import functools
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pandas as pd
 from qlib.config import C
 from qlib.data import D
-from qlib.data.data import Cal
+from qlib.data.data import Cal, ExpressionD
 from qlib.data.dataset.loader import DataLoader
 from qlib.log import get_module_logger
 from qlib.utils import code_to_fname
@@ -77,7 +78,7 @@ class KLineLoader(DataLoader):
         expressions = {name: column for name, column in self.columns.items() if isinstance(column, str)}
         # A label or a column may be a field.
         fields = list(dict.fromkeys([*RAW, *stored, *self.label, *expressions.values()]))
-        raw = D.features(names, fields, start_time, end_time, freq=self.freq)
+        raw = read_fields(names, fields, start_time, end_time, self.freq)
         raw[[field for field in OPTIONAL if field not in stored]] = np.float32(np.nan)
         where = f"universe {_title(instruments)} in store {store_folder(self.freq)}"
         if raw.empty:
@@ -114,7 +115,7 @@ class KLineLoader(DataLoader):
         columns |= self._own_columns(columns, {name: raw[text] for name, text in expressions.items()}, where)
         columns |= {("label", f"LABEL{i}"): raw[expression] for i, expression in enumerate(self.label)}
         columns["check", "change"] = raw["$change"]
-        return pd.DataFrame(columns).astype(np.float32).swaplevel().sort_index()
+        return _by_time(columns, raw.index)
 
     def _own_columns(
         self, six: Mapping[tuple[str, str], pd.Series], expressed: Mapping[str, pd.Series], where: str
@@ -169,6 +170,18 @@ class KLineLoader(DataLoader):
                 )
 
 
+def _by_time(columns: Mapping[tuple[str, str], pd.Series], index: pd.MultiIndex) -> pd.DataFrame:
+    """Make a float32 table sorted by (datetime, instrument) of columns sorted by (instrument, datetime)."""
+    order = np.argsort(index.codes[1], kind="stable")
+    swapped = pd.MultiIndex(
+        levels=index.levels[::-1],
+        codes=[codes[order] for codes in index.codes[::-1]],
+        names=index.names[::-1],
+        verify_integrity=False,
+    )
+    return pd.DataFrame({name: each.to_numpy(np.float32)[order] for name, each in columns.items()}, swapped)
+
+
 def _computed(name: str, configuration: Mapping[str, Any], bars: pd.DataFrame) -> pd.Series:
     """Compute a column of the user's own from the bars, instrument by instrument. Raises ValueError."""
     column, parts = load_column(configuration), []
@@ -178,6 +191,40 @@ def _computed(name: str, configuration: Mapping[str, Any], bars: pd.DataFrame) -
         except ValueError as error:
             raise ValueError(f"KLineHandler: columns: {name}: {instrument}: {error}") from None
     return pd.Series(np.concatenate(parts) if parts else [], bars.index)
+
+
+def read_fields(
+    names: list[str], fields: list[str], start_time: pd.Timestamp | None, end_time: pd.Timestamp | None, freq: str
+) -> pd.DataFrame:
+    """Read fields and expressions as Qlib's `D.features` does, by its expressions, in a third of the time.
+
+    Qlib makes a time object of every bar of every instrument; here bars keep their number in the calendar.
+
+    Returns:
+        float32, index (instrument, datetime) sorted, a column per field; instruments without bars are not in it.
+    """
+    parts, counts, rows = [np.empty((0, len(fields)), np.float32)], [], [np.empty(0, np.int64)]
+    wanted = Cal.calendar(start_time, end_time, freq)
+    for name in names if len(wanted) else ():
+        series = [ExpressionD.expression(name, field, wanted[0], wanted[-1], freq) for field in fields]
+        index = series[0].index
+        if any(not index.equals(each.index) for each in series[1:]):
+            index = functools.reduce(pd.Index.union, (each.index for each in series))
+            series = [each.reindex(index) for each in series]
+        counts.append(len(index))
+        rows.append(index.to_numpy(np.int64))
+        parts.append(np.stack([each.to_numpy(np.float32) for each in series], axis=1))
+    sessions, numbers = np.concatenate(rows), np.array(counts, np.int64)
+    calendar, have = pd.DatetimeIndex(Cal.calendar(freq=freq)), np.flatnonzero(numbers)
+    used = np.zeros(len(calendar), bool)
+    used[sessions] = True
+    index = pd.MultiIndex(
+        levels=[pd.Index(names, dtype=object)[have], calendar[used]],
+        codes=[np.repeat(np.arange(len(have)), numbers[have]), (used.cumsum() - 1)[sessions]],
+        names=["instrument", "datetime"],
+        verify_integrity=False,
+    )
+    return pd.DataFrame(np.concatenate(parts), index, fields)
 
 
 def store_folder(freq: str) -> Path:
@@ -302,8 +349,16 @@ def _amount(raw: pd.DataFrame, rule: str) -> pd.Series:
     if rule == "amount":
         return raw["$amount"]
     # adjusted price × adjusted volume is the money traded, whatever the factor; float64 for the products
-    price = raw["$vwap"] if rule == "vwap" else raw[["$open", "$high", "$low", "$close"]].astype(float).mean(axis=1)
-    return raw["$volume"].astype(float) * price
+    return raw["$volume"].astype(float) * (raw["$vwap"] if rule == "vwap" else _mean_price(raw[list(RAW[:4])]))
+
+
+def _mean_price(prices: pd.DataFrame) -> pd.Series:
+    """Return the mean of each row's known values, float64; as pandas' own, which is slow over columns."""
+    mean = functools.reduce(pd.Series.add, (prices[field].astype(float) for field in prices)) / prices.shape[1]
+    lacking = mean.isna()
+    if lacking.any():
+        mean[lacking] = prices[lacking].astype(float).mean(axis=1)
+    return mean
 
 
 def _title(instruments: Universe) -> str:

@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from qlib.data import D
 from qlib.data.dataset.handler import DataHandlerLP
 from stores import DAYS, market_bars, random_bars, sessions, use_store, write_calendar, write_market, write_store
 
 from kronos_qlib import KLineHandler
+from kronos_qlib.data.loader import read_fields
 from kronos_qlib.data.stamps import stamps
 from kronos_qlib.data.windows import COLUMNS
 
@@ -41,6 +43,16 @@ def test_it_serves_features_and_label_as_a_qlib_handler(market):
     np.testing.assert_allclose(found["feature", "close"], close, rtol=1e-6)
     np.testing.assert_allclose(found["label", "LABEL0"], close.shift(-2) / close.shift(-1) - 1, rtol=2e-3, atol=1e-6)
     assert list(found.index) == list(CALENDAR)
+
+
+@pytest.mark.parametrize("dates", [(None, None), ("2024-01-10", "2024-02-05"), ("2024-02-20", None)])
+def test_fields_are_those_that_qlib_s_own_loader_reads(market, dates):
+    names = [*sorted(market_bars()), "NOBODY"]
+    fields = ["$close", "$volume", "Ref($close, -2)/Ref($close, -1) - 1", "$close/Ref($open, 3)", "$absent"]
+    start, end = (None if date is None else pd.Timestamp(date) for date in dates)
+    ours, theirs = read_fields(names, fields, start, end, "day"), D.features(names, fields, *dates, freq="day")
+    assert len(ours) > 20
+    pd.testing.assert_frame_equal(ours, theirs, check_exact=True)
 
 
 def test_raw_infer_and_learn_data_are_one(market):
