@@ -21,12 +21,14 @@ def load_extension(configuration: Mapping[str, Any]) -> Any:
     """Make the object that a configuration names.
 
     Args:
-        configuration: class; module_path, a module's dotted name or a file's path; kwargs of the class, {} by default.
+        configuration: class; module_path, a module's dotted name or a file's path; kwargs of the class, {} by default;
+            digest, where `identify` has put it in.
 
     Raises:
-        ValueError: an unknown key, a module or class that there is not or that fails, an object that cannot be called.
+        ValueError: an unknown key, a module or class that there is not or that fails, an object that cannot be called,
+            a file that has changed since it was identified.
     """
-    unknown = sorted(set(configuration) - {"class", "module_path", "kwargs"})
+    unknown = sorted(set(configuration) - {"class", "module_path", "kwargs", "digest"})
     if unknown:
         raise ValueError(f"unknown key {unknown[0]!r}; known keys: class, module_path, kwargs")
     name, place = configuration["class"], configuration.get("module_path")
@@ -44,6 +46,8 @@ def load_extension(configuration: Mapping[str, Any]) -> Any:
         raise ValueError(f"{kind.__name__} cannot be made: {_reason(error)}") from error
     if not callable(made):
         raise ValueError(f"{kind.__name__} has no __call__")
+    if "digest" in configuration and configuration["digest"] != _digest(kind):
+        raise ValueError(f"{kind.__name__}: {place} has changed since this run began; begin another")
     return made
 
 
@@ -66,12 +70,24 @@ def call_extension(extension: Any, shape: tuple[int, ...], *arguments: Any) -> n
 def describe_extension(configuration: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a run records of an extension: its configuration, its file, and the digest of what stands there."""
     kind = type(load_extension(configuration))
-    try:
-        file = inspect.getsourcefile(kind)
-    except TypeError:  # of a class made in a notebook
-        file = None
-    digest = digest_of_file(Path(file)) if file and Path(file).is_file() else None
-    return {"class": kind.__name__, "module": kind.__module__, "file": file, "digest": digest}
+    file = _file(kind)
+    return {"class": kind.__name__, "module": kind.__module__, "file": file and str(file), "digest": _digest(kind)}
+
+
+def identify(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration that other processes can load and that says which text it is of; plain data.
+
+    Raises ValueError for a class that is given itself, which has no name elsewhere.
+    """
+    if not isinstance(configuration["class"], str):
+        raise ValueError("should give its class by name, with a module_path: other processes make it too")
+    kind = type(load_extension(configuration))
+    return at_home(configuration) | {"kwargs": dict(configuration.get("kwargs", {})), "digest": _digest(kind)}
+
+
+def identity_of(configuration: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return what an identified configuration is, wherever its file lies: class, kwargs and digest; None of None."""
+    return None if configuration is None else {key: configuration.get(key) for key in ("class", "kwargs", "digest")}
 
 
 def at_home(configuration: Any) -> Any:
@@ -80,6 +96,19 @@ def at_home(configuration: Any) -> Any:
     if not isinstance(place, str) or not place.endswith(".py"):
         return configuration
     return dict(configuration) | {"module_path": str(Path(place).expanduser().resolve())}
+
+
+def _file(kind: type) -> Path | None:
+    try:
+        file = inspect.getsourcefile(kind)
+    except TypeError:  # of a class made in a notebook
+        return None
+    return Path(file) if file and Path(file).is_file() else None
+
+
+def _digest(kind: type) -> str | None:
+    file = _file(kind)
+    return digest_of_file(file) if file else None
 
 
 def _module(place: str) -> Any:

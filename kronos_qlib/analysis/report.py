@@ -1,7 +1,7 @@
 """The comparison as one HTML page that needs no network."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from kronos_qlib.analysis import charts, tables
 from kronos_qlib.analysis.comparison import Comparison
 from kronos_qlib.analysis.fans import Fan, FansError, load_fans
 from kronos_qlib.analysis.notes import backtest_period, synthetic_note
+from kronos_qlib.analysis.own_figures import ReportFigure, draw_figure
 from kronos_qlib.analysis.results import RunResult
 from kronos_qlib.analysis.verdicts import pair_verdict, residual_verdict, run_verdict, trials_verdicts
 from kronos_qlib.evaluation.palette import DARK, LIGHT
@@ -65,11 +66,17 @@ class _Sentences:
     folded: bool = False
 
 
-def write_page(comparison: Comparison, path: Path) -> Path:
+def write_page(comparison: Comparison, path: Path, figures: Sequence[ReportFigure] = ()) -> Path:
     """Write the comparison to `path` as a page of its own: verdict, warnings, tables, figures, settings; return `path`.
 
     Forecast fans and calibration are shown for the runs that have their files; for the others a sentence names what is
     missing. Figures of more than `charts.MOST_POINTS` days show every n-th; a caption names n.
+
+    Args:
+        figures: of the user's own, shown last.
+
+    Raises:
+        ValueError: a figure of the user's own fails.
     """
     environment = Environment(loader=FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["json"] = _json
@@ -81,7 +88,7 @@ def write_page(comparison: Comparison, path: Path) -> Path:
         warnings=[note for note in comparison.notes if note.startswith(_WARNINGS)],
         notes=[*tables.legend(comparison.step), *(note for note in comparison.notes if not note.startswith(_WARNINGS))],
         tables=_tables(comparison),
-        sections=list(_sections(comparison)),
+        sections=[*_sections(comparison), *_own_section(comparison, figures)],
         settings=[_settings(comparison, run) for run in comparison.runs],
         css=Markup((_HERE / "report.css").read_text()),  # of this package  # nosec B704
         plotly=Markup(get_plotlyjs()),  # of plotly  # nosec B704
@@ -174,6 +181,12 @@ def _minus(number: str) -> str:
 
 def _name(name: str | tuple[str, str]) -> str:
     return name if isinstance(name, str) else " − ".join(name)
+
+
+def _own_section(comparison: Comparison, figures: Sequence[ReportFigure]) -> Iterator[_Section]:
+    if figures:
+        drawn = [_Figure(*draw_figure(figure, comparison.runs)) for figure in figures]
+        yield _Section("own", "Figures of your own", "", [_Part(drawn)])
 
 
 def _sections(comparison: Comparison) -> Iterator[_Section]:

@@ -17,6 +17,14 @@ def fail(command: str, error: Exception, status: int = 2) -> int:
     return status
 
 
+def parse_class(option: str, text: str) -> dict[str, str]:
+    """Divide the MODULE:CLASS text of an option. Raises ValueError, which names it, for another text."""
+    place, _, name = text.rpartition(":")
+    if not (place and name.isidentifier()):
+        raise ValueError(f"{option} {text!r} should be FILE.py:CLASS, or the dotted name of a module and a class")
+    return {"class": name, "module_path": place}
+
+
 def parse_pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
     """Divide the NAME=VALUE texts of an option. Raises ValueError, which names it, for another text."""
     pairs = {}

@@ -5,7 +5,7 @@ from pathlib import Path
 from textwrap import dedent
 
 from kronos_qlib.analysis import DEFAULT_URI
-from kronos_qlib.cli.command import Commands, fail
+from kronos_qlib.cli.command import Commands, fail, parse_class
 
 _DESCRIPTION = """\
     Compare finished runs: the newest of each experiment named, or the very run whose recorder id is given. Only dates
@@ -58,6 +58,13 @@ def add_command(commands: Commands) -> None:
     command.add_argument(
         "--out", type=Path, metavar="DIR", help="also write report.html, tables as .csv and figures as .png to DIR"
     )
+    command.add_argument(
+        "--figure",
+        action="append",
+        default=[],
+        metavar="FILE.py:CLASS",
+        help="with --out, add a figure of your own to report.html (docs: Extending); may stand several times",
+    )
     command.set_defaults(run=run)
 
 
@@ -70,10 +77,14 @@ def _count(text: str) -> int:
 def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit status."""
     from kronos_qlib.analysis.comparison import compare_runs, write_tables
+    from kronos_qlib.analysis.own_figures import load_figures
     from kronos_qlib.analysis.results import ResultsError, load_runs
     from kronos_qlib.analysis.tables import terminal_text
 
     try:
+        figures = load_figures([parse_class("--figure", text) for text in options.figure])
+        if figures and options.out is None:
+            raise ValueError("--figure goes with --out, where report.html is written")
         comparison = compare_runs(load_runs(options.names, options.uri), options.trials)
         print(terminal_text(comparison))
         if options.out is not None:
@@ -81,8 +92,8 @@ def run(options: argparse.Namespace) -> int:
             from kronos_qlib.analysis.report import write_page
 
             written = [*write_tables(comparison, options.out), *plot_comparison(comparison, options.out)]
-            written.append(write_page(comparison, options.out / "report.html"))
+            written.append(write_page(comparison, options.out / "report.html", figures))
             print(f"\nwritten: {', '.join(map(str, written))}")
-    except (ResultsError, OSError) as error:
+    except (ResultsError, ValueError, OSError) as error:
         return fail("compare", error)
     return 0

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from textwrap import dedent
 
-from kronos_qlib.cli.command import ORDERS, Commands, fail, parse_pairs
+from kronos_qlib.cli.command import ORDERS, Commands, fail, parse_class, parse_pairs
 from kronos_qlib.text import printable
 
 _DESCRIPTION = """\
@@ -25,6 +25,7 @@ _EXAMPLES = """\
       kronos-qlib ingest downloads/ ~/.qlib/qlib_data/mine
       kronos-qlib ingest prices.csv store --map close=Last --map time=When
       kronos-qlib ingest today.csv store --append
+      kronos-qlib ingest candles/ store --reader examples/json_reader.py:JsonLines
       kronos-qlib ingest bars/ store --universe csi300=members.txt --benchmark index.csv --tz Asia/Shanghai
 """
 SHOWN = 40  # findings
@@ -43,6 +44,9 @@ def add_command(commands: Commands) -> None:
     command.add_argument("store", metavar="STORE", type=Path, help="folder of the store; made if absent")
     command.add_argument("--append", action="store_true", help="add bars to the store that is there")
     command.add_argument("--map", action="append", default=[], metavar="COLUMN=NAME", help="a foreign column's name")
+    command.add_argument(
+        "--reader", metavar="FILE.py:CLASS", help="read files of another kind by a class of your own (docs: Extending)"
+    )
     command.add_argument("--unit", default="auto", help="shares, lots, lots,thousands or thousands (default: auto)")
     command.add_argument("--adjust", default="auto", help="none, adjusted_close or factor (default: auto)")
     command.add_argument("--freq", default="auto", help="day, 1week, or minutes such as 5min (default: auto)")
@@ -93,6 +97,7 @@ def run(options: argparse.Namespace) -> int:
             label=options.label,
             tz=options.tz,
             dates=options.dates,
+            reader=parse_class("--reader", options.reader) if options.reader else None,
             universes={name: Path(path) for name, path in universes.items()},
             benchmark=options.benchmark,
             append=options.append,

@@ -14,7 +14,7 @@ from qlib.utils import init_instance_by_config
 from kronos_qlib.data.calendar import SessionCalendar, check_exchange, range_end, store_calendar
 from kronos_qlib.data.dates import Date
 from kronos_qlib.data.handler import KLineHandler
-from kronos_qlib.data.windows import Bars, Normalisation, Windows
+from kronos_qlib.data.windows import Bars, Normalisation, Windows, check_normalisation
 from kronos_qlib.settings import MISSING, Settings, check_configuration, read_settings
 
 LONG_GAP = 60  # sessions missed that are worth a warning: three months of days
@@ -79,9 +79,10 @@ class DatasetSettings(Settings):
     """Bars forecast."""
     exchange: Annotated[str | None, BeforeValidator(_check_exchange)] = None
     """The exchange whose sessions follow the end of the store, such as `XSHG`; null: the region's."""
-    normalisation: Normalisation = "unit_free"
+    normalisation: Annotated[Any, BeforeValidator(check_normalisation)] = "unit_free"
     """How small prices are normalised: `unit_free`, whatever their unit, or with the absolute 1e-5 as `published`,
-    which flattens prices of 1e-4 and below. Other prices do not differ."""
+    which flattens prices of 1e-4 and below; other prices do not differ. Or a class of your own (class, module_path,
+    kwargs), see [Extending](extending.md)."""
     max_gap: int | None = Field(default=None, ge=0)
     """Sessions that an instrument may miss between two bars of a window, suspended say; windows with a longer gap are
     left out, and counted. null: any, with a warning that counts windows over more than 60 missed sessions."""

@@ -1,21 +1,76 @@
 """Windows of bars: positions in one contiguous array of all bars, copied out and normalised batch by batch."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from hashlib import blake2b
-from typing import Literal
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+from kronos_qlib.extensions import call_extension, identify, identity_of, load_extension
 
 COLUMNS = ("open", "high", "low", "close", "volume", "amount")
 CLOSE = COLUMNS.index("close")
 EPS = 1e-5
 SMALL_LEVEL, SMALL_STD = 1.0, 0.01  # a column whose mean or deviation is below these is small beside EPS
 RELATIVE_EPS = 1e-8  # takes the place of EPS there, in units of the deviation
-Normalisation = Literal["unit_free", "published"]
+NamedNormalisation = Literal["unit_free", "published"]
+Normalisation = NamedNormalisation | Mapping[str, Any]
+"""A name, or the identified configuration of a `WindowNormalisation`."""
 NORMALISE_BLOCK = 128  # windows normalised at a time: their float64 copy then stays in the processor's cache
 KEYS_BLOCK = 65_536  # windows whose keys are computed at a time: their texts take a hundred bytes each
+
+
+class WindowNormalisation(Protocol):
+    """A normalisation of a user's own, the setting `normalisation` of a KLineDataset as a configuration.
+
+    It is given the lookback alone, so that it cannot look ahead; clipping, and the way back to prices, are not its own.
+    """
+
+    def __call__(self, bars: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Say how windows are normalised, each by itself.
+
+        Args:
+            bars: of the lookbacks, in price units [B, L, D], columns `COLUMNS`, then those that a handler adds.
+
+        Returns:
+            [B, 2, D]: what is subtracted from each column, and what it is then divided by, above 0.
+        """
+
+
+def check_normalisation(value: Any) -> Any:
+    """Check the setting `normalisation`, and identify a class of the user's own. Raises ValueError."""
+    if not isinstance(value, Mapping):
+        if value not in get_args(NamedNormalisation):
+            raise ValueError(f"Input should be {' or '.join(map(repr, get_args(NamedNormalisation)))}")
+        return value
+    if not isinstance(value.get("class"), (str, type)):
+        raise ValueError("should be a name, or a configuration with the keys class, module_path and kwargs")
+    identified = identify(value)
+    walks = 100 * np.exp(np.random.default_rng(0).normal(0, 0.01, (3, 60, len(COLUMNS))).cumsum(1))
+    both = [_own_normalisation(walks[rows], identified) for rows in (slice(3), slice(1))]
+    if not np.allclose(both[0][:1], both[1], rtol=1e-6):
+        raise ValueError(f"{value['class']} normalises a window by the others of its batch too")
+    return identified
+
+
+@lru_cache(maxsize=8)
+def _loaded_normalisation(text: str) -> WindowNormalisation:
+    normalisation: WindowNormalisation = load_extension(json.loads(text))
+    return normalisation
+
+
+def _own_normalisation(bars: NDArray[np.float64], configuration: Mapping[str, Any]) -> NDArray[np.float64]:
+    """Return what a normalisation of the user's own says of lookbacks [B, L, D]. Raises ValueError."""
+    own = _loaded_normalisation(json.dumps(configuration, sort_keys=True))
+    found = call_extension(own, (len(bars), 2, bars.shape[2]), bars)
+    if not (np.isfinite(found).all() and (found[:, 1] > 0).all()):
+        raise ValueError(f"{type(own).__name__} should return finite numbers, those to divide by above 0")
+    return found
 
 
 def normalise(
@@ -31,7 +86,7 @@ def normalise(
         normalisation: "published" adds 1e-5 to every deviation, as the model's authors do, and so flattens a column
             whose deviation is not much larger: prices of 1e-4 and below. "unit_free" adds 1e-8 of the deviation to that
             of a column whose mean is below 1 or whose deviation is below 0.01, so that the unit of a price does not
-            matter there; all other columns are normalised as published, bit by bit.
+            matter there; all other columns are normalised as published, bit by bit. Or a class of the user's own.
 
     Returns:
         x float32 `[B, T, D]`, mean float64 `[B, 1, D]`, scale float64 `[B, 1, D]` (what is divided by).
@@ -48,6 +103,10 @@ def normalise(
 def _normalise_block(
     rows: np.ndarray, lookback: int, clip: float, normalisation: Normalisation
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    if isinstance(normalisation, Mapping):
+        prices = rows.astype(np.float64)
+        centre, own_scale = _own_normalisation(prices[:, :lookback], normalisation).transpose(1, 0, 2)
+        return np.clip((prices - centre[:, None]) / own_scale[:, None], -clip, clip), centre, own_scale
     # Time goes first, so that the sums over it run along contiguous memory: numpy is slow over a middle axis.
     centred = rows.transpose(1, 0, 2).astype(np.float64, order="C")
     # Measured from the first bar, a constant column is exactly zero, however large: no rounding noise to magnify.
@@ -148,6 +207,12 @@ class Windows:
         """Return the instruments' names: object `[W]`."""
         codes = self.bars.offsets.searchsorted(self.ends, side="right") - 1
         return np.array(self.bars.instruments, object)[codes]
+
+    @property
+    def normalisation_identity(self) -> Any:
+        """Return what a normalisation is, wherever the file of a user's own lies: plain data."""
+        own = self.normalisation
+        return identity_of(own) if isinstance(own, Mapping) else own
 
     @cached_property
     def keys(self) -> np.ndarray:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError, model_validator
 
 from kronos_qlib.data.windows import CLOSE
+from kronos_qlib.extensions import identity_of
 from kronos_qlib.files import whole_file
 from kronos_qlib.forecast.engine.sampling import Sampling
 from kronos_qlib.nn import Kronos, KronosTokenizer
@@ -42,11 +43,13 @@ class ForecastIdentity(Settings):
     top_p: float
     s2_rotation: str
     anchor: bool
+    filter: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, tokenizer: KronosTokenizer, model: Kronos, sampling: Sampling) -> "ForecastIdentity":
         """Return that of forecasts by these networks, drawn like this."""
         drawn = {name: getattr(sampling, name) for name in cls.model_fields if hasattr(sampling, name)}
+        drawn["filter"] = identity_of(sampling.filter)
         return cls(tokenizer=digest_of_weights(tokenizer), model=digest_of_weights(model), **drawn)
 
 

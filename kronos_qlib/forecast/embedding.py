@@ -57,7 +57,7 @@ class EmbeddingTask:
             "device": self.device.type,
             "lookback": windows.lookback,
             "clip": windows.clip,
-            "normalisation": windows.normalisation,
+            "normalisation": windows.normalisation_identity,
             "surprise_bars": self.surprise_bars,
             "pooled_bars": self.pooled_bars,
         }

@@ -15,7 +15,15 @@ from kronos_qlib.data.checks import impossible_bars
 from kronos_qlib.data.columns import find_columns, is_rate, plain_name, unused_columns
 from kronos_qlib.data.dates import read_times
 from kronos_qlib.data.stamps import stamps
-from kronos_qlib.data.windows import CLOSE, COLUMNS, Normalisation, denormalise, normalise
+from kronos_qlib.data.windows import (
+    CLOSE,
+    COLUMNS,
+    NamedNormalisation,
+    Normalisation,
+    check_normalisation,
+    denormalise,
+    normalise,
+)
 from kronos_qlib.forecast.calibration import Calibration, ForecastIdentity, bar_volatility, load_calibration
 from kronos_qlib.forecast.engine.generate import generate
 from kronos_qlib.forecast.engine.sampling import Sampling, is_number, is_whole
@@ -54,7 +62,7 @@ class KronosPredictor:
             the quantiles of the close with its conformal offsets. A line of the log says what it was fitted on; frames
             name it in `attrs["calibration"]`. None: forecasts as they are drawn.
         normalisation: of small prices: "unit_free", whatever their unit, or with the absolute 1e-5 as "published"; see
-            `kronos_qlib.data.windows.normalise`.
+            `kronos_qlib.data.windows.normalise`; or the configuration of a `WindowNormalisation`.
         columns: names of the columns that bars have beyond the six, of a tokenizer of more; frames have them under
             these names, and so have forecasts.
 
@@ -95,10 +103,12 @@ class KronosPredictor:
             raise ValueError(f"KronosPredictor: {error}") from None
         if not is_number(clip) or clip <= 0:
             raise ValueError(f"KronosPredictor: clip is {clip!r}; it must be a number above 0")
-        if normalisation not in get_args(Normalisation):
-            raise ValueError(
-                f"KronosPredictor: normalisation is {normalisation!r}; use {' or '.join(get_args(Normalisation))}"
-            )
+        try:
+            normalisation = check_normalisation(normalisation)
+        except ValueError as error:
+            names = " or ".join(get_args(NamedNormalisation))
+            own = str(error) if isinstance(normalisation, Mapping) else f"use {names}"
+            raise ValueError(f"KronosPredictor: normalisation is {normalisation!r}; {own}") from None
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
         self.model, self.tokenizer = model.to(self.device).eval(), tokenizer.to(self.device).eval()

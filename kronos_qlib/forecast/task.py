@@ -12,6 +12,7 @@ import torch
 
 from kronos_qlib.data.windows import Windows
 from kronos_qlib.data.windows_on_disk import map_windows, save_windows
+from kronos_qlib.extensions import identity_of
 from kronos_qlib.files import save_array, whole_file
 from kronos_qlib.forecast.engine.generate import Sampling
 from kronos_qlib.hardware.device import DTYPES
@@ -65,19 +66,20 @@ class Task:
     def identity(self) -> dict[str, object]:
         """What decides the scores, beside the windows' bars: settings and weights."""
         windows = self.windows
+        sampling = asdict(self.sampling) | {"filter": identity_of(self.sampling.filter)}
         return {
             "generation": GENERATION,
             "tokenizer": digest_of_weights(self.tokenizer),
             "tokenizer_config": self.tokenizer.config,
             "model": digest_of_weights(self.model),
             "model_config": self.model.config,
-            "sampling": {key: value for key, value in asdict(self.sampling).items() if key != "anchor" or value},
+            "sampling": {key: value for key, value in sampling.items() if value or key not in ("anchor", "filter")},
             "max_context": self.max_context,
             "dtype": self.precision,
             "device": self.device.type,  # another kind of device rounds differently
             "lookback": windows.lookback,
             "clip": windows.clip,
-            "normalisation": windows.normalisation,
+            "normalisation": windows.normalisation_identity,
             "horizon": self.horizon,
         }
 

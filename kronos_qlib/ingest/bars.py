@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from kronos_qlib.data.columns import find_columns, is_rate, plain_name
 from kronos_qlib.data.dates import read_times, year_first
 from kronos_qlib.data.windows import COLUMNS
 from kronos_qlib.ingest.symbols import ASKED, INDEX_PRICE, OFTEN_INDICES, SHARE_PRICE, instrument_name
-from kronos_qlib.ingest.tables import MISSING, RawTable, SourceError, read_tables
+from kronos_qlib.ingest.tables import MISSING, RawTable, SourceError, load_reader, read_tables
 
 PRICES = list(COLUMNS[:4])
 RATE_BARS = 100  # by which it is decided whether a turnover is a rate
@@ -62,6 +63,7 @@ def read_bars(
     tz: str | None = None,
     symbols: Mapping[str, str] | None = None,
     dates: str | None = None,
+    reader: Mapping[str, Any] | None = None,
 ) -> SourceBars:
     """Read the bars of a file.
 
@@ -70,11 +72,13 @@ def read_bars(
         tz: the time zone to whose clock times with a zone are brought.
         symbols: names of instruments by symbol, where a symbol's own spelling does not tell.
         dates: what stands first in dates whose year stands last, "day" or "month"; None: as they tell.
+        reader: the configuration of a `SourceReader`; None: the kinds that are known.
 
     Raises:
         SourceError: the file holds no bars; one line that names it.
     """
-    parts = [_table_bars(table, columns or {}, tz, symbols or {}, dates) for table in read_tables(path)]
+    tables = read_tables(path, None if reader is None else load_reader(reader))
+    parts = [_table_bars(table, columns or {}, tz, symbols or {}, dates) for table in tables]
     bars = concatenated([part.bars for part in parts])
     rejected = pd.concat([part.rejected for part in parts], ignore_index=True)
     if bars.empty:

@@ -16,6 +16,7 @@ import pyarrow as pa
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
+from kronos_qlib.extensions import identify
 from kronos_qlib.ingest.bars import PRICES, SourceBars, concatenated, once_each, read_bars
 from kronos_qlib.ingest.rules import (
     ADJUST,
@@ -58,7 +59,7 @@ class IngestSummary:
     findings: list[str] = field(default_factory=list)
 
 
-def source_files(sources: Sequence[Path]) -> list[Path]:
+def source_files(sources: Sequence[Path], kinds: tuple[str, ...] = KINDS) -> list[Path]:
     """List the files of some files and folders, by their kind; a link that leads in a circle is followed once.
 
     Raises:
@@ -75,10 +76,10 @@ def source_files(sources: Sequence[Path]) -> list[Path]:
             Path(folder) / name
             for folder, _, names in os.walk(source)  # follows no link to a folder
             for name in names
-            if name.lower().endswith(KINDS) and not name.startswith(".")
+            if name.lower().endswith(kinds) and not name.startswith(".")
         ]
         if not inside:
-            raise SourceError(f"{source}: holds no file of bars ({', '.join(KINDS)})")
+            raise SourceError(f"{source}: holds no file of bars ({', '.join(kinds) or 'any'})")
         found |= dict.fromkeys(sorted(inside))
     return list(found)
 
@@ -95,6 +96,7 @@ def ingest(
     label: str = "auto",
     tz: str | None = None,
     dates: str | None = None,
+    reader: Mapping[str, Any] | None = None,
     universes: Mapping[str, Path] | None = None,
     benchmark: str | None = None,
     append: bool = False,
@@ -108,7 +110,7 @@ def ingest(
     and those given; rejected.csv and ingest.json, what was found. Bars have the times of their starts.
 
     Args:
-        columns, symbols, tz, dates: see `read_bars`.
+        columns, symbols, tz, dates, reader: see `read_bars`; with a reader all files of a folder are read.
         unit, adjust, freq, label: what `kronos_qlib.ingest.rules` would find.
         universes: files of name, first and last date, by the universe's name.
         benchmark: a file of an index's bars, or one of the instruments: it is not in the universe `all`.
@@ -132,8 +134,10 @@ def ingest(
     if not append and (store.is_file() or (store.is_dir() and any(store.iterdir()))):
         raise FileExistsError(f"{store} is not empty; name another folder, or add bars to a store by --append")
     index = Path(benchmark) if benchmark and Path(benchmark).is_file() else None
-    files = source_files([*sources, *([index] if index else [])])
-    read = _read_all(files, columns or {}, tz, symbols or {}, dates, progress)
+    if reader is not None:
+        reader = identify(reader)  # one that cannot be made is an error before anything is read
+    files = source_files([*sources, *([index] if index else [])], KINDS if reader is None else ("",))
+    read = _read_all(files, columns or {}, tz, symbols or {}, dates, reader, progress)
     summary = IngestSummary(store, files=len(files))
     for part in read:
         summary.findings += [finding for finding in part.findings if finding not in summary.findings]
@@ -193,12 +197,13 @@ def _read_all(
     tz: str | None,
     symbols: Mapping[str, str],
     dates: str | None,
+    reader: Mapping[str, Any] | None,
     progress: bool,
 ) -> list[SourceBars]:
     """Read files one after the other, or many in several processes."""
     processes = pa.cpu_count() if len(files) >= MANY_FILES else 1
     run = Parallel(n_jobs=processes, return_as="generator", pre_dispatch="4*n_jobs")
-    jobs = run(delayed(read_bars)(path, columns, tz, symbols, dates) for path in files)
+    jobs = run(delayed(read_bars)(path, columns, tz, symbols, dates, reader) for path in files)
     return list(tqdm(jobs, "reading", len(files), unit="file", disable=None if progress else True, leave=False))
 
 

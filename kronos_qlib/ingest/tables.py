@@ -4,10 +4,10 @@ import gzip
 import io
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, Protocol
 
 import pyarrow as pa
 import pyarrow.csv as pacsv
@@ -15,6 +15,7 @@ import pyarrow.feather as feather
 import pyarrow.parquet as pq
 
 from kronos_qlib.data.columns import NAMES, plain_name
+from kronos_qlib.extensions import load_extension
 
 DELIMITERS = ",\t;|"
 MISSING = ("", "-", "--", "nan", "NaN", "NA", "N/A", "null", "None", "NULL")
@@ -46,14 +47,37 @@ class RawTable:
     rejected: list[tuple[int, str]] = field(default_factory=list)
 
 
-def read_tables(path: Path) -> Iterable[RawTable]:
+class SourceReader(Protocol):
+    """A reader of a user's own, `--reader` of `ingest`: for files of another kind."""
+
+    def __call__(self, path: Path) -> Iterable[tuple[str, pa.Table]]:
+        """Read a file.
+
+        Returns:
+            Tables, a row per bar, each with a name, which is the instrument's where no column names it. Columns are
+            named as in a CSV file, numbers and times are typed or text; what is found out about such a file is found
+            out about them.
+        """
+
+
+def load_reader(configuration: Mapping[str, Any]) -> SourceReader:
+    """Make a reader of the user's own. Raises ValueError."""
+    reader: SourceReader = load_extension(configuration)
+    return reader
+
+
+def read_tables(path: Path, reader: SourceReader | None = None) -> Iterable[RawTable]:
     """Read the tables of a file; a zip holds several.
 
     Raises:
-        SourceError: there is no such file, it is none of the kinds, empty, cut short or a bomb.
+        SourceError: there is no such file, it is none of the kinds, empty, cut short or a bomb; or the user's own
+            reader fails, or returns something else than tables.
     """
     if not path.is_file():
         raise SourceError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}")
+    if reader is not None:
+        yield from _read_by(reader, path)
+        return
     suffixes = [suffix.lower() for suffix in path.suffixes]
     try:
         if suffixes[-1:] == [".zip"]:
@@ -67,6 +91,22 @@ def read_tables(path: Path) -> Iterable[RawTable]:
         raise
     except (OSError, EOFError, zipfile.BadZipFile, pa.ArrowException, UnicodeError, ValueError, RuntimeError) as error:
         raise SourceError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from error
+
+
+def _read_by(reader: SourceReader, path: Path) -> Iterable[RawTable]:
+    kind = type(reader).__name__
+    try:
+        tables = list(reader(path))
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        raise SourceError(f"{path}: {kind} fails: {type(error).__name__}: {text}") from error
+    for each in tables:
+        pair = isinstance(each, tuple) and len(each) == 2
+        if not pair or not isinstance(each[0], str) or not isinstance(each[1], pa.Table):
+            raise SourceError(f"{path}: {kind} should return pairs of a name and a pyarrow.Table, not {each!r:.80}")
+    if not tables:
+        raise SourceError(f"{path}: {kind} finds no table in it")
+    yield from (_typed(path, name, table) for name, table in tables)
 
 
 def _read_zip(path: Path) -> Iterable[RawTable]:

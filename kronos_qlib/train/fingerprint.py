@@ -40,6 +40,8 @@ def fingerprint(specification: StageSpecification) -> dict[str, object]:
         values["tokenizer weights"] = digest_of_weights(stage.frozen_tokenizer)
     for name, windows in (("training windows", specification.train), ("validation windows", specification.valid)):
         values[name] = f"{len(windows)} × ({windows.lookback} + {windows.future}) {digest_of_windows(windows)}"
+    if specification.train.normalisation != "unit_free":
+        values["normalisation"] = specification.train.normalisation_identity
     values[DATES] = describe_dates(specification.train, specification.valid)
     if specification.draw_weights is not None:
         digest = hashlib.blake2b(specification.draw_weights.tobytes(), digest_size=16)

@@ -4,8 +4,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from kronos_qlib.settings import Settings
+from kronos_qlib.extensions import identify
+from kronos_qlib.settings import Settings, check_configuration
 from kronos_qlib.train.adapters import LoraSettings
+from kronos_qlib.train.losses import load_loss
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -17,6 +19,15 @@ def _auto_or_count(value: Any) -> int | str:
 
 
 AutoOrCount = Annotated[Any, BeforeValidator(_auto_or_count)]
+
+
+def _own_loss(value: Any) -> Any:
+    """Check a loss of the user's own, and identify it. Raises ValueError."""
+    if value is None:
+        return None
+    identified = identify(check_configuration(value))
+    load_loss(identified)
+    return identified
 
 
 class LearningSettings(Settings):
@@ -57,6 +68,9 @@ class StageSettings(LearningSettings):
     """Windows of an optimiser step, over all processes."""
     valid_windows: int = Field(default=2000, ge=1)
     """Windows that validate each epoch, evenly spaced over the validation segment."""
+    loss: Annotated[Any, BeforeValidator(_own_loss)] = None
+    """A class of your own (class, module_path, kwargs) that weighs the errors of a window's bars, see
+    [Extending](extending.md); null: their mean. What validates is not changed by it."""
 
 
 class TokenizerSettings(StageSettings):
@@ -79,6 +93,12 @@ class PredictorSettings(StageSettings):
     cache_codes: bool = False
     """Encode all training windows once, on disk, before the first step; faster if the epochs together draw more windows
     than there are."""
+
+    @model_validator(mode="after")
+    def _a_loss_needs_bars(self) -> "PredictorSettings":
+        if self.loss is not None and self.cache_codes:
+            raise ValueError("has a loss of your own, which is given bars, and cache_codes, which keeps codes alone")
+        return self
 
 
 class RankerSettings(LearningSettings):

@@ -14,6 +14,7 @@ from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.nn.checkpoint import HubModule
 from kronos_qlib.nn.quantizer import MeanCode
 from kronos_qlib.nn.ranker import KronosRankNetwork
+from kronos_qlib.train.losses import load_loss
 from kronos_qlib.train.settings import LearningSettings, PredictorSettings, RankerSettings, TokenizerSettings
 
 VOLUME, AMOUNT = COLUMNS.index("volume"), COLUMNS.index("amount")
@@ -91,6 +92,7 @@ class TokenizerStage:
 
     def __init__(self, tokenizer: KronosTokenizer, settings: TokenizerSettings) -> None:
         self.network, self.settings, self.code_length = tokenizer, settings, tokenizer.bits
+        self._own_loss = None if settings.loss is None else load_loss(settings.loss)
 
     def latent(self, examples: Examples) -> Tensor:
         """Run the first half of the forward pass: [B, T, bits]."""
@@ -104,6 +106,9 @@ class TokenizerStage:
         """Return the training loss: (MSE coarse + MSE full + BSQ loss) / 2."""
         latent = self.latent(examples) if latent is None else latent
         (recon_s1, recon), bsq_loss, _, _ = self.network.reconstruct(latent, mean_code)
+        if self._own_loss is not None:
+            squares = sum((each.float() - examples.x).square().mean(-1) for each in (recon_s1, recon))
+            return self._own_loss(squares / 2, examples.x, examples.stamp).mean() + bsq_loss / 2
         return (F.mse_loss(recon_s1.float(), examples.x) + F.mse_loss(recon.float(), examples.x) + bsq_loss) / 2
 
     def validation_metrics(self, examples: Examples) -> dict[str, Tensor]:
@@ -121,10 +126,19 @@ class PredictorStage:
     def __init__(self, model: Kronos, tokenizer: KronosTokenizer, settings: PredictorSettings) -> None:
         self.network, self.frozen_tokenizer, self.settings = model, tokenizer.eval(), settings
         self.cache_codes = settings.cache_codes
+        self._own_loss = None if settings.loss is None else load_loss(settings.loss)
 
     def loss(self, examples: Examples, latent: Tensor | None = None, mean_code: MeanCode | None = None) -> Tensor:
         """Return the training loss: mean cross-entropy of s1 and s2, in nats."""
-        return self._losses(examples, self.settings.s1_query == "teacher_forced")[0]
+        teacher_forced = self.settings.s1_query == "teacher_forced"
+        if self._own_loss is None:
+            return self._losses(examples, teacher_forced)[0]
+        s1_logits, s2_logits, s1, s2 = self._logits(examples, teacher_forced)
+        errors = sum(
+            F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+            for logits, targets in ((s1_logits, s1), (s2_logits, s2))
+        )
+        return self._own_loss(errors / 2, examples.x, examples.stamp).mean()
 
     def validation_metrics(self, examples: Examples) -> dict[str, Tensor]:
         """Return cross-entropies in nats, causal and with the true s1 as query: mean of s1 and s2, s1, s2."""
@@ -132,11 +146,15 @@ class PredictorStage:
         return {"val_loss": loss, "val_ce_s1": ce_s1, "val_ce_s2": ce_s2}
 
     def _losses(self, examples: Examples, teacher_forced: bool) -> tuple[Tensor, Tensor, Tensor]:
+        return self.network.head.compute_loss(*self._logits(examples, teacher_forced))
+
+    def _logits(self, examples: Examples, teacher_forced: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return logits and targets of s1 and s2 of each next bar."""
         s1, s2 = self._codes(examples)
         s1_logits, context = self.network.decode_s1(s1[:, :-1], s2[:, :-1], examples.stamp[:, :-1])
         query = s1[:, 1:] if teacher_forced else sample_codes(s1_logits.detach(), examples.uniforms)
         s2_logits = self.network.decode_s2(context, query)
-        return self.network.head.compute_loss(s1_logits, s2_logits, s1[:, 1:], s2[:, 1:])
+        return s1_logits, s2_logits, s1[:, 1:], s2[:, 1:]
 
     @torch.no_grad()
     def _codes(self, examples: Examples) -> tuple[Tensor, Tensor]:

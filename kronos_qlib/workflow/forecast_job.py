@@ -9,6 +9,7 @@ import numpy as np
 
 from kronos_qlib.data.dataset import KLineDataset
 from kronos_qlib.data.windows import Windows
+from kronos_qlib.extensions import identify
 from kronos_qlib.forecast.engine.sampling import Sampling
 from kronos_qlib.forecast.forecaster import choose_batch_size
 from kronos_qlib.forecast.ray_cluster import require_ray
@@ -79,6 +80,7 @@ def sampling_of(settings: ModelSettings) -> Sampling:
         s2_rotation=options.s2_rotation,
         anchor=options.anchor,
         sampling=options.sampling,
+        filter=None if options.filter is None else identify(options.filter),
     )
 
 

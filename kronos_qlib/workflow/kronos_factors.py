@@ -23,7 +23,7 @@ from kronos_qlib.data.dataset import KLineDataset, Segment, check_segment, windo
 from kronos_qlib.data.demo_market import is_synthetic
 from kronos_qlib.data.handler import KLineHandler
 from kronos_qlib.data.loader import Universe
-from kronos_qlib.data.windows import COLUMNS, Normalisation, Windows
+from kronos_qlib.data.windows import COLUMNS, NamedNormalisation, Windows
 from kronos_qlib.forecast.embedding import HIDDEN, SURPRISES, EmbeddingTask
 from kronos_qlib.forecast.engine.weights import beyond_training, check_pair
 from kronos_qlib.forecast.forecaster import QUANTILES, quantile_columns
@@ -98,7 +98,7 @@ class FactorSettings(Settings):
     """As of `KLineHandler`."""
     exchange: str | None = None
     """As of `KLineDataset`."""
-    normalisation: Normalisation = "unit_free"
+    normalisation: NamedNormalisation = "unit_free"
     """As of `KLineDataset`."""
     device: str = "auto"
     """`auto` takes CUDA, then MPS, then the CPU; or a device of torch, such as `cuda:1`."""

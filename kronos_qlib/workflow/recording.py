@@ -43,11 +43,21 @@ def task_findings() -> list[Finding]:
     return [finding for finding in record_findings(task) if finding.level != "ok"]
 
 
-def _extensions(settings: Settings, columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe the user's own classes among settings and a handler's columns, by key; nothing where there are none."""
-    given = {**vars(settings), **{f"columns.{name}": value for name, value in columns.items()}}
-    own = {key: value for key, value in given.items() if isinstance(value, Mapping) and "class" in value}
-    return {"extensions": {key: describe_extension(value) for key, value in own.items()}} if own else {}
+def _extensions(**settings: Any) -> dict[str, Any]:
+    """Describe the user's own classes among settings, by their keys joined by dots; nothing where there are none."""
+    own: dict[str, Any] = {}
+
+    def search(key: str, value: Any) -> None:
+        if isinstance(value, Settings):
+            value = vars(value)
+        if isinstance(value, Mapping) and "class" in value:
+            own[key] = describe_extension(value)
+        elif isinstance(value, Mapping):
+            for name, each in value.items():
+                search(f"{key}.{name}" if key else str(name), each)
+
+    search("", settings)
+    return {"extensions": own} if own else {}
 
 
 def record_run(settings: Settings, dataset: KLineDataset, calibration: Calibration | None = None) -> None:
@@ -75,7 +85,7 @@ def record_run(settings: Settings, dataset: KLineDataset, calibration: Calibrati
             "horizon": dataset.horizon,
             "segments": dataset.segments,
         },
-        **_extensions(settings, handler.data_loader.columns),
+        **_extensions(**vars(settings), columns=handler.data_loader.columns, normalisation=dataset.normalisation),
         "packages": package_versions(),
         "machine": {
             "python": platform.python_version(),

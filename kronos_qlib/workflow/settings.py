@@ -7,8 +7,9 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from kronos_qlib.data.extra import ExtraData
 from kronos_qlib.data.factors import FACTORS
-from kronos_qlib.extensions import load_extension
+from kronos_qlib.extensions import identify, load_extension
 from kronos_qlib.forecast.calibration import BandKind
+from kronos_qlib.forecast.engine.sampling import load_filter
 from kronos_qlib.forecast.scores import SCORES
 from kronos_qlib.hardware.device import DTYPES
 from kronos_qlib.settings import Settings, check_configuration, read_settings
@@ -51,6 +52,16 @@ def known_score(score: Any) -> Any:
     return score
 
 
+def _known_filter(value: Any) -> Any:
+    """Check a filter of the user's own. Raises ValueError."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise ValueError("should be a configuration with the keys class, module_path and kwargs, or null")
+    load_filter(identify(check_configuration(value)))
+    return value
+
+
 class WorkflowFinetuneSettings(FinetuneSettings):
     """The `finetune` mapping of a workflow: the keys of a training, and those that need Qlib and pandas."""
 
@@ -86,11 +97,20 @@ class ForecastSettings(Settings):
     """Folder of the finished chunks, Parquet files; a chunk that is there is not computed again."""
     keep_paths: bool = False
     """Keep the sample paths in `cache_dir` too, not only scores and quantiles."""
+    filter: Annotated[Any, BeforeValidator(_known_filter)] = None
+    """A class of your own (class, module_path, kwargs) that says which codes are drawn among, such as min-p, see
+    [Extending](extending.md); with `top_p: 1.0`. null: `top_p` and `top_k` say it."""
 
     @model_validator(mode="after")
     def _paths_need_a_place(self) -> "ForecastSettings":
         if self.keep_paths and self.cache_dir is None:
             raise ValueError("keep_paths needs a cache_dir to keep them in")
+        return self
+
+    @model_validator(mode="after")
+    def _one_filter(self) -> "ForecastSettings":
+        if self.filter is not None and (self.top_p < 1 or self.top_k):
+            raise ValueError("a filter of your own takes the place of top_p and top_k: set top_p to 1.0 and top_k to 0")
         return self
 
     @model_validator(mode="after")

@@ -8,12 +8,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from qlib.data.dataset.weight import Reweighter
+from qlib.utils import init_instance_by_config
 from qlib.workflow import R
+from qlib.workflow.record_temp import SigAnaRecord, SignalRecord
 from scipy.stats import t
-from tiny import HORIZON, make_dataset, make_model
+from tiny import HORIZON, make_dataset, make_model, same_weights, use_market, weights
 
-from kronos_qlib import KronosModel
+from kronos_qlib import KLineHandler, KronosModel
+from kronos_qlib.cli import main
+from kronos_qlib.data.dataset import window_index
 from kronos_qlib.evaluation.measures import LEVELS
+from kronos_qlib.extensions import identify
+from kronos_qlib.forecast.engine.sampling import draw, load_filter
 from kronos_qlib.workflow.records import ForecastRecord
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -149,3 +157,220 @@ def test_a_model_with_a_score_of_its_own_is_pickled_whole(store, kept, tmp_path)
     for name in [name for name in sys.modules if name.startswith("kronos_qlib_extension_")]:
         del sys.modules[name]
     pd.testing.assert_series_equal(again.predict(dataset), model.predict(dataset))
+
+
+# Sampling filter
+
+MIN_P = {"class": "MinP", "module_path": str(EXAMPLES / "min_p_filter.py"), "kwargs": {"share": 0.2}}
+ALL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+
+
+def test_a_filter_draws_what_it_keeps_in_the_kept_proportions():
+    keep = load_filter(identify(MIN_P))
+    logits = 2 * torch.randn(4, 1, 30, generator=torch.Generator().manual_seed(1))
+    uniform = (torch.arange(4000) + 0.5).div(4000).expand(4, -1)
+    drawn = draw(logits, uniform, 0.8, 0, 1.0, torch.randperm(30, generator=torch.Generator().manual_seed(2)), keep)
+    expected = (logits[:, 0] / 0.8).softmax(-1)
+    expected = torch.where(expected >= 0.2 * expected.amax(-1, keepdim=True), expected, 0.0)
+    found = torch.stack([torch.bincount(row, minlength=30) for row in drawn]) / 4000
+    np.testing.assert_allclose(found, expected / expected.sum(-1, keepdim=True), atol=5e-4)
+
+
+def test_a_filter_decides_scores_and_is_part_of_what_a_forecast_is(store, tmp_path):
+    options = ALL | {"cache_dir": str(tmp_path / "cache"), "sample_count": 3}
+    dataset, plain = make_dataset(), make_model(forecast=options).predict(make_dataset())
+    filtered = make_model(forecast=options | {"filter": MIN_P})
+    scores = filtered.predict(dataset)
+    assert (scores != plain).mean() > 0.5
+    pd.testing.assert_series_equal(filtered.predict(dataset), scores, check_exact=True)
+    everything = make_model(forecast=options | {"filter": MIN_P | {"kwargs": {"share": 1e-9}}}).predict(dataset)
+    pd.testing.assert_series_equal(everything, plain, check_exact=True)
+    assert len(list((tmp_path / "cache").iterdir())) == 3, "each has a folder of its own"
+    two = make_model(forecast=options | {"filter": MIN_P, "cache_dir": None, "processes": 2}).predict(dataset)
+    pd.testing.assert_series_equal(two, scores, check_exact=True)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return given[0] * 0", "Own should return weights of 0 and more, with one above 0 for each row"),
+        ("return given[0][..., :3]", r"Own should return a tensor of the shape \[4, 3, 16\]"),
+        ("return given[0] * given[0].sum()", "Own weighs a row by the others of its batch too"),
+        ("return given[1]", "Own fails: IndexError"),
+    ],
+)
+def test_a_wrong_filter_is_told_as_the_model_is_made(tmp_path, body, message):
+    with pytest.raises(ValueError, match=f"^KronosModel: forecast.filter: {message}"):
+        make_model(forecast=ALL | {"filter": own(tmp_path, body)})
+    with pytest.raises(ValueError, match="a filter of your own takes the place of top_p and top_k"):
+        make_model(forecast=ALL | {"filter": MIN_P, "top_p": 0.9})
+
+
+# Normalisation
+
+ROBUST = {"class": "MedianAndRange", "module_path": str(EXAMPLES / "robust_normalisation.py")}
+
+
+def test_windows_are_normalised_by_the_class_and_come_back_in_prices(store):
+    dataset = make_dataset(normalisation=ROBUST)
+    windows = dataset.training_windows("train")
+    rows = np.arange(0, len(windows), 7)
+    batch, values = windows.normalised(rows), windows.values(rows).astype(float)
+    middle = np.median(values[:, : windows.lookback], axis=1, keepdims=True)
+    np.testing.assert_allclose(batch.mean, middle, rtol=1e-12)
+    unclipped = np.abs(batch.x) < 5
+    np.testing.assert_allclose((batch.x * batch.scale + batch.mean)[unclipped], values[unclipped], rtol=1e-4, atol=1e-3)
+    scores = make_model().predict(dataset)
+    assert (scores != make_model().predict(make_dataset())).mean() > 0.9
+    two = make_model(forecast={"processes": 2}).predict(dataset)
+    pd.testing.assert_series_equal(two, scores, check_exact=True)
+
+
+def test_another_normalisation_is_another_training(store, tmp_path):
+    stage = {"epochs": 1, "windows_per_epoch": 32, "batch_size": 32, "valid_windows": 32}
+    model = make_model(finetune={"output_dir": str(tmp_path / "out"), "tokenizer": stage})
+    model.fit(make_dataset(normalisation=ROBUST))
+    with pytest.raises(ValueError, match="holds another training .*normalisation"):
+        model.fit(make_dataset())
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return np.zeros((len(given[0]), 2, 6))", "Own should return finite numbers, those to divide by above 0"),
+        ("return given[0].mean(1)", r"Own returns the shape \[3, 6\], and should return \[3, 2, 6\]"),
+        (
+            "return np.stack([given[0].mean((0, 1)) + 0 * given[0].mean(1)] * 2, 1)",
+            "Own normalises a window by the oth",
+        ),
+    ],
+)
+def test_a_wrong_normalisation_is_told_as_the_dataset_is_made(store, tmp_path, body, message):
+    with pytest.raises(ValueError, match=f"^KLineDataset: normalisation: {message}"):
+        make_dataset(normalisation=own(tmp_path, body))
+    with pytest.raises(ValueError, match="normalisation: Input should be 'unit_free' or 'published', not 'none'"):
+        make_dataset(normalisation="none")
+
+
+# Loss and sampler
+
+REGIME = {"class": "RegimeWeighted", "module_path": str(EXAMPLES / "regime_loss.py"), "kwargs": {"weight": 2.0}}
+LIQUID = {"class": "MoreOfTheLiquid", "module_path": str(EXAMPLES / "liquid_reweighter.py"), "kwargs": {"power": 8.0}}
+
+
+def trained(folder: Path, loss: dict | None, processes: int = 1, **stages) -> KronosModel:
+    stage = {"epochs": 1, "windows_per_epoch": 64, "batch_size": 32, "valid_windows": 32, "loss": loss}
+    settings = {"output_dir": str(folder), "processes": processes, "tokenizer": stage, "predictor": stage} | stages
+    model = make_model(finetune=settings)
+    model.fit(make_dataset())
+    return model
+
+
+def same(one: KronosModel, other: KronosModel) -> list[bool]:
+    pairs = ((one.tokenizer, other.tokenizer), (one.model, other.model))
+    return [same_weights(weights(first), weights(second)) for first, second in pairs]
+
+
+def test_a_loss_changes_both_stages_and_one_of_weight_nothing_neither(store, tmp_path):
+    plain, weighted = trained(tmp_path / "plain", None), trained(tmp_path / "regime", REGIME)
+    assert same(plain, weighted) == [False, False]
+    unweighted = trained(tmp_path / "none", REGIME | {"kwargs": {"weight": 0.0}})
+    for one, other in ((plain.tokenizer, unweighted.tokenizer), (plain.model, unweighted.model)):
+        for name, tensor in weights(one).items():
+            np.testing.assert_allclose(tensor, weights(other)[name], rtol=1e-3, atol=1e-5)
+    identity = json.loads((tmp_path / "regime" / "predictor" / "identity.json").read_text())
+    assert identity["settings.loss"]["class"] == "RegimeWeighted" and identity["settings.loss"]["digest"]
+
+
+@pytest.mark.slow
+def test_processes_with_a_loss_of_its_own_train_bitwise_as_one(store, tmp_path):
+    assert same(trained(tmp_path / "one", REGIME), trained(tmp_path / "two", REGIME, processes=2)) == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return given[0].mean()", r"Own should return a finite loss for each window, a tensor of the shape \[3\]"),
+        ("return given[0].mean(1).detach()", "Own returns what no gradient can reach the errors through"),
+        ("return given[0].mean(1) * given[0].sum()", "Own judges a window by the others of its batch too"),
+    ],
+)
+def test_a_wrong_loss_is_told_as_the_model_is_made(store, tmp_path, body, message):
+    with pytest.raises(ValueError, match=f"^KronosModel: finetune.predictor.loss: {message}"):
+        make_model(finetune={"output_dir": "x", "predictor": {"epochs": 1, "loss": own(tmp_path, body)}})
+    with pytest.raises(ValueError, match="a loss of your own, which is given bars, and cache_codes"):
+        make_model(finetune={"output_dir": "x", "predictor": {"epochs": 1, "loss": REGIME, "cache_codes": True}})
+
+
+def test_a_sampler_of_one_s_own_is_qlib_s_reweighter(store, tmp_path):
+    stage = {"epochs": 1, "windows_per_epoch": 64, "batch_size": 32, "valid_windows": 32}
+    model, dataset = make_model(finetune={"output_dir": str(tmp_path), "tokenizer": stage}), make_dataset()
+    job = model.job(dataset, init_instance_by_config(LIQUID, accept_types=Reweighter))
+    amount = pd.Series(job.train.bars.values[job.train.ends, 5], window_index(job.train))
+    ranks = amount.groupby(level="datetime").rank(pct=True)
+    np.testing.assert_allclose(job.draw_weights / job.draw_weights.max(), ranks**8, rtol=1e-9)
+
+
+# Record, reader, figure
+
+
+def test_a_record_of_one_s_own_is_kept_beside_the_others(store):
+    record = {"class": "TopTurnoverRecord", "module_path": str(EXAMPLES / "turnover_record.py"), "kwargs": {"topk": 3}}
+    model, dataset = make_model(), make_dataset()
+    with R.start(experiment_name="own_record"):
+        recorder = R.get_recorder()
+        SignalRecord(model, dataset, recorder).generate()
+        init_instance_by_config(record, recorder=recorder).generate()
+        table, scores = recorder.load_object("top_turnover/top_turnover.pkl"), recorder.load_object("pred.pkl")["score"]
+    assert recorder.list_metrics()["top_turnover"] == pytest.approx(table["new"].mean())
+    first, second = (set(scores.loc[date].nlargest(3).index) for date in scores.index.unique("datetime")[:2])
+    assert table["new"].iloc[0] == pytest.approx(len(second - first) / 3)
+
+
+def test_a_reader_of_one_s_own_reads_what_ingest_does_not(tmp_path, capsys):
+    days = pd.bdate_range("2024-01-02", periods=30)
+    (tmp_path / "candles").mkdir()
+    for name, start in (("AAPL", 100.0), ("MSFT", 300.0)):
+        lines = [
+            {
+                "time": str(day.date()),
+                "open": start + i,
+                "high": start + i + 2,
+                "low": start + i - 1,
+                "close": start + i + 1,
+            }
+            | {"volume": 1000 + i}
+            for i, day in enumerate(days)
+        ]
+        (tmp_path / "candles" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    reader = ["--reader", f"{EXAMPLES / 'json_reader.py'}:JsonLines"]
+    arguments = ["ingest", str(tmp_path / "candles"), str(tmp_path / "store")]
+    assert main(arguments) == 2 and "holds no file of bars" in capsys.readouterr().err
+    assert main([*arguments, *reader]) == 0
+    use_market(tmp_path / "store")
+    bars = KLineHandler("all").bars()
+    assert bars.instruments == ("AAPL", "MSFT") and len(bars) == 60
+    np.testing.assert_allclose(bars.values[:30, 3], 101.0 + np.arange(30))
+    (tmp_path / "candles" / "AAPL.jsonl").write_text("no json")
+    arguments[-1] += "2"
+    assert main([*arguments, *reader]) == 2
+    assert "AAPL.jsonl: JsonLines fails: ArrowInvalid" in capsys.readouterr().err
+    assert main([*arguments, "--reader", "JsonLines"]) == 2
+    assert "--reader 'JsonLines' should be FILE.py:CLASS" in capsys.readouterr().err
+
+
+def test_a_figure_of_one_s_own_is_the_last_of_the_report(store, tmp_path, capsys):
+    model, dataset, out = make_model(), make_dataset(), ["--out", str(tmp_path / "out")]
+    with R.start(experiment_name="own_figure"):
+        for kind, given in ((SignalRecord, (model, dataset)), (SigAnaRecord, ())):
+            kind(*given, recorder=R.get_recorder()).generate()
+    figure = ["--figure", f"{EXAMPLES / 'worst_days_figure.py'}:WorstDays"]
+    assert main(["compare", "own_figure", *out, *figure]) == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.index("Figures of your own") > page.index("Mean label of the tenths")
+    assert "The ten worst days of each run, excess return after costs." in page
+    (tmp_path / "own.py").write_text("class Own:\n    def __call__(self, runs):\n        return len(runs)\n")
+    assert main(["compare", "own_figure", *out, "--figure", f"{tmp_path / 'own.py'}:Own"]) == 2
+    assert "--figure Own should return a plotly Figure, not a int" in capsys.readouterr().err
+    assert main(["compare", "own_figure", *figure]) == 2
+    assert "--figure goes with --out" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from kronos_qlib.forecast.engine.attention import CacheLayout, extend, prefill
 from kronos_qlib.forecast.engine.context import Context, SharedContext, SlidingContext
-from kronos_qlib.forecast.engine.sampling import SampleKind, Sampling, draw, uniforms
+from kronos_qlib.forecast.engine.sampling import SampleKind, Sampling, TokenFilter, draw, load_filter, uniforms
 from kronos_qlib.forecast.engine.weights import NetworkWeights, TokenizerWeights, check_pair, prepare_weights
 from kronos_qlib.hardware.cpu import core_pool
 from kronos_qlib.hardware.device import check_memory, resolve_dtype
@@ -151,9 +151,10 @@ def path_drawer(
     On a GPU it never waits for the device, so that a CUDA graph can hold it. `report_step` is called after each step.
     """
     ranks = weights.ranks if sampling.top_k != 1 else (None, None)  # the likeliest token needs no order
+    tokens_filter = None if sampling.filter is None else load_filter(sampling.filter)
 
     def draw(x: Tensor, x_stamp: Tensor, y_stamp: Tensor, uniform: Tensor) -> Tensor:
-        return _draw_paths(weights, x, x_stamp, y_stamp, uniform, sampling, ranks, report_step)
+        return _draw_paths(weights, x, x_stamp, y_stamp, uniform, sampling, ranks, report_step, tokens_filter)
 
     return draw
 
@@ -167,6 +168,7 @@ def _draw_paths(
     sampling: Sampling,
     ranks: tuple[Tensor, Tensor] | tuple[None, None],
     report_step: Callable[[], None],
+    tokens_filter: TokenFilter | None,
 ) -> Tensor:
     """Draw paths [B, S, P, D] with uniform numbers [P, 2, B, S]: encode, step by step s1 and s2, decode."""
     horizon, _, windows, samples = uniform.shape
@@ -181,7 +183,7 @@ def _draw_paths(
     own_s1 = torch.empty(layout.groups, horizon, layout.group_size, dtype=torch.long, device=weights.device)
     own_s2 = torch.empty_like(own_s1)
     aligned = sampling.s2_rotation == "aligned"
-    filters = sampling.temperature, sampling.top_k, sampling.top_p
+    rules = sampling.temperature, sampling.top_k, sampling.top_p
     context: Context | None = None
     for step in range(horizon):
         prefix = min(length, max_context - step)  # context bars within max_context
@@ -194,8 +196,8 @@ def _draw_paths(
         if context.steps < step:
             new = slice(context.steps, step)
             context.append(model.embed(own_s1[:, new], own_s2[:, new], own_time[:, new, None]))
-        own_s1[:, step] = draw(context.s1_logits(), uniform[step, 0], *filters, ranks[0])
-        own_s2[:, step] = draw(context.s2_logits(own_s1[:, step]), uniform[step, 1], *filters, ranks[1])
+        own_s1[:, step] = draw(context.s1_logits(), uniform[step, 0], *rules, ranks[0], tokens_filter)
+        own_s2[:, step] = draw(context.s2_logits(own_s1[:, step]), uniform[step, 1], *rules, ranks[1], tokens_filter)
         report_step()
     prefix = min(length, max_context - horizon)  # context bars that the decoder sees
     mask = layout.mask(prefix, model.cross_kv.weight)

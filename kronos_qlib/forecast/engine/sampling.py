@@ -7,14 +7,16 @@ neither on the batch nor on the process it is made in.
 import math
 import numbers
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kronos_qlib.extensions import load_extension
 from kronos_qlib.nn.model import S2Rotation
 
 FIRST_CANDIDATES = 16  # of the largest logits are considered, then more where they do not hold the mass
@@ -24,12 +26,46 @@ _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 SampleKind = Literal["independent", "stratified"]
 
 
+class TokenFilter(Protocol):
+    """A filter of a user's own, the setting `forecast.filter`: which tokens a draw is made from."""
+
+    def __call__(self, probabilities: Tensor) -> Tensor:
+        """Weigh tokens.
+
+        Args:
+            probabilities: float32 [B, R, V], after the temperature, each row summing to 1; on the network's device.
+
+        Returns:
+            Weights [B, R, V], 0 for what is not drawn, at least one above 0 in each row; a row by itself alone. They
+            need not sum to 1.
+        """
+
+
+def load_filter(configuration: Mapping[str, Any]) -> TokenFilter:
+    """Make a filter of the user's own, and try it on random distributions. Raises ValueError."""
+    tokens: TokenFilter = load_extension(configuration)
+    name = type(tokens).__name__
+    given = torch.randn(4, 3, 16, generator=torch.Generator().manual_seed(0)).mul(2).softmax(-1)
+    try:
+        found, alone = tokens(given.clone()), tokens(given[1:2].clone())
+    except Exception as error:
+        raise ValueError(f"{name} fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
+    if not isinstance(found, Tensor) or found.shape != given.shape:
+        raise ValueError(f"{name} should return a tensor of the shape {list(given.shape)} that it is given")
+    if not (torch.isfinite(found).all() and (found >= 0).all() and (found.sum(-1) > 0).all()):
+        raise ValueError(f"{name} should return weights of 0 and more, with one above 0 for each row")
+    if not torch.allclose(found[1:2], alone, rtol=1e-5):
+        raise ValueError(f"{name} weighs a row by the others of its batch too")
+    return tokens
+
+
 @dataclass(frozen=True)
 class Sampling:
     """The settings by which sample paths are drawn; see `draw` for temperature, top_k and top_p.
 
     anchor: measure paths from the last bar as the tokenizer decodes it, not from the bar itself: the tokenizer's error
-    there, which a path goes on with, is taken out of all columns, in normalised units.
+    there, which a path goes on with, is taken out of all columns, in normalised units. filter: the configuration of a
+    `TokenFilter`, which takes the place of top_k and top_p; None: these.
 
     Raises:
         ValueError: a setting out of its range; the message names it.
@@ -43,6 +79,7 @@ class Sampling:
     s2_rotation: S2Rotation = "reference"
     sampling: SampleKind = "independent"
     anchor: bool = False
+    filter: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         checks = {
@@ -57,6 +94,7 @@ class Sampling:
             "sampling": (self.sampling in ("independent", "stratified"), "'independent' or 'stratified'"),
             "s2_rotation": (self.s2_rotation in ("reference", "aligned"), "'reference' or 'aligned'"),
             "anchor": (isinstance(self.anchor, bool), "true or false"),
+            "filter": (self.filter is None or self.top_k == 0 and self.top_p == 1, "null, or top_k 0 and top_p 1"),
         }
         for name, (valid, rule) in checks.items():
             if not valid:
@@ -74,7 +112,13 @@ def is_number(value: object) -> bool:
 
 
 def draw(
-    logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float, rank: Tensor | None = None
+    logits: Tensor,
+    uniform: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    rank: Tensor | None = None,
+    tokens_filter: TokenFilter | None = None,
 ) -> Tensor:
     """Draw one token per uniform number by inverse transform.
 
@@ -89,6 +133,7 @@ def draw(
         top_k: 0 keeps all.
         top_p: in (0, 1]; 1 keeps all.
         rank: int64 [V], the place of each token in that order; by default the token itself.
+        tokens_filter: weighs the probabilities, where top_k and top_p keep all.
 
     Returns:
         Tokens int64 [B, S].
@@ -103,8 +148,10 @@ def draw(
     elif top_p < 1:
         probability, tokens = _candidates(logits, top_p)
     else:
-        tokens = rank.argsort()
-        return tokens[_invert(logits.softmax(-1)[..., tokens], uniform)]
+        tokens, probability = rank.argsort(), logits.softmax(-1)
+        if tokens_filter is not None:
+            return tokens[_invert_filtered(tokens_filter(probability)[..., tokens], uniform)]
+        return tokens[_invert(probability[..., tokens], uniform)]
     if top_p < 1:
         probability = probability * (probability.cumsum(-1) - probability <= top_p)
     order = rank[tokens].masked_fill_(probability == 0, size).argsort(dim=-1, stable=True)
@@ -118,6 +165,14 @@ def _invert(probability: Tensor, uniform: Tensor) -> Tensor:
     drawn = (cumulative <= uniform.unsqueeze(-1) * cumulative[..., -1:]).sum(-1)
     # A product that rounds up to the whole mass would point past the end.
     return torch.minimum(drawn, (probability > 0).sum(-1) - 1)
+
+
+def _invert_filtered(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Find the places of uniform numbers [B, S] in rows of weights [B, R, V], zeros anywhere: those are never drawn."""
+    kept = weights > 0
+    order = kept.logical_not().to(torch.int8).argsort(dim=-1, stable=True)  # what is kept first, in its order
+    drawn = _invert(weights.gather(-1, order), uniform)
+    return order.expand(*drawn.shape, -1).gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
 
 
 def _candidates(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
