@@ -17,37 +17,25 @@ import numpy as np
 from kronos_qlib.files import digest_of_file
 
 
-def load_extension(configuration: Mapping[str, Any]) -> Any:
+def load_extension(configuration: Mapping[str, Any], **arguments: Any) -> Any:
     """Make the object that a configuration names.
 
     Args:
         configuration: class; module_path, a module's dotted name or a file's path; kwargs of the class, {} by default;
             digest, where `identify` has put it in.
+        arguments: of the class, beside its kwargs.
 
     Raises:
         ValueError: an unknown key, a module or class that there is not or that fails, an object that cannot be called,
             a file that has changed since it was identified.
     """
-    unknown = sorted(set(configuration) - {"class", "module_path", "kwargs", "digest"})
-    if unknown:
-        raise ValueError(f"unknown key {unknown[0]!r}; known keys: class, module_path, kwargs")
-    name, place = configuration["class"], configuration.get("module_path")
-    if isinstance(name, type):
-        kind: Any = name
-    else:
-        if not isinstance(place, str) or not place:
-            raise ValueError("should have a module_path: a module's dotted name, or a file's path")
-        kind = getattr(_module(place), name, None)
-        if not isinstance(kind, type):
-            raise ValueError(f"module_path {place!r} has no class {name!r}")
+    kind = _kind(configuration)
     try:
-        made = kind(**configuration.get("kwargs", {}))
+        made = kind(**configuration.get("kwargs", {}), **arguments)
     except Exception as error:
         raise ValueError(f"{kind.__name__} cannot be made: {_reason(error)}") from error
     if not callable(made):
         raise ValueError(f"{kind.__name__} has no __call__")
-    if "digest" in configuration and configuration["digest"] != _digest(kind):
-        raise ValueError(f"{kind.__name__}: {place} has changed since this run began; begin another")
     return made
 
 
@@ -69,7 +57,7 @@ def call_extension(extension: Any, shape: tuple[int, ...], *arguments: Any) -> n
 
 def describe_extension(configuration: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a run records of an extension: its configuration, its file, and the digest of what stands there."""
-    kind = type(load_extension(configuration))
+    kind = _kind(configuration)
     file = _file(kind)
     return {"class": kind.__name__, "module": kind.__module__, "file": file and str(file), "digest": _digest(kind)}
 
@@ -81,7 +69,7 @@ def identify(configuration: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not isinstance(configuration["class"], str):
         raise ValueError("should give its class by name, with a module_path: other processes make it too")
-    kind = type(load_extension(configuration))
+    kind = _kind(configuration)
     return at_home(configuration) | {"kwargs": dict(configuration.get("kwargs", {})), "digest": _digest(kind)}
 
 
@@ -96,6 +84,24 @@ def at_home(configuration: Any) -> Any:
     if not isinstance(place, str) or not place.endswith(".py"):
         return configuration
     return dict(configuration) | {"module_path": str(Path(place).expanduser().resolve())}
+
+
+def _kind(configuration: Mapping[str, Any]) -> type:
+    """Return the class that a configuration names. Raises ValueError."""
+    unknown = sorted(set(configuration) - {"class", "module_path", "kwargs", "digest"})
+    if unknown:
+        raise ValueError(f"unknown key {unknown[0]!r}; known keys: class, module_path, kwargs")
+    name, place = configuration["class"], configuration.get("module_path")
+    if isinstance(name, type):
+        return name
+    if not isinstance(place, str) or not place:
+        raise ValueError("should have a module_path: a module's dotted name, or a file's path")
+    kind = getattr(_module(place), name, None)
+    if not isinstance(kind, type):
+        raise ValueError(f"module_path {place!r} has no class {name!r}")
+    if "digest" in configuration and configuration["digest"] != _digest(kind):
+        raise ValueError(f"{name}: {place} has changed since this run began; begin another")
+    return kind
 
 
 def _file(kind: type) -> Path | None:

@@ -110,6 +110,7 @@ class Task:
             "batch_size": self.batch_size,
             "keep_paths": self.keep_paths,
             "summaries": self.summaries,
+            "quantizer": self.tokenizer.own_quantizer,
         }
         with whole_file(folder / TASK_FILE) as draft:
             draft.write_text(json.dumps(manifest, indent=2) + "\n")
@@ -118,8 +119,9 @@ class Task:
     def load(cls, folder: Path) -> "Task":
         """Load the task that `save` wrote, its windows mapped from the files."""
         manifest = json.loads((folder / TASK_FILE).read_text())
+        own_code = {"quantizer": manifest["quantizer"]}
         return cls(
-            tokenizer=KronosTokenizer.from_pretrained(folder / "tokenizer").eval(),
+            tokenizer=KronosTokenizer.from_pretrained(folder / "tokenizer", trusted=own_code).eval(),
             model=Kronos.from_pretrained(folder / "model").eval(),
             windows=map_windows(folder / "windows")["score"],
             future_stamp=np.load(folder / STAMPS, mmap_mode="r"),

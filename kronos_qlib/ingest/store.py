@@ -33,7 +33,7 @@ from kronos_qlib.ingest.rules import (
 )
 from kronos_qlib.ingest.store_files import StoreFiles, folder_name
 from kronos_qlib.ingest.symbols import instrument_name
-from kronos_qlib.ingest.tables import SourceError
+from kronos_qlib.ingest.tables import SourceError, load_reader
 
 KINDS = (".csv", ".txt", ".tsv", ".parquet", ".feather", ".arrow", ".zip", ".gz")
 FIELDS = ("open", "high", "low", "close", "volume", "amount", "factor", "change", "vwap")
@@ -135,7 +135,8 @@ def ingest(
         raise FileExistsError(f"{store} is not empty; name another folder, or add bars to a store by --append")
     index = Path(benchmark) if benchmark and Path(benchmark).is_file() else None
     if reader is not None:
-        reader = identify(reader)  # one that cannot be made is an error before anything is read
+        reader = identify(reader)
+        load_reader(reader)  # one that cannot be made is an error before anything is read
     files = source_files([*sources, *([index] if index else [])], KINDS if reader is None else ("",))
     read = _read_all(files, columns or {}, tz, symbols or {}, dates, reader, progress)
     summary = IngestSummary(store, files=len(files))

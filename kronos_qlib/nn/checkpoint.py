@@ -6,7 +6,7 @@ import inspect
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
 
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from kronos_qlib.addresses import check_answers
+from kronos_qlib.extensions import identify, identity_of
 from kronos_qlib.files import digest_of_file, whole_file
 from kronos_qlib.hardware.device import check_memory
 from kronos_qlib.nn import zoo
@@ -67,18 +68,22 @@ class HubModule(
         config: the constructor's arguments by name.
         source: where the weights came from (hub id, folder, or `nano` of this package), or None for a new network.
         entries: the zoo's networks of this kind by name.
+        code_arguments: those of the constructor's arguments that name code of the user's own.
     """
 
     config: dict[str, Any]
     source: str | None = None
     entries: ClassVar[Mapping[str, zoo.ZooEntry]] = {}
+    code_arguments: ClassVar[tuple[str, ...]] = ()
     _arguments: ClassVar[type[Settings]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Describe the constructor's arguments as settings that pydantic checks; none of them has a default."""
+        """Describe the constructor's arguments as settings that pydantic checks; the user's own code is optional."""
         super().__init_subclass__(**kwargs)
         _, *parameters = inspect.signature(cls.__init__).parameters.values()
-        fields: dict[str, Any] = {parameter.name: (parameter.annotation, ...) for parameter in parameters}
+        fields: dict[str, Any] = {
+            each.name: (each.annotation, ... if each.default is each.empty else each.default) for each in parameters
+        }
         cls._arguments = create_model(cls.__name__, __base__=Settings, **fields)
 
     def __init__(self) -> None:
@@ -89,7 +94,10 @@ class HubModule(
         """
         super().__init__()
         arguments = cast(Mapping[str, Any], self._hub_mixin_config)
-        self.config = dict(arguments)  # an attribute that networks pickled before the mixin have too
+        # An attribute that networks pickled before the mixin have too; published ones have no code of their own.
+        self.config = {
+            key: value for key, value in arguments.items() if value is not None or key not in self.code_arguments
+        }
         read_settings(self._arguments, type(self).__name__, self.config)
 
     @classmethod
@@ -101,7 +109,8 @@ class HubModule(
                 into this machine's memory.
         """
         known = list(cls._arguments.model_fields)
-        unknown, missing = sorted(set(config) - set(known)), [key for key in known if key not in config]
+        unknown = sorted(set(config) - set(known))
+        missing = [key for key in known if key not in config and key not in cls.code_arguments]
         if unknown:
             raise CheckpointError(f"{where}: unknown key {unknown[0]!r} for {cls.__name__}; known keys: {known}")
         if missing:
@@ -133,6 +142,7 @@ class HubModule(
         local_files_only: bool = False,
         token: str | bool | None = None,
         map_location: str | torch.device = "cpu",
+        trusted: Mapping[str, Any] | None = None,
     ) -> Self:
         """Load a checkpoint from this package, a folder or the hub, strictly.
 
@@ -146,6 +156,9 @@ class HubModule(
             revision: a commit, tag or branch of the hub; by default the commit that the zoo pins, if it knows one.
             cache_dir, force_download, local_files_only, token: as everywhere in huggingface_hub; a folder needs none.
             map_location: the device that the network is moved to.
+            trusted: configurations of the user's own code by argument, such as `quantizer`. A config.json says which
+                code its network needs, but names no place of it, and is refused without the same code here: nobody
+                runs what a download asks for.
 
         Returns:
             The network in float32, in evaluation mode.
@@ -181,6 +194,7 @@ class HubModule(
         if not isinstance(config, dict):
             raise CheckpointError(f"{config_path}: expected a mapping of constructor arguments")
         cls._check_sizes(config, config_path, weights_path)
+        config |= _own_code(cls.code_arguments, config, trusted or {}, config_path)
         network = cls.from_config(config, str(config_path))
         network.load_weights(weights_path)
         network.source = source
@@ -270,6 +284,23 @@ class HubModule(
     def n_parameters(self) -> int:
         """How many numbers all parameters hold, trained and fixed; buffers are not counted."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def _own_code(
+    names: Sequence[str], config: Mapping[str, Any], trusted: Mapping[str, Any], path: Path
+) -> dict[str, Any]:
+    """Return the configurations of a network's own code, which the user has given and not the download."""
+    needed = {name: config[name] for name in names if config.get(name) is not None}
+    for name, identity in needed.items():
+        if trusted.get(name) is None:
+            raise CheckpointError(
+                f"{path}: its {name} is code, {identity!r:.120}, and a checkpoint cannot say where that is: give it, "
+                f"as {{start_from: {path.parent}, {name}: {{class: …, module_path: …}}}}"
+            )
+        given = identity_of(identify(trusted[name]))
+        if given != identity:
+            raise CheckpointError(f"{path}: its {name} is {identity!r:.120}, and the one given {given!r:.120}")
+    return {name: trusted[name] for name in needed}
 
 
 def _read_shapes(path: Path) -> dict[str, torch.Size]:

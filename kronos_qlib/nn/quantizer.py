@@ -1,13 +1,69 @@
 """Binary spherical quantization (Zhao et al. 2024): a unit vector becomes the signs of its coordinates."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kronos_qlib.extensions import load_extension
+
 MeanCode = Callable[[Tensor], Tensor]
 """Gives the mean code [bits] of a whole batch for that of one of its micro-batches."""
+
+
+class Quantizer(Protocol):
+    """A quantizer of a user's own, the argument `quantizer` of a KronosTokenizer as a configuration; a torch module.
+
+    It is made with s1_bits and s2_bits beside its own arguments. A latent has W coordinates, the first of which make
+    the coarse code, the others the fine one, each by itself.
+
+    widths: how many coordinates make the coarse code, and how many the fine one; W in all.
+    """
+
+    widths: tuple[int, int]
+
+    def __call__(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantize a latent [..., W].
+
+        Returns:
+            Values [..., W], through which a gradient reaches the latent, and a loss, a scalar: a mean over positions.
+        """
+
+    def codes(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the ids s1 below 2^s1_bits and s2 below 2^s2_bits of a latent [..., W]: int64 [...] each."""
+
+    def values(self, s1: Tensor, s2: Tensor) -> Tensor:
+        """Return the values [..., W] of ids [...], those that a latent of these codes is quantized to."""
+
+
+def load_quantizer(configuration: Mapping[str, Any], s1_bits: int, s2_bits: int) -> nn.Module:
+    """Make a quantizer of the user's own, and try it on random latents. Raises ValueError."""
+    made = load_extension(configuration, s1_bits=s1_bits, s2_bits=s2_bits)
+    name = type(made).__name__
+    if not isinstance(made, nn.Module) or not isinstance(getattr(made, "widths", None), tuple) or len(made.widths) != 2:
+        raise ValueError(f"{name} should be a torch module with widths, a pair of whole numbers")
+    random, width = torch.Generator().manual_seed(0), sum(made.widths)
+    latent = torch.randn(3, 7, width, generator=random, requires_grad=True)
+    try:
+        values, loss = made(latent)
+        s1, s2 = made.codes(latent)
+        back, other = made.values(s1, s2), made.values(s1, s2.flip(0))
+    except Exception as error:
+        raise ValueError(f"{name} fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
+    if values.shape != latent.shape or back.shape != latent.shape or loss.shape != ():
+        raise ValueError(f"{name} should return values of the shape {list(latent.shape)} and a scalar loss")
+    if not values.requires_grad:
+        raise ValueError(f"{name} returns values through which no gradient can reach the latent")
+    for ids, bits in ((s1, s1_bits), (s2, s2_bits)):
+        if ids.dtype != torch.long or ids.shape != (3, 7) or ids.min() < 0 or ids.max() >= 2**bits:
+            raise ValueError(f"{name} should return codes of 0 … {2**bits - 1}, int64 [3, 7]")
+    if not torch.allclose(values, back, atol=1e-5):
+        raise ValueError(f"{name} quantizes a latent to other values than those of its codes")
+    if not torch.equal(back[..., : made.widths[0]], other[..., : made.widths[0]]):
+        raise ValueError(f"{name} makes the coarse values of the fine code too")
+    return made
 
 
 class BinarySphericalQuantizer(nn.Module):

@@ -1,7 +1,8 @@
 """KronosTokenizer: from a bar to two short bit codes (ids s1 and s2) and back."""
 
 from collections.abc import Sequence
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -9,10 +10,11 @@ from pydantic import FiniteFloat
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from kronos_qlib.extensions import identify, identity_of
 from kronos_qlib.nn import zoo
 from kronos_qlib.nn.checkpoint import Bits, DropoutRate, HubModule, Layers, Width
 from kronos_qlib.nn.layers import Block, check_heads, initialise
-from kronos_qlib.nn.quantizer import MeanCode, SignQuantizer, ids_to_signs, signs_to_ids
+from kronos_qlib.nn.quantizer import MeanCode, SignQuantizer, ids_to_signs, load_quantizer, signs_to_ids
 
 KNOWN_COLUMNS = 6  # of a bar that every tokenizer has; further ones are products of their own
 
@@ -21,8 +23,11 @@ class KronosTokenizer(HubModule):
     """Causal transformer autoencoder around a binary spherical quantizer (Shi et al. 2025, arXiv 2508.02739).
 
     The first s1_bits of a code are its coarse part (id s1), the rest its fine part (id s2). n_enc_layers and
-    n_dec_layers count one more than the blocks that exist, as in the published configurations.
+    n_dec_layers count one more than the blocks that exist, as in the published configurations. quantizer is the
+    configuration of a `Quantizer` of the user's own; None: the binary spherical one, of beta … group_size.
     """
+
+    code_arguments = ("quantizer",)
 
     entries = zoo.TOKENIZERS
 
@@ -44,9 +49,13 @@ class KronosTokenizer(HubModule):
         gamma: FiniteFloat,
         zeta: FiniteFloat,
         group_size: Width,
+        quantizer: Any = None,
     ) -> None:
         super().__init__()
         check_heads("KronosTokenizer", d_model, n_heads)
+        self.own_quantizer = None if quantizer is None else identify(quantizer)
+        if self.own_quantizer is not None:
+            self.config["quantizer"] = identity_of(self.own_quantizer)  # without a path: see `from_pretrained`
         self.d_in, self.s1_bits, self.s2_bits = d_in, s1_bits, s2_bits
         self.bits = s1_bits + s2_bits
         dropouts = (ffn_dropout_p, attn_dropout_p, resid_dropout_p)
@@ -54,10 +63,15 @@ class KronosTokenizer(HubModule):
         self.head = nn.Linear(d_model, d_in)
         self.encoder = nn.ModuleList(Block(d_model, n_heads, ff_dim, *dropouts) for _ in range(n_enc_layers - 1))
         self.decoder = nn.ModuleList(Block(d_model, n_heads, ff_dim, *dropouts) for _ in range(n_dec_layers - 1))
-        self.quant_embed = nn.Linear(d_model, self.bits)
-        self.post_quant_embed_pre = nn.Linear(s1_bits, d_model)
-        self.post_quant_embed = nn.Linear(self.bits, d_model)
-        self.tokenizer = SignQuantizer(self.bits, beta, gamma0, gamma, zeta, group_size)
+        self.tokenizer: nn.Module = (
+            SignQuantizer(self.bits, beta, gamma0, gamma, zeta, group_size)
+            if self.own_quantizer is None
+            else load_quantizer(self.own_quantizer, s1_bits, s2_bits)
+        )
+        coarse, fine = (s1_bits, s2_bits) if self.own_quantizer is None else self.tokenizer.widths
+        self.quant_embed = nn.Linear(d_model, coarse + fine)
+        self.post_quant_embed_pre = nn.Linear(coarse, d_model)
+        self.post_quant_embed = nn.Linear(coarse + fine, d_model)
         initialise(self, d_model)
 
     def forward(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, Tensor]:
@@ -80,10 +94,13 @@ class KronosTokenizer(HubModule):
         self, latent: Tensor, mean_code: MeanCode | None = None
     ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, Tensor]:
         """Do the second half of `forward`; `mean_code` gives the batch's mean code if the latent is a micro-batch."""
-        quantized, bsq_loss = self.tokenizer(latent, mean_code)
-        coarse, full = self.post_quant_embed_pre(quantized[..., : self.s1_bits]), self.post_quant_embed(quantized)
+        own = self.own_quantizer is not None
+        quantized, bsq_loss = self.tokenizer(latent) if own else self.tokenizer(latent, mean_code)
+        coarse_width = self.post_quant_embed_pre.in_features
+        coarse, full = self.post_quant_embed_pre(quantized[..., :coarse_width]), self.post_quant_embed(quantized)
         recon_s1, recon = self._decode(torch.cat([coarse, full])).chunk(2)  # one pass with twice the rows is faster
-        return (recon_s1, recon), bsq_loss, quantized, signs_to_ids(quantized)
+        ids = self._joined(*self.codes(latent)) if own else signs_to_ids(quantized)
+        return (recon_s1, recon), bsq_loss, quantized, ids
 
     def mean_code(self, latent: Tensor) -> Tensor:
         """Return the mean code of a latent [B, T, bits], as the BSQ loss takes it: [bits], float32."""
@@ -91,19 +108,58 @@ class KronosTokenizer(HubModule):
 
     def encode(self, x: Tensor, half: bool = False) -> Tensor | list[Tensor]:
         """Encode normalised bars x [B, T, D] to ids over all bits [B, T], or with half to the list [s1, s2] of them."""
-        signs = torch.where(self.latent(x) > 0, 1.0, -1.0)
-        if half:
-            return [signs_to_ids(signs[..., : self.s1_bits]), signs_to_ids(signs[..., self.s1_bits :])]
-        return signs_to_ids(signs)
+        s1, s2 = self.codes(self.latent(x))
+        return [s1, s2] if half else self._joined(s1, s2)
 
     def decode(self, ids: Tensor | Sequence[Tensor], half: bool = False) -> Tensor:
         """Decode ids, in either form of `encode`, to normalised bars [B, T, D]; bar i depends on ids up to i only."""
         if half:
             s1, s2 = ids
-            signs = torch.cat([ids_to_signs(s1, self.s1_bits), ids_to_signs(s2, self.s2_bits)], dim=-1)
         else:
-            signs = ids_to_signs(cast(Tensor, ids), self.bits)
-        return self._decode(self.post_quant_embed(signs * self.bits**-0.5))
+            joined = cast(Tensor, ids)
+            s1, s2 = joined & (2**self.s1_bits - 1), joined >> self.s1_bits
+        return self._decode(self.post_quant_embed(self.values(s1, s2)))
+
+    def codes(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the ids s1 and s2 [B, T] of a latent [B, T, W]."""
+        if self.own_quantizer is not None:
+            return self.tokenizer.codes(latent)
+        signs = torch.where(latent > 0, 1.0, -1.0)
+        return signs_to_ids(signs[..., : self.s1_bits]), signs_to_ids(signs[..., self.s1_bits :])
+
+    def values(self, s1: Tensor, s2: Tensor) -> Tensor:
+        """Return the quantized values [..., W] of ids s1 and s2 [...]."""
+        if self.own_quantizer is not None:
+            return self.tokenizer.values(s1, s2)
+        signs = torch.cat([ids_to_signs(s1, self.s1_bits), ids_to_signs(s2, self.s2_bits)], dim=-1)
+        return signs * self.bits**-0.5
+
+    def _joined(self, s1: Tensor, s2: Tensor) -> Tensor:
+        """Return the ids over all bits of ids s1 and s2."""
+        return s1 + (s2 << self.s1_bits)
+
+    @classmethod
+    def _check_sizes(cls, config: dict[str, Any], config_path: Path, weights_path: Path) -> None:
+        own = config.get("quantizer") is not None  # whose bits are no sizes of tensors
+        checked = {key: value for key, value in config.items() if not (own and key.endswith("_bits"))}
+        super()._check_sizes(checked, config_path, weights_path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave a quantizer of the user's own out of a pickle: its class has no name in another process."""
+        state = self.__dict__.copy()
+        if self.own_quantizer is not None:
+            state["_modules"] = {name: each for name, each in self._modules.items() if name != "tokenizer"}
+            state["_own_state"] = self.tokenizer.state_dict()
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make the quantizer of the user's own anew, by its configuration."""
+        own = state.pop("_own_state", None)
+        state.setdefault("own_quantizer", None)  # of networks pickled before there was a choice
+        super().__setstate__(state)
+        if own is not None and self.own_quantizer is not None:
+            self.tokenizer = load_quantizer(self.own_quantizer, self.s1_bits, self.s2_bits)
+            self.tokenizer.load_state_dict(own)
 
     def _decode(self, h: Tensor) -> Tensor:
         for block in self.decoder:
@@ -124,7 +180,7 @@ class KronosTokenizer(HubModule):
         tensors["embed.weight"] = F.pad(tensors["embed.weight"], (0, more))
         tensors["head.weight"] = F.pad(tensors["head.weight"], (0, 0, 0, more))
         tensors["head.bias"] = F.pad(tensors["head.bias"], (0, more))
-        wide = type(self)(**self.config | {"d_in": d_in})
+        wide = type(self)(**self.config | {"d_in": d_in, "quantizer": self.own_quantizer})
         wide.load_state_dict(tensors)
         wide.source = self.source
         return wide.train(self.training)

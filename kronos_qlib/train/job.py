@@ -155,6 +155,7 @@ class Job:
                 "dtype": str(self.dtype).removeprefix("torch."),
                 "draw_weights": self.draw_weights is not None,
                 "recorder": self.recorder,
+                "quantizer": self.tokenizer.own_quantizer,
             }
             self._save_own(folder)
             with whole_file(folder / JOB_FILE) as draft:
@@ -185,7 +186,9 @@ class Job:
         manifest, windows = json.loads(path.read_text()), map_windows(folder / "windows")
         kind = next(kind for kind in (Job, RankerJob) if kind.__name__ == manifest["kind"])
         return kind(
-            tokenizer=KronosTokenizer.from_pretrained(folder / "tokenizer"),
+            tokenizer=KronosTokenizer.from_pretrained(
+                folder / "tokenizer", trusted={"quantizer": manifest["quantizer"]}
+            ),
             model=Kronos.from_pretrained(folder / "model"),
             train=windows["train"],
             valid=windows["valid"],

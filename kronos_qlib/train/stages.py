@@ -93,6 +93,8 @@ class TokenizerStage:
     def __init__(self, tokenizer: KronosTokenizer, settings: TokenizerSettings) -> None:
         self.network, self.settings, self.code_length = tokenizer, settings, tokenizer.bits
         self._own_loss = None if settings.loss is None else load_loss(settings.loss)
+        if tokenizer.own_quantizer is not None:  # whose loss is a mean over positions
+            self.latent, self.mean_code, self.code_length = None, None, 0  # type: ignore[method-assign, assignment]
 
     def latent(self, examples: Examples) -> Tensor:
         """Run the first half of the forward pass: [B, T, bits]."""
@@ -104,7 +106,7 @@ class TokenizerStage:
 
     def loss(self, examples: Examples, latent: Tensor | None = None, mean_code: MeanCode | None = None) -> Tensor:
         """Return the training loss: (MSE coarse + MSE full + BSQ loss) / 2."""
-        latent = self.latent(examples) if latent is None else latent
+        latent = self.network.latent(examples.x) if latent is None else latent
         (recon_s1, recon), bsq_loss, _, _ = self.network.reconstruct(latent, mean_code)
         if self._own_loss is not None:
             squares = sum((each.float() - examples.x).square().mean(-1) for each in (recon_s1, recon))

@@ -435,7 +435,7 @@ def make_network(kind: type[Network], key: str, value: str | Mapping[str, Any], 
         seed: of a new network's weights.
     """
     if isinstance(value, Mapping) and START_FROM in value:
-        return _widened(kind, key, value, seed)
+        return _started_from(kind, key, value, seed)
     entry = kind.entries.get(value) if isinstance(value, str) else None
     if entry and not (entry.hub_id or entry.folder):
         value = entry.config
@@ -449,12 +449,21 @@ def make_network(kind: type[Network], key: str, value: str | Mapping[str, Any], 
         return kind.from_config(dict(value), key)
 
 
-def _widened(kind: type[Network], key: str, value: Mapping[str, Any], seed: int) -> Network:
-    """Make the tokenizer of {start_from: …, d_in: …}: a known one, for bars of more columns."""
-    if kind is not KronosTokenizer or value.keys() != {START_FROM, "d_in"} or not is_whole(value["d_in"]):
+def _started_from(kind: type[Network], key: str, value: Mapping[str, Any], seed: int) -> Network:
+    """Make the tokenizer of {start_from: …, d_in: …, quantizer: …}: a known one, for bars of more columns, or with
+    the user's own quantizer, which its config.json names without a place.
+    """
+    allowed, d_in = {START_FROM, "d_in", "quantizer"}, value.get("d_in")
+    if kind is not KronosTokenizer or len(value) < 2 or not value.keys() <= allowed:
         raise ValueError(f"{key}: {START_FROM} is of a tokenizer's {{{START_FROM}: …, d_in: …}}, not {dict(value)}")
-    start = make_network(KronosTokenizer, key, value[START_FROM], seed)
+    if d_in is not None and not is_whole(d_in):
+        raise ValueError(f"{key}: d_in should be a whole number, not {d_in!r}")
     try:
-        return cast(Network, start.widened(value["d_in"]))
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
+        if value.get("quantizer") is None:
+            start = make_network(KronosTokenizer, key, value[START_FROM], seed)
+        else:
+            start = KronosTokenizer.from_pretrained(value[START_FROM], trusted={"quantizer": value["quantizer"]})
+        return cast(Network, start if d_in is None else start.widened(d_in))
+    except (ValueError, FileNotFoundError) as error:
+        text = str(error)
+        raise type(error)(text if text.startswith(key) else f"{key}: {text}") from None

@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
+from networks import MODEL, TOKENIZER
 from qlib.data.dataset.weight import Reweighter
 from qlib.utils import init_instance_by_config
 from qlib.workflow import R
@@ -21,7 +23,10 @@ from kronos_qlib.cli import main
 from kronos_qlib.data.dataset import window_index
 from kronos_qlib.evaluation.measures import LEVELS
 from kronos_qlib.extensions import identify
+from kronos_qlib.forecast.engine.generate import encode
 from kronos_qlib.forecast.engine.sampling import draw, load_filter
+from kronos_qlib.forecast.engine.weights import prepare_weights
+from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.workflow.records import ForecastRecord
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -309,6 +314,87 @@ def test_a_sampler_of_one_s_own_is_qlib_s_reweighter(store, tmp_path):
     amount = pd.Series(job.train.bars.values[job.train.ends, 5], window_index(job.train))
     ranks = amount.groupby(level="datetime").rank(pct=True)
     np.testing.assert_allclose(job.draw_weights / job.draw_weights.max(), ranks**8, rtol=1e-9)
+
+
+# Quantizer
+
+FSQ = {"class": "FiniteScalarQuantizer", "module_path": str(EXAMPLES / "fsq_quantizer.py")}
+OWN_TOKENIZER = TOKENIZER | {"quantizer": FSQ}
+
+
+def test_a_quantizer_of_one_s_own_makes_the_codes_of_training_and_forecast():
+    torch.manual_seed(0)
+    tokenizer = KronosTokenizer(**OWN_TOKENIZER).eval()
+    x = torch.randn(5, 9, 6)
+    latent = tokenizer.latent(x)
+    assert latent.shape[-1] == tokenizer.bits // 2, "two bits a coordinate"
+    digits = ((torch.tanh(latent) + 1) * 2).floor().long()
+    s1, s2 = tokenizer.encode(x, half=True)
+    coarse = tokenizer.s1_bits // 2
+    assert torch.equal(s1, (digits[..., :coarse] * 4 ** torch.arange(coarse)).sum(-1))
+    assert torch.equal(s2, (digits[..., coarse:] * 4 ** torch.arange(digits.shape[-1] - coarse)).sum(-1))
+    (_, recon), loss, values, ids = tokenizer(x)
+    assert loss == 0 and torch.equal(ids, tokenizer.encode(x)) and torch.equal(ids, s1 + (s2 << tokenizer.s1_bits))
+    assert set(values.unique().mul(3).round().tolist()) <= {-3.0, -1.0, 1.0, 3.0}
+    torch.testing.assert_close(tokenizer.decode(ids), recon, rtol=1e-4, atol=1e-5)
+    model = Kronos(**MODEL).eval()
+    weights = prepare_weights(tokenizer, model, 32, torch.float32, 9)
+    with torch.inference_mode():
+        assert all(torch.equal(one, other) for one, other in zip(encode(weights.tokenizer, x), (s1, s2)))
+        values = F.embedding(s1, weights.tokenizer.coarse) + F.embedding(s2, weights.tokenizer.fine)
+        expected = tokenizer.post_quant_embed(tokenizer.values(s1, s2))
+    torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_training_with_a_quantizer_of_one_s_own(store, tmp_path):
+    """Processes that train and forecast load it; a checkpoint says which it is, and not where; a pickle is whole."""
+    stage = {"epochs": 1, "windows_per_epoch": 64, "batch_size": 32, "valid_windows": 32}
+    models = []
+    for processes in (1, 2):
+        finetune = {"output_dir": str(tmp_path / str(processes)), "processes": processes, "tokenizer": stage}
+        models.append(make_model(tokenizer=OWN_TOKENIZER, finetune=finetune | {"predictor": stage}))
+        models[-1].fit(make_dataset())
+    assert same(*models) == [True, True]
+    scores = models[0].predict(make_dataset())
+    again: KronosModel = pickle.loads(pickle.dumps(models[0]))
+    pd.testing.assert_series_equal(again.predict(make_dataset()), scores, check_exact=True)
+    best = {name: str(tmp_path / "1" / name / "best") for name in ("tokenizer", "predictor")}
+    with pytest.raises(
+        ValueError, match=r"its quantizer is code, \{'class': 'FiniteScalarQuantizer'.*a checkpoint cannot"
+    ):
+        make_model(tokenizer=best["tokenizer"], model=best["predictor"])
+    assert "module_path" not in (Path(best["tokenizer"]) / "config.json").read_text()
+    given = {"start_from": best["tokenizer"], "quantizer": FSQ}
+    loaded = make_model(tokenizer=given, model=best["predictor"], forecast={"processes": 2})
+    pd.testing.assert_series_equal(loaded.predict(make_dataset()), scores, check_exact=True)
+    other = own(tmp_path, "return given") | {"class": "Own"}
+    with pytest.raises(ValueError, match="its quantizer is .*, and the one given"):
+        make_model(tokenizer=given | {"quantizer": other}, model=best["predictor"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("return values, loss", ""),
+        ("return values[..., :1], loss", "should return values of the shape"),
+        ("return values.detach(), loss", "returns values through which no gradient can reach the latent"),
+        ("return values + 1, loss", "quantizes a latent to other values than those of its codes"),
+        ("return values, latent", "should return values of the shape"),
+    ],
+)
+def test_a_wrong_quantizer_is_told_as_the_tokenizer_is_made(tmp_path, change, message):
+    (tmp_path / "own.py").write_text(
+        Path(FSQ["module_path"]).read_text()
+        + "\n\nclass Own(FiniteScalarQuantizer):\n    def forward(self, latent):\n"
+        + f"        values, loss = super().forward(latent)\n        {change}\n"
+    )
+    quantizer = {"class": "Own", "module_path": str(tmp_path / "own.py")}
+    if not message:
+        KronosTokenizer(**TOKENIZER | {"quantizer": quantizer})
+        return
+    with pytest.raises(ValueError, match=f"Own {message}"):
+        make_model(tokenizer=TOKENIZER | {"quantizer": quantizer})
 
 
 # Record, reader, figure

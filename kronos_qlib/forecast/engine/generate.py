@@ -21,7 +21,6 @@ from kronos_qlib.hardware.cpu import core_pool
 from kronos_qlib.hardware.device import check_memory, resolve_dtype
 from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.nn.model import TIME_TABLES, S2Rotation
-from kronos_qlib.nn.quantizer import signs_to_ids
 
 CPU_BATCH = 32  # windows in a window batch of one thread: more leave its caches, fewer make narrow products
 BYTES_PER_BAR = 16  # of a path while it is drawn: its random numbers; and 8 a column: float32, twice
@@ -252,8 +251,7 @@ def _as_integers(keys: Sequence[int] | np.ndarray | Tensor, count: int) -> np.nd
 def encode(tokenizer: TokenizerWeights, x: Tensor) -> tuple[Tensor, Tensor]:
     """Encode normalised bars [B, L, D] as tokens s1 and s2 [B, L]."""
     h, _ = prefill(tokenizer.encoder, tokenizer.embed_bars(x))
-    signs = torch.where(tokenizer.quant_embed(h) > 0, 1.0, -1.0)
-    return signs_to_ids(signs[..., : tokenizer.s1_bits]), signs_to_ids(signs[..., tokenizer.s1_bits :])
+    return tokenizer.codes(tokenizer.quant_embed(h))
 
 
 def _decode(

@@ -1,6 +1,6 @@
 """Both networks' weights, prepared for generation: fused products, embeddings as lookups, the compute dtype."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +13,6 @@ from kronos_qlib.forecast.engine.sampling import is_whole
 from kronos_qlib.hardware.device import check_memory
 from kronos_qlib.nn import Kronos, KronosTokenizer, zoo
 from kronos_qlib.nn.layers import Attention, Block, RMSNorm
-from kronos_qlib.nn.quantizer import ids_to_signs
 from kronos_qlib.nn.tokenizer import embed_columns, project_columns
 
 _Rows = tuple[Tensor, Tensor | None]  # weight and bias of a layer
@@ -111,7 +110,7 @@ class TokenizerWeights:
     fine: Tensor
     decoder: Stack
     head: Linear  # to bars, by `project_columns`
-    s1_bits: int
+    codes: Callable[[Tensor], tuple[Tensor, Tensor]]
 
     def embed_bars(self, x: Tensor) -> Tensor:
         """Embed normalised bars [..., D]: [..., d]."""
@@ -245,32 +244,39 @@ def check_pair(tokenizer: KronosTokenizer, model: Kronos) -> None:
 
 
 def _tokenizer_weights(tokenizer: KronosTokenizer, dtype: torch.dtype, length: int) -> TokenizerWeights:
-    scale, s1_bits = tokenizer.bits**-0.5, tokenizer.s1_bits
-    device = tokenizer.embed.weight.device
-    codes = [ids_to_signs(torch.arange(2**bits, device=device), bits) for bits in (s1_bits, tokenizer.s2_bits)]
-    post = tokenizer.post_quant_embed
+    post, (coarse, fine) = tokenizer.post_quant_embed, _code_values(tokenizer)
+    width = coarse.shape[1]
     return TokenizerWeights(
         # Float32: the signs of the encoder's output are the tokens, and all later draws depend on them.
         embed=_fuse(torch.float32, tokenizer.embed),
         encoder=_stack(tokenizer.encoder, torch.float32, length),
         quant_embed=_fuse(torch.float32, tokenizer.quant_embed),
-        coarse=codes[0] * scale @ post.weight[:, :s1_bits].T + post.bias,
-        fine=codes[1] * scale @ post.weight[:, s1_bits:].T,
+        coarse=coarse @ post.weight[:, :width].T + post.bias,
+        fine=fine @ post.weight[:, width:].T,
         decoder=_stack(tokenizer.decoder, dtype, length),
         head=_fuse(torch.float32, tokenizer.head),
-        s1_bits=s1_bits,
+        codes=tokenizer.codes,
     )
+
+
+def _code_values(tokenizer: KronosTokenizer) -> tuple[Tensor, Tensor]:
+    """Return the quantized values of each s1, and of each s2: [2^s1_bits, …] and [2^s2_bits, …], which make W."""
+    s1, s2 = (
+        torch.arange(2**bits, device=tokenizer.embed.weight.device) for bits in (tokenizer.s1_bits, tokenizer.s2_bits)
+    )
+    width = tokenizer.post_quant_embed_pre.in_features
+    coarse = tokenizer.values(s1, torch.zeros_like(s1))[:, :width].contiguous()
+    return coarse, tokenizer.values(torch.zeros_like(s2), s2)[:, width:].contiguous()
 
 
 @torch.inference_mode()
 def _close_ranks(tokenizer: KronosTokenizer) -> tuple[Tensor, Tensor]:
     """See `NetworkWeights.ranks`; in float32 for every dtype of the run, so that the order of the tokens is one."""
-    weights, (s1_bits, s2_bits) = tokenizer.post_quant_embed.weight, (tokenizer.s1_bits, tokenizer.s2_bits)
-    halves = weights[:, :s1_bits], weights[:, s1_bits:]
+    weights, values = tokenizer.post_quant_embed.weight, _code_values(tokenizer)
+    width = values[0].shape[1]
     ranks = []
-    for half, bits in zip(halves, (s1_bits, s2_bits)):
-        signs = ids_to_signs(torch.arange(2**bits, device=weights.device), bits)
-        x = signs * tokenizer.bits**-0.5 @ half.T + tokenizer.post_quant_embed.bias
+    for half, own in zip((weights[:, :width], weights[:, width:]), values):
+        x = own @ half.T + tokenizer.post_quant_embed.bias
         for block in tokenizer.decoder:
             weights_of_block = _block(block, torch.float32)
             x = weights_of_block.output(x, weights_of_block.values(x))  # a single position attends to itself
