@@ -167,7 +167,7 @@ def _draw_paths(
     sampling: Sampling,
     ranks: tuple[Tensor, Tensor] | tuple[None, None],
     report_step: Callable[[], None],
-    tokens_filter: TokenFilter | None,
+    tokens_filter: TokenFilter | None = None,
 ) -> Tensor:
     """Draw paths [B, S, P, D] with uniform numbers [P, 2, B, S]: encode, step by step s1 and s2, decode."""
     horizon, _, windows, samples = uniform.shape
