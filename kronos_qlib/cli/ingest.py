@@ -47,6 +47,9 @@ def add_command(commands: Commands) -> None:
     command.add_argument(
         "--reader", metavar="FILE.py:CLASS", help="read files of another kind by a class of your own (docs: Extending)"
     )
+    command.add_argument(
+        "--prices", default="positive", help="any keeps prices of zero or less, as of futures joined by differences"
+    )
     command.add_argument("--unit", default="auto", help="shares, lots, lots,thousands or thousands (default: auto)")
     command.add_argument("--adjust", default="auto", help="none, adjusted_close or factor (default: auto)")
     command.add_argument("--freq", default="auto", help="day, 1week, or minutes such as 5min (default: auto)")
@@ -97,6 +100,7 @@ def run(options: argparse.Namespace) -> int:
             label=options.label,
             tz=options.tz,
             dates=options.dates,
+            prices=options.prices,
             reader=parse_class("--reader", options.reader) if options.reader else None,
             universes={name: Path(path) for name, path in universes.items()},
             benchmark=options.benchmark,

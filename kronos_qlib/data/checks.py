@@ -3,12 +3,14 @@
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 
 from kronos_qlib.data.windows import Bars
 
+Prices = Literal["positive", "any"]
 ROUNDING = 1e-5  # adjusted float32 prices may disagree by some units in the last place
 CHANGE_TOLERANCE = 0.20
 NAMED = 5  # bars that a warning names
@@ -88,29 +90,33 @@ def _lines(path: Path) -> list[str]:
     return [line.rstrip("\r") for line in text.split("\n") if line.strip()]
 
 
-def check_bars(bars: Bars) -> None:
+def check_bars(bars: Bars, prices: Prices = "positive") -> None:
     """Check bars for infinite values, prices of zero or less, negative volume or amount, and prices outside low … high.
+
+    Args:
+        prices: `any` lets them be zero or less.
 
     Raises ValueError, which names the first such instrument and date, its values, and how many such bars there are.
     """
-    prices = bars.values[:, :4]
-    high, low = prices[:, 1], prices[:, 2]
+    values = bars.values[:, :4]
+    high, low = values[:, 1], values[:, 2]
     faults = {
         "an infinite value": np.isinf(bars.values).any(axis=1),
-        "a price of zero or less": (prices <= 0).any(axis=1),
+        "a price of zero or less": (values <= 0).any(axis=1) & (prices == "positive"),
         "a negative volume or amount": (bars.values[:, 4:6] < 0).any(axis=1),
-        "its high below its low": high < low * (1 - ROUNDING),
-        "its open or close outside low … high": impossible_bars(prices),
+        "its high below its low": high < low - np.abs(low) * ROUNDING,
+        "its open or close outside low … high": impossible_bars(values),
     }
     for fault, wrong in faults.items():
         rows = np.flatnonzero(wrong)
         if len(rows):
             first = rows[0]
-            values = ", ".join(f"{name} {value:g}" for name, value in zip(bars.columns, bars.values[first]))
+            said = ", ".join(f"{name} {value:g}" for name, value in zip(bars.columns, bars.values[first]))
             raise ValueError(
-                f"KLineHandler: {_name(bars, first)} has {fault}: {values} ({len(rows)} such bars in all, of "
+                f"KLineHandler: {_name(bars, first)} has {fault}: {said} ({len(rows)} such bars in all, of "
                 f"{len(np.unique(bars.codes[rows]))} instruments); correct them in the store, set them to NaN, "
                 "or leave the instrument out"
+                + ("; for futures joined by differences set prices: any" if fault.startswith("a price") else "")
             )
 
 

@@ -97,6 +97,7 @@ def extra_windows(extra: ExtraData, dataset: KLineDataset, folder: Path, key: st
         "freq": freq,
         "amount": extra.amount,
         "volume": dataset.handler.data_loader.volume,
+        "prices": dataset.handler.prices,
         "columns": {name: at_home(column) for name, column in dataset.handler.data_loader.columns.items()},
         "segment": [start, end],
         "lookback": dataset.lookback,
@@ -125,6 +126,7 @@ def _select_windows(
     freq: str,
     amount: str,
     volume: str,
+    prices: str,
     columns: Mapping[str, Any],
     segment: Sequence[Any],
     lookback: int,
@@ -133,7 +135,7 @@ def _select_windows(
 ) -> Windows:
     """Select the training windows of a segment from the store in use, on no more bars than they need."""
     # A label that looks ahead would read bars after the end.
-    handler = KLineHandler(instruments, start_time, segment[1], freq, "$close", amount, volume, columns)
+    handler = KLineHandler(instruments, start_time, segment[1], freq, "$close", amount, volume, prices, columns)
     dataset = KLineDataset(handler, {"train": segment}, lookback, horizon, normalisation=normalisation)
     windows = dataset.training_windows("train")
     dataset.warn_of_left_out(windows)

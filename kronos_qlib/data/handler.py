@@ -11,7 +11,7 @@ from qlib.data.dataset.handler import DataHandlerLP
 
 from kronos_qlib.data.bar_columns import check_columns
 from kronos_qlib.data.calendar import range_end
-from kronos_qlib.data.checks import check_bars, warn_of_jumps
+from kronos_qlib.data.checks import Prices, check_bars, warn_of_jumps
 from kronos_qlib.data.dates import Date
 from kronos_qlib.data.expressions import check_expression
 from kronos_qlib.data.loader import KLineLoader, Universe, member_spans
@@ -67,6 +67,10 @@ class HandlerSettings(Settings):
     volume: Literal["required", "optional"] = "required"
     """`required`: a bar without volume is none, as on a day without trade. `optional`, for currencies, indices and
     contracts for difference: volume and amount are 0 where they are unknown, with a warning that counts such bars."""
+    prices: Prices = "positive"
+    """`positive`: a price of zero or less is an error. `any`, for futures joined by differences and shares adjusted
+    backwards below zero: prices have no ratios then, so KronosModel takes the scores `z_mean`, `z_last`, `z_max` and
+    `z_min` or one of your own, and no calibration; ForecastRecord refuses them."""
     columns: Annotated[dict[str, Any], BeforeValidator(check_columns)] = {}
     """Further columns of a bar by name, such as `turnover: $turn`: Qlib expressions that look at no later bar, or
     classes of your own (class, module_path, kwargs), see [Extending](extending.md). A bar that lacks one is none, with
@@ -94,6 +98,7 @@ class KLineHandler(DataHandlerLP):
         first of these that all bars of the first session have (auto: no later bar must decide it). It is one rule for
         the whole run, logged and kept in `amount_rule`; bars without an amount by it are dropped, with a warning.
     volume: required, or optional for instruments without volume: theirs is 0 then, and so is the amount.
+    prices: positive, or any, which lets them be zero or less.
     columns: further columns by name: Qlib expressions, or configurations of a `bar_columns.BarColumn`.
 
     Raises ValueError (FileNotFoundError for a missing store), one line, for wrong settings, an unknown universe, a
@@ -107,6 +112,7 @@ class KLineHandler(DataHandlerLP):
     _change: pd.DataFrame
     _bars: Bars | None
     _members: np.ndarray | None
+    prices: Prices = "positive"  # of handlers pickled before there was a choice
 
     def __init__(
         self,
@@ -117,14 +123,15 @@ class KLineHandler(DataHandlerLP):
         label: str | list[str] = LABEL,
         amount: str = "auto",
         volume: str = "required",
+        prices: str = "positive",
         columns: Mapping[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
         values = {"instruments": instruments, "start_time": start_time, "end_time": end_time}
         values |= {"freq": freq, "label": label, "amount": amount, "volume": volume}
-        values |= {"columns": {} if columns is None else columns, **unknown}
+        values |= {"prices": prices, "columns": {} if columns is None else columns, **unknown}
         settings = read_settings(HandlerSettings, "KLineHandler", values)
-        self.freq = settings.freq
+        self.freq, self.prices = settings.freq, settings.prices
         super().__init__(
             settings.instruments,
             settings.start_time,
@@ -167,7 +174,7 @@ class KLineHandler(DataHandlerLP):
             _warn_of_instruments_without_bars(self._data["feature"], bars.instruments)
             if optional:
                 _warn_of_bars_without_volume(bars)
-            check_bars(bars)
+            check_bars(bars, self.prices)
             warn_of_jumps(bars, _returns(names, values[:, CLOSE])[valid], self._change.to_numpy()[order[valid]])
             self._bars = bars
         return self._bars

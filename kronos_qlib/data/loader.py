@@ -349,7 +349,8 @@ def _amount(raw: pd.DataFrame, rule: str) -> pd.Series:
     if rule == "amount":
         return raw["$amount"]
     # adjusted price × adjusted volume is the money traded, whatever the factor; float64 for the products
-    return raw["$volume"].astype(float) * (raw["$vwap"] if rule == "vwap" else _mean_price(raw[list(RAW[:4])]))
+    price = raw["$vwap"] if rule == "vwap" else _mean_price(raw[list(RAW[:4])])
+    return raw["$volume"].astype(float) * price.abs()  # money, where prices joined by differences are below zero
 
 
 def _mean_price(prices: pd.DataFrame) -> pd.Series:

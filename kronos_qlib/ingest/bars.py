@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow as pa
 from pandas.api.types import union_categoricals
 
-from kronos_qlib.data.checks import impossible_bars
+from kronos_qlib.data.checks import Prices, impossible_bars
 from kronos_qlib.data.columns import find_columns, is_rate, plain_name
 from kronos_qlib.data.dates import read_times, year_first
 from kronos_qlib.data.windows import COLUMNS
@@ -64,6 +64,7 @@ def read_bars(
     symbols: Mapping[str, str] | None = None,
     dates: str | None = None,
     reader: Mapping[str, Any] | None = None,
+    prices: Prices = "positive",
 ) -> SourceBars:
     """Read the bars of a file.
 
@@ -73,12 +74,13 @@ def read_bars(
         symbols: names of instruments by symbol, where a symbol's own spelling does not tell.
         dates: what stands first in dates whose year stands last, "day" or "month"; None: as they tell.
         reader: the configuration of a `SourceReader`; None: the kinds that are known.
+        prices: `any` keeps bars whose prices are zero or less.
 
     Raises:
         SourceError: the file holds no bars; one line that names it.
     """
     tables = read_tables(path, None if reader is None else load_reader(reader))
-    parts = [_table_bars(table, columns or {}, tz, symbols or {}, dates) for table in tables]
+    parts = [_table_bars(table, columns or {}, tz, symbols or {}, dates, prices) for table in tables]
     bars = concatenated([part.bars for part in parts])
     rejected = pd.concat([part.rejected for part in parts], ignore_index=True)
     if bars.empty:
@@ -119,7 +121,12 @@ def once_each(bars: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def _table_bars(
-    table: RawTable, given: Mapping[str, str], tz: str | None, symbols: Mapping[str, str], dates: str | None
+    table: RawTable,
+    given: Mapping[str, str],
+    tz: str | None,
+    symbols: Mapping[str, str],
+    dates: str | None,
+    allowed: Prices,
 ) -> SourceBars:
     where = table.name if table.name == table.path.name else f"{table.path}:{table.name}"
     for column, name in given.items():
@@ -160,7 +167,8 @@ def _table_bars(
     instruments = _instruments(table, given, rows, symbols, values["close"], where, findings)
     faults.append((np.asarray(instruments.isna() | (instruments == "")), "no instrument"))
     prices = np.stack([values[column] for column in PRICES], axis=1)
-    faults.append((prices.min(axis=1) <= 0, "a price of zero or less"))
+    if allowed == "positive":
+        faults.append((prices.min(axis=1) <= 0, "a price of zero or less"))
     faults.append(
         (np.any([values[column] > LARGEST for column in COLUMNS if column in values], axis=0), "beyond float32")
     )

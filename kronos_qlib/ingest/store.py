@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ import pyarrow as pa
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
+from kronos_qlib.data.checks import Prices
 from kronos_qlib.extensions import identify
 from kronos_qlib.ingest.bars import PRICES, SourceBars, concatenated, once_each, read_bars
 from kronos_qlib.ingest.rules import (
@@ -31,13 +32,13 @@ from kronos_qlib.ingest.rules import (
     find_unit,
     summarise,
 )
-from kronos_qlib.ingest.store_files import StoreFiles, folder_name
+from kronos_qlib.ingest.store_files import ABOUT, StoreFiles, folder_name
 from kronos_qlib.ingest.symbols import instrument_name
 from kronos_qlib.ingest.tables import SourceError, load_reader
 
 KINDS = (".csv", ".txt", ".tsv", ".parquet", ".feather", ".arrow", ".zip", ".gz")
 FIELDS = ("open", "high", "low", "close", "volume", "amount", "factor", "change", "vwap")
-REJECTED, ABOUT = "rejected.csv", "ingest.json"
+REJECTED = "rejected.csv"
 MANY_FILES = 100  # from which on several processes read them
 _NUMBERS = ("open", "high", "low", "close", "volume", "amount", "factor", "change")
 
@@ -55,6 +56,7 @@ class IngestSummary:
     first: str = ""
     last: str = ""
     label: str = ""
+    prices: str = "positive"
     benchmark: str | None = None
     findings: list[str] = field(default_factory=list)
 
@@ -97,6 +99,7 @@ def ingest(
     tz: str | None = None,
     dates: str | None = None,
     reader: Mapping[str, Any] | None = None,
+    prices: str = "positive",
     universes: Mapping[str, Path] | None = None,
     benchmark: str | None = None,
     append: bool = False,
@@ -110,7 +113,7 @@ def ingest(
     and those given; rejected.csv and ingest.json, what was found. Bars have the times of their starts.
 
     Args:
-        columns, symbols, tz, dates, reader: see `read_bars`; with a reader all files of a folder are read.
+        columns, symbols, tz, dates, reader, prices: see `read_bars`; with a reader all files of a folder are read.
         unit, adjust, freq, label: what `kronos_qlib.ingest.rules` would find.
         universes: files of name, first and last date, by the universe's name.
         benchmark: a file of an index's bars, or one of the instruments: it is not in the universe `all`.
@@ -122,7 +125,12 @@ def ingest(
         SourceError: a source cannot be read, or the store holds other bars of the same time. FileExistsError: there is
             something at `store`. ValueError: a rule finds nothing.
     """
-    for name, value, known in (("unit", unit, ("auto", *UNITS)), ("adjust", adjust, ADJUST), ("label", label, LABELS)):
+    for name, value, known in (
+        ("unit", unit, ("auto", *UNITS)),
+        ("adjust", adjust, ADJUST),
+        ("label", label, LABELS),
+        ("prices", prices, get_args(Prices)),
+    ):
         if value not in known:
             raise ValueError(f"--{name} {value!r} is unknown; use {', '.join(known)}")
     if rebase and not append:
@@ -131,6 +139,7 @@ def ingest(
         raise ValueError(f"--freq {freq!r} is unknown; use auto, day, 1week, or minutes such as 5min")
     store = Path(os.path.abspath(store.expanduser()))
     before, about = _read_store(store) if append else (None, {})
+    prices = about.get("prices", prices)
     if not append and (store.is_file() or (store.is_dir() and any(store.iterdir()))):
         raise FileExistsError(f"{store} is not empty; name another folder, or add bars to a store by --append")
     index = Path(benchmark) if benchmark and Path(benchmark).is_file() else None
@@ -138,8 +147,8 @@ def ingest(
         reader = identify(reader)
         load_reader(reader)  # one that cannot be made is an error before anything is read
     files = source_files([*sources, *([index] if index else [])], KINDS if reader is None else ("",))
-    read = _read_all(files, columns or {}, tz, symbols or {}, dates, reader, progress)
-    summary = IngestSummary(store, files=len(files))
+    read = _read_all(files, columns or {}, tz, symbols or {}, dates, reader, prices, progress)
+    summary = IngestSummary(store, files=len(files), prices=prices)
     for part in read:
         summary.findings += [finding for finding in part.findings if finding not in summary.findings]
     rejected = pd.concat([part.rejected for part in read], ignore_index=True)
@@ -187,7 +196,9 @@ def _add_change(bars: pd.DataFrame) -> None:
     """Add the change from close to close, a ratio, where the source says none."""
     close, code = bars["close"].to_numpy(float), bars["instrument"].cat.codes.to_numpy()
     change = np.full(len(bars), np.nan, np.float32)
-    change[1:] = np.where(code[1:] == code[:-1], close[1:] / close[:-1] - 1, np.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):  # no ratio where prices are zero or less
+        known = (code[1:] == code[:-1]) & (close[1:] > 0) & (close[:-1] > 0)
+        change[1:] = np.where(known, close[1:] / close[:-1] - 1, np.nan)
     said = bars["change"].to_numpy(np.float32) if "change" in bars else np.full(len(bars), np.nan, np.float32)
     bars["change"] = np.where(np.isnan(said), change, said)
 
@@ -199,12 +210,13 @@ def _read_all(
     symbols: Mapping[str, str],
     dates: str | None,
     reader: Mapping[str, Any] | None,
+    prices: str,
     progress: bool,
 ) -> list[SourceBars]:
     """Read files one after the other, or many in several processes."""
     processes = pa.cpu_count() if len(files) >= MANY_FILES else 1
     run = Parallel(n_jobs=processes, return_as="generator", pre_dispatch="4*n_jobs")
-    jobs = run(delayed(read_bars)(path, columns, tz, symbols, dates, reader) for path in files)
+    jobs = run(delayed(read_bars)(path, columns, tz, symbols, dates, reader, prices) for path in files)
     return list(tqdm(jobs, "reading", len(files), unit="file", disable=None if progress else True, leave=False))
 
 
@@ -405,6 +417,7 @@ def _write(
         about = {
             "freq": summary.freq,
             "label": summary.label,
+            "prices": summary.prices,
             "benchmark": summary.benchmark,
             "universes": sorted({*former, *universes}),
             "findings": summary.findings,

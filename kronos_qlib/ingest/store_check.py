@@ -12,7 +12,7 @@ import pandas as pd
 from kronos_qlib.data.checks import CHANGE_TOLERANCE, impossible_bars
 from kronos_qlib.data.windows import COLUMNS
 from kronos_qlib.ingest.bars import PRICES
-from kronos_qlib.ingest.store_files import StoreFiles
+from kronos_qlib.ingest.store_files import StoreFiles, allowed_prices
 from kronos_qlib.ingest.symbols import is_index
 from kronos_qlib.ingest.tables import SourceError
 
@@ -84,6 +84,7 @@ def check_store(
     seen: dict[str, list[tuple[float, str]]] = {subject: [] for subject, _, _ in _SUBJECTS}
     damaged: list[str] = []
     coverage = pd.Series(0, calendar)
+    positive = allowed_prices(folder) == "positive"
     names = store.instruments()
     for name in progress(names):
         try:
@@ -99,7 +100,7 @@ def check_store(
         if len(times) < len(bars):
             damaged.append(f"{name}: {len(bars) - len(times)} bars lie beyond the end of the calendar, Qlib reads none")
             bars = bars.iloc[: len(times)]
-        counts[name] = _count(name, bars, times, seen)
+        counts[name] = _count(name, bars, times, seen, positive)
         coverage.iloc[first : first + len(bars)] += bars["close"].notna().to_numpy(int)
     table = pd.DataFrame.from_dict(counts, orient="index").rename_axis("instrument")
     findings = [
@@ -130,7 +131,11 @@ _SUBJECTS: tuple[tuple[str, Literal["warning", "error"], str], ...] = (
 
 
 def _count(
-    name: str, bars: pd.DataFrame, times: pd.DatetimeIndex, seen: dict[str, list[tuple[float, str]]]
+    name: str,
+    bars: pd.DataFrame,
+    times: pd.DatetimeIndex,
+    seen: dict[str, list[tuple[float, str]]],
+    positive: bool,
 ) -> dict[str, Any]:
     """Count what is odd in the bars of an instrument, and keep the worst of each kind."""
     prices = bars[PRICES].to_numpy(float)
@@ -150,7 +155,7 @@ def _count(
         return len(at)
 
     finite = np.isfinite(prices).all(axis=1)
-    wrong = ~finite | (prices <= 0).any(axis=1)
+    wrong = ~finite | ((prices <= 0).any(axis=1) & positive)
     wrong[finite] |= impossible_bars(prices[finite])
     wrong |= np.any([value < 0 for key, value in column.items() if key in ("volume", "amount")], axis=0)
     shown = lambda place: " " + ", ".join(f"{label} {value:g}" for label, value in zip(PRICES, prices[place]))  # noqa: E731
@@ -160,7 +165,7 @@ def _count(
     idle = np.flatnonzero(volume == 0)
     returns = np.full(len(rows), np.nan)
     with np.errstate(divide="ignore", invalid="ignore"):
-        returns[1:] = prices[1:, 3] / prices[:-1, 3] - 1
+        returns[1:] = np.where(prices[:-1, 3] > 0, prices[1:, 3] / prices[:-1, 3] - 1, np.nan)
     against, at = _jumps(returns, gaps, column, index=is_index(name))
     same = np.r_[False, (prices[1:] == prices[:-1]).all(axis=1)] & (volume > 0 if np.isfinite(volume).any() else True)
     run = np.arange(len(same)) - np.maximum.accumulate(np.where(~same, np.arange(len(same)), 0)) + 1

@@ -1,17 +1,20 @@
 """The files of a Qlib store, read as they lie there: Qlib itself, whose import takes seconds, is not needed."""
 
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
 
-from kronos_qlib.data.checks import check_calendar_file, check_universe_file
+from kronos_qlib.data.checks import Prices, check_calendar_file, check_universe_file
 from kronos_qlib.ingest.tables import SourceError
 
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)$", re.IGNORECASE)  # no folder on Windows may be called so
 _FUTURE = "_future"
+ABOUT = "ingest.json"  # what `ingest` found, in a store that it has written
 
 
 def folder_name(instrument: str) -> str:
@@ -25,6 +28,13 @@ _ORDER = {"day": 1, "1week": 2}  # minutes come before
 def is_store(folder: Path) -> bool:
     """Return whether a folder is a Qlib store: it has calendars/."""
     return (folder / "calendars").is_dir()
+
+
+def allowed_prices(folder: Path) -> Prices:
+    """Return which prices a store may have, as `ingest` was told; positive ones in any other store."""
+    about = folder / ABOUT
+    said = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
+    return cast(Prices, said.get("prices", "positive"))
 
 
 class StoreFiles:

@@ -294,7 +294,7 @@ class KronosModel(ModelFT):
             ValueError: an unknown column. RuntimeError: processes died too often.
         """
         self._check(dataset)
-        known = ["last_close", *SCORES, *quantile_columns(dataset.horizon)]
+        known = ["last_close", *_scores_of(dataset), *quantile_columns(dataset.horizon)]
         unknown = [name for name in columns or [] if name not in known]
         if unknown:
             raise ValueError(f"KronosModel: unknown column {unknown[0]!r} of a forecast; known: {', '.join(known)}")
@@ -372,6 +372,20 @@ class KronosModel(ModelFT):
         finally:
             self._to_cpu()
 
+    def _check_prices(self, dataset: KLineDataset) -> None:
+        """Refuse what divides by prices where these may be zero or less. Raises ValueError."""
+        if dataset.handler.prices == "positive":
+            return
+        score, known = self.settings.score, _scores_of(dataset)
+        below = "of prices, which may be zero or less (prices: any)"
+        if isinstance(score, str) and score not in known:
+            raise ValueError(
+                f"KronosModel: score {score} is a ratio {below}; use {', '.join(known)}, or one of your own"
+            )
+        for key, what in (("calibration", "logarithms"), ("neutralise", "ratios")):
+            if getattr(self.settings, key):
+                raise ValueError(f"KronosModel: {key} takes {what} {below}")
+
     def _to_cpu(self) -> None:
         """Move both networks to the CPU: a recorder's pickle of them then loads on any machine."""
         for network in (self.tokenizer, self.model):
@@ -381,6 +395,7 @@ class KronosModel(ModelFT):
         if not isinstance(dataset, KLineDataset):
             raise ValueError(f"KronosModel: the dataset must be a KLineDataset, not a {type(dataset).__name__}")
         check_columns("KronosModel", self.tokenizer, dataset)
+        self._check_prices(dataset)
         limit = self.settings.max_context
         if dataset.horizon >= limit:
             raise ValueError(
@@ -397,6 +412,12 @@ class KronosModel(ModelFT):
                 f"KronosModel: lookback ({lookback}) + horizon ({horizon}) is above max_context ({limit}): the window "
                 "slides and every step beyond max_context is computed anew, which is slow"
             )
+
+
+def _scores_of(dataset: KLineDataset) -> list[str]:
+    """Return the scores that mean something of a dataset's prices: no ratios where these may be zero or less."""
+    positive = dataset.handler.prices == "positive"
+    return [name for name in SCORES if positive or name.startswith("z_") or name == "prob_up"]
 
 
 def make_networks(

@@ -15,7 +15,7 @@ import pandas as pd
 from kronos_qlib.data.calendar import WEEKEND_SHARE, is_intraday
 from kronos_qlib.data.demo_market import BENCHMARK, is_synthetic
 from kronos_qlib.files import whole_file
-from kronos_qlib.ingest.store_files import StoreFiles
+from kronos_qlib.ingest.store_files import StoreFiles, allowed_prices
 from kronos_qlib.ingest.symbols import exchange_of, is_index
 from kronos_qlib.nn import zoo
 from kronos_qlib.text import printable
@@ -202,6 +202,11 @@ def _settings(
     freq = freq or store.freqs[0]
     if freq not in store.freqs:
         raise ValueError(f"{folder}: no bars of {freq}; it has {', '.join(store.freqs)}")
+    if allowed_prices(folder) == "any":
+        raise ValueError(
+            f"{folder}: its prices may be zero or less, and label, LightGBM's features and Qlib's backtest are ratios of "
+            "them; write a workflow by hand: docs/frequencies.md, Negative prices"
+        )
     calendar = store.calendar(freq)
     members = sorted(set(store.universe(universe)["instrument"].str.upper()))
     known = [name for name in members if store.has(name, "close", freq)]

@@ -147,6 +147,11 @@ class ForecastRecord(RecordTemp):
         for name, given, kind in (("model", model, KronosModel), ("dataset", dataset, KLineDataset)):
             if not isinstance(given, kind):
                 raise ValueError(f"ForecastRecord: {name} should be a {kind.__name__}, not a {type(given).__name__}")
+        if dataset.handler.prices == "any":
+            raise ValueError(
+                "ForecastRecord: its errors and baselines are of ratios of prices, which may be zero or less (prices: "
+                "any); leave the record out"
+            )
         for key in ("segment", "calibrate_on"):
             named = getattr(settings, key)
             if named is not None and named not in dataset.segments:

@@ -12,8 +12,10 @@ from tampering import LAST_DAY, tampered
 from tiny import HORIZON, LOOKBACK, finetune, make_dataset, make_model, use_market
 
 from kronos_qlib import KLineHandler, KronosPredictor, KronosRanker
+from kronos_qlib.cli import main
 from kronos_qlib.data.windows import COLUMNS
 from kronos_qlib.nn import Kronos, KronosTokenizer
+from kronos_qlib.workflow.records import ForecastRecord
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "range_column.py"
 RANGE = {"class": "SmoothedRange", "module_path": str(EXAMPLE), "kwargs": {"half_life": 3}}
@@ -173,3 +175,52 @@ def test_predictor_takes_and_returns_the_columns_that_it_is_told(networks):
         wide.predict(bars.drop(columns="funding"), times[:LOOKBACK], times[LOOKBACK:], **options)
     with pytest.raises(ValueError, match="d_in is 7; bars have 6 columns, and columns should name the 1 others"):
         KronosPredictor(model, tokenizer.widened(7), "cpu")
+
+
+# Prices of zero or less
+
+
+@pytest.fixture
+def below_zero(store, tmp_path):
+    """A file of prices less their median, as if joined by differences: on both sides of zero."""
+    bars = D.features(D.instruments("demo"), ["$open", "$high", "$low", "$close", "$volume"]).dropna().reset_index()
+    bars.columns = ["symbol", "time", "open", "high", "low", "close", "volume"]
+    middle = bars.groupby("symbol")["close"].transform("median")
+    bars[["open", "high", "low", "close"]] = bars[["open", "high", "low", "close"]].sub(middle, axis=0)
+    bars[bars["volume"] > 0].to_csv(tmp_path / "bars.csv", index=False)
+    return tmp_path
+
+
+def test_prices_below_zero_are_kept_where_they_are_asked_for_and_give_no_ratio(below_zero, capsys):
+    ingest = ["ingest", str(below_zero / "bars.csv"), str(below_zero / "store"), "--prices", "any"]
+    assert main(ingest) == 0 and main(["check", str(below_zero / "store")]) == 0
+    assert main(["workflow", str(below_zero / "store")]) == 2
+    assert "prices may be zero or less" in capsys.readouterr().err
+    use_market(below_zero / "store")
+    with pytest.raises(
+        ValueError, match="a price of zero or less: .*; for futures joined by differences set prices: any"
+    ):
+        KLineHandler("all").bars()
+    handler = KLineHandler("all", prices="any", label="Ref($close, -2) - Ref($close, -1)")
+    dataset = make_dataset(handler=handler)
+    assert (handler.bars().values[:, 3] < 0).mean() > 0.3
+    scores = make_model(score="z_last").predict(dataset)
+    assert np.isfinite(scores).all() and scores.nunique() > 100
+    columns = make_model(score="z_last").forecast(dataset).columns
+    assert {"z_last", "prob_up", "q50_1"} <= set(columns) and "mean_return" not in columns
+    for change, message in (
+        ({}, "score mean_return is a ratio of prices, which may be zero or less"),
+        ({"score": "z_last", "calibration": {}}, "calibration takes logarithms"),
+        ({"score": "z_last", "neutralise": ["volatility"]}, "neutralise takes ratios"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_model(**change).predict(dataset)
+    with pytest.raises(ValueError, match="ForecastRecord: its errors and baselines are of ratios"):
+        ForecastRecord(make_model(score="z_last"), dataset)
+
+
+def test_without_being_asked_for_they_are_rejected_rows(below_zero, capsys):
+    assert main(["ingest", str(below_zero / "bars.csv"), str(below_zero / "other")]) == 0
+    assert "a price of zero or less" in (below_zero / "other" / "rejected.csv").read_text()
+    assert main(["ingest", str(below_zero / "bars.csv"), str(below_zero / "x"), "--prices", "some"]) == 2
+    assert "--prices 'some' is unknown; use positive, any" in capsys.readouterr().err

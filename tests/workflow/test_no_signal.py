@@ -15,7 +15,7 @@ from leaks import Size, blindness_faults, signal_faults, t_values
 
 pytestmark = pytest.mark.slow
 
-MODELS = "kronos", "ranker", "factors"
+MODELS = "kronos", "calibrated", "ranker", "factors"
 SMALL = Size(instruments=8, days=600, tokenizer_windows=600, predictor_windows=900)
 WIDE = Size(instruments=30, days=700, tokenizer_windows=600, predictor_windows=900)
 
