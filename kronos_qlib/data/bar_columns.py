@@ -51,6 +51,15 @@ def check_columns(value: Any) -> dict[str, Any]:
     return dict(value)
 
 
+def check_conditions(value: Any) -> dict[str, str]:
+    """Check the setting `conditions`: expressions by name. Raises ValueError."""
+    columns = check_columns(value)
+    classes = [name for name, text in columns.items() if not isinstance(text, str)]
+    if classes:
+        raise ValueError(f"{classes[0]}: should be a Qlib expression")
+    return columns
+
+
 def load_column(configuration: Mapping[str, Any]) -> BarColumn:
     """Make a column of a user's own, and try it on a random walk, and on the walk's beginning alone.
 

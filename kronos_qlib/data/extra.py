@@ -99,6 +99,7 @@ def extra_windows(extra: ExtraData, dataset: KLineDataset, folder: Path, key: st
         "volume": dataset.handler.data_loader.volume,
         "prices": dataset.handler.prices,
         "columns": {name: at_home(column) for name, column in dataset.handler.data_loader.columns.items()},
+        "conditions": dict(dataset.handler.data_loader.conditions),
         "segment": [start, end],
         "lookback": dataset.lookback,
         "horizon": dataset.horizon,
@@ -128,6 +129,7 @@ def _select_windows(
     volume: str,
     prices: str,
     columns: Mapping[str, Any],
+    conditions: Mapping[str, str],
     segment: Sequence[Any],
     lookback: int,
     horizon: int,
@@ -135,7 +137,9 @@ def _select_windows(
 ) -> Windows:
     """Select the training windows of a segment from the store in use, on no more bars than they need."""
     # A label that looks ahead would read bars after the end.
-    handler = KLineHandler(instruments, start_time, segment[1], freq, "$close", amount, volume, prices, columns)
+    handler = KLineHandler(
+        instruments, start_time, segment[1], freq, "$close", amount, volume, prices, columns, conditions
+    )
     dataset = KLineDataset(handler, {"train": segment}, lookback, horizon, normalisation=normalisation)
     windows = dataset.training_windows("train")
     dataset.warn_of_left_out(windows)

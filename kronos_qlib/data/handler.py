@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal, cast
 
 import numpy as np
@@ -9,7 +10,7 @@ import pandas as pd
 from pydantic import BeforeValidator, Field, model_validator
 from qlib.data.dataset.handler import DataHandlerLP
 
-from kronos_qlib.data.bar_columns import check_columns
+from kronos_qlib.data.bar_columns import check_columns, check_conditions
 from kronos_qlib.data.calendar import range_end
 from kronos_qlib.data.checks import Prices, check_bars, warn_of_jumps
 from kronos_qlib.data.dates import Date
@@ -17,10 +18,11 @@ from kronos_qlib.data.expressions import check_expression
 from kronos_qlib.data.loader import KLineLoader, Universe, member_spans
 from kronos_qlib.data.stamps import stamps
 from kronos_qlib.data.windows import CLOSE, COLUMNS, Bars
+from kronos_qlib.nn.model import MOST_GROUPS
 from kronos_qlib.settings import MISSING, Settings, read_settings
 
 LABEL = "Ref($close, -2)/Ref($close, -1) - 1"
-_LOADED = ("_data", "_infer", "_learn", "_change")
+_LOADED = ("_data", "_infer", "_learn", "_change", "_conditions")
 _DERIVED = ("_bars", "_members")
 
 
@@ -76,6 +78,10 @@ class HandlerSettings(Settings):
     classes of your own (class, module_path, kwargs), see [Extending](extending.md). A bar that lacks one is none, with
     a warning that counts such bars. The tokenizer's `d_in` must be 6 and so many more."""
 
+    conditions: Annotated[dict[str, str], BeforeValidator(check_conditions)] = {}
+    """What does not change within a window, such as `sector: $sector`: Qlib expressions of group numbers 0, 1, …, NaN
+    where the group is not known, as of the score date. For own networks with the same `conditions`."""
+
     @model_validator(mode="after")
     def _check_order(self) -> "HandlerSettings":
         if self.start_time is not None and self.end_time is not None and self.start_time > self.end_time:
@@ -99,6 +105,7 @@ class KLineHandler(DataHandlerLP):
         the whole run, logged and kept in `amount_rule`; bars without an amount by it are dropped, with a warning.
     volume: required, or optional for instruments without volume: theirs is 0 then, and so is the amount.
     prices: positive, or any, which lets them be zero or less.
+    conditions: expressions of group numbers by name, for networks with conditions.
     columns: further columns by name: Qlib expressions, or configurations of a `bar_columns.BarColumn`.
 
     Raises ValueError (FileNotFoundError for a missing store), one line, for wrong settings, an unknown universe, a
@@ -110,6 +117,7 @@ class KLineHandler(DataHandlerLP):
     end_time: pd.Timestamp | None
     _data: pd.DataFrame
     _change: pd.DataFrame
+    _conditions: pd.DataFrame
     _bars: Bars | None
     _members: np.ndarray | None
     prices: Prices = "positive"  # of handlers pickled before there was a choice
@@ -125,18 +133,22 @@ class KLineHandler(DataHandlerLP):
         volume: str = "required",
         prices: str = "positive",
         columns: Mapping[str, Any] | None = None,
+        conditions: Mapping[str, str] | None = None,
         **unknown: Any,
     ) -> None:
         values = {"instruments": instruments, "start_time": start_time, "end_time": end_time}
         values |= {"freq": freq, "label": label, "amount": amount, "volume": volume}
-        values |= {"prices": prices, "columns": {} if columns is None else columns, **unknown}
+        values |= {"prices": prices, "columns": {} if columns is None else columns}
+        values |= {"conditions": {} if conditions is None else conditions, **unknown}
         settings = read_settings(HandlerSettings, "KLineHandler", values)
         self.freq, self.prices = settings.freq, settings.prices
         super().__init__(
             settings.instruments,
             settings.start_time,
             range_end(settings.end_time, self.freq),
-            data_loader=KLineLoader(settings.freq, settings.label, settings.amount, settings.volume, settings.columns),
+            data_loader=KLineLoader(
+                settings.freq, settings.label, settings.amount, settings.volume, settings.columns, settings.conditions
+            ),
         )
 
     @property
@@ -148,6 +160,11 @@ class KLineHandler(DataHandlerLP):
     def columns(self) -> tuple[str, ...]:
         """Return the names of a bar's columns: the six, then the settings' own."""
         return COLUMNS + tuple(self.data_loader.columns)
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Return the names of the conditions."""
+        return tuple(self.data_loader.conditions)
 
     @property
     def dates(self) -> pd.DatetimeIndex:
@@ -171,6 +188,9 @@ class KLineHandler(DataHandlerLP):
             optional = self.data_loader.volume == "optional"
             valid = ~np.isnan(values).any(axis=1) & (traded | optional)
             bars = _bars_of(index.levels, sessions[valid], names[valid], values[valid], self.columns)
+            if self.conditions:
+                groups = _groups_of(self._conditions.to_numpy()[order[valid]], bars, self.conditions)
+                bars = replace(bars, stamp=np.concatenate([bars.stamp, groups], axis=1))
             _warn_of_instruments_without_bars(self._data["feature"], bars.instruments)
             if optional:
                 _warn_of_bars_without_volume(bars)
@@ -214,6 +234,9 @@ class KLineHandler(DataHandlerLP):
         self._forget()
         super().setup_data(*args, **kwargs)
         self._change = self._data.pop(("check", "change"))  # for the checks alone, not part of what is fetched
+        if self.conditions:  # likewise
+            self._conditions = self._data["condition"]
+            self._data = self._data.drop(columns="condition", level=0)
 
     def _forget(self) -> None:
         """Drop what was loaded and what was made of it."""
@@ -248,6 +271,22 @@ def _bars_of(
         instruments=tuple(levels[1][kept]),
         columns=columns,
     )
+
+
+def _groups_of(numbers: np.ndarray, bars: Bars, names: tuple[str, ...]) -> np.ndarray:
+    """Return conditions as stamps have them, 0 where the group is not known, 1 for the first: int8 `[N, C]`.
+
+    Raises ValueError for what is no group's number.
+    """
+    known = ~np.isnan(numbers)
+    wrong = known & ~((numbers >= 0) & (numbers < MOST_GROUPS) & (numbers == np.floor(numbers)))
+    if wrong.any():
+        row, place = np.argwhere(wrong)[0]
+        raise ValueError(
+            f"KLineHandler: conditions: {names[place]} of {bars.instruments[bars.codes[row]]} on {bars.dates[row]} is "
+            f"{numbers[row, place]:g}; groups are numbered 0 … {MOST_GROUPS - 1}"
+        )
+    return np.where(known, numbers + 1, 0).astype(np.int8)
 
 
 def _warn_of_instruments_without_bars(rows: pd.DataFrame, kept: tuple[str, ...]) -> None:

@@ -37,11 +37,12 @@ class KLineLoader(DataLoader):
     `amount` is a rule for the amount (`amount`, `vwap`, `ohlc`) or `auto`: the first of them whose fields the bars of
     the first session have. That rule is kept in `amount_rule`, so that a pickled loader never changes it. With `volume`
     optional, volume and amount are 0 in bars that have prices and no volume. `columns` are further ones by name: Qlib
-    expressions, or configurations of a `BarColumn`.
+    expressions, or configurations of a `BarColumn`. `conditions` are expressions of the numbers of groups by name.
     """
 
     volume = "required"  # of loaders pickled before there was a choice
     columns: Mapping[str, Any] = MappingProxyType({})  # likewise
+    conditions: Mapping[str, str] = MappingProxyType({})  # likewise
 
     def __init__(
         self,
@@ -50,12 +51,13 @@ class KLineLoader(DataLoader):
         amount: str,
         volume: str = "required",
         columns: Mapping[str, Any] = MappingProxyType({}),
+        conditions: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.freq = freq
         self.label = label
         self.amount = amount
         self.volume = volume
-        self.columns = dict(columns)
+        self.columns, self.conditions = dict(columns), dict(conditions)
         self.amount_rule: str | None = None if amount == "auto" else amount
 
     def load(
@@ -65,7 +67,8 @@ class KLineLoader(DataLoader):
 
         Returns:
             float32, index (datetime, instrument) sorted; columns `("feature", open … amount)` and those of `columns`,
-            `("label", "LABEL0" …)`, and `("check", "change")`, the store's own `$change`, NaN where it has none.
+            `("label", "LABEL0" …)`, `("condition", …)`, and `("check", "change")`, the store's own `$change`, NaN where
+            it has none.
 
         Raises:
             ValueError: the store has no such universe, frequency or field, or no bars in the range.
@@ -77,7 +80,7 @@ class KLineLoader(DataLoader):
         # Given as a list, the instruments keep their full histories: Qlib cuts a universe to its members' spans.
         expressions = {name: column for name, column in self.columns.items() if isinstance(column, str)}
         # A label or a column may be a field.
-        fields = list(dict.fromkeys([*RAW, *stored, *self.label, *expressions.values()]))
+        fields = list(dict.fromkeys([*RAW, *stored, *self.label, *expressions.values(), *self.conditions.values()]))
         raw = read_fields(names, fields, start_time, end_time, self.freq)
         raw[[field for field in OPTIONAL if field not in stored]] = np.float32(np.nan)
         where = f"universe {_title(instruments)} in store {store_folder(self.freq)}"
@@ -115,6 +118,7 @@ class KLineLoader(DataLoader):
         columns |= self._own_columns(columns, {name: raw[text] for name, text in expressions.items()}, where)
         columns |= {("label", f"LABEL{i}"): raw[expression] for i, expression in enumerate(self.label)}
         columns["check", "change"] = raw["$change"]
+        columns |= {("condition", name): raw[text] for name, text in self.conditions.items()}
         return _by_time(columns, raw.index)
 
     def _own_columns(
@@ -156,7 +160,8 @@ class KLineLoader(DataLoader):
         """
         folder = store_folder(self.freq)
         calendar = folder / "calendars" / f"{self.freq}.txt"
-        texts = {"columns": [text for text in self.columns.values() if isinstance(text, str)], "label": self.label}
+        texts = {"conditions": list(self.conditions.values())}
+        texts |= {"columns": [text for text in self.columns.values() if isinstance(text, str)], "label": self.label}
         named = {key: sorted({field for text in own for field in named_fields(text)}) for key, own in texts.items()}
         read = {field[1:] for field in (*RAW, *OPTIONAL)}.union(*named.values())
         check_bins(folder, self.freq, names, read, calendar)

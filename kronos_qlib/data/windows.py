@@ -22,6 +22,7 @@ NamedNormalisation = Literal["unit_free", "published"]
 Normalisation = NamedNormalisation | Mapping[str, Any]
 """A name, or the identified configuration of a `WindowNormalisation`."""
 NORMALISE_BLOCK = 128  # windows normalised at a time: their float64 copy then stays in the processor's cache
+STAMPS = 5  # columns of a stamp, before those of conditions
 KEYS_BLOCK = 65_536  # windows whose keys are computed at a time: their texts take a hundred bytes each
 
 
@@ -137,7 +138,7 @@ def denormalise(x: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarra
 class Bars:
     """The valid bars of all instruments in one contiguous array, by instrument, then by time.
 
-    values: float32 `[N, D]`. stamp: int8 `[N, 5]`. dates: datetime64[ns] `[N]`.
+    values: float32 `[N, D]`. stamp: int8 `[N, 5]`, and more columns for conditions. dates: datetime64[ns] `[N]`.
     offsets: int64 `[I + 1]`; rows `offsets[i]:offsets[i + 1]` are those of `instruments[i]`, which are sorted by name.
     columns: the names of the D columns: `COLUMNS`, then those that a handler adds.
     """
@@ -244,8 +245,17 @@ class Windows:
         return self._slices(self.bars.values, rows)
 
     def stamps(self, rows: np.ndarray) -> np.ndarray:
-        """Copy out the stamps of the windows at `rows` (int `[B]`): int64 `[B, T, 5]`."""
-        return self._slices(self.bars.stamp, rows).astype(np.int64)
+        """Copy out the stamps of the windows at `rows` (int `[B]`): int64 `[B, T, 5]`, conditions after the five.
+
+        A window's conditions are those of its score date, for all of its bars.
+        """
+        stamps = self._slices(self.bars.stamp, rows).astype(np.int64)
+        stamps[:, :, STAMPS:] = self.conditions(rows)[:, None]
+        return stamps
+
+    def conditions(self, rows: np.ndarray) -> np.ndarray:
+        """Return the conditions of the windows at `rows` (int `[B]`): int64 `[B, C]`."""
+        return self.bars.stamp[self.ends[rows], STAMPS:].astype(np.int64)
 
     def _slices(self, array: np.ndarray, rows: np.ndarray) -> np.ndarray:
         return _slices(array, self.ends[rows] - (self.lookback - 1), self.lookback + self.future)

@@ -101,6 +101,8 @@ class KronosPredictor:
             )  # an unknown one is an error here, not at the first forecast
         except ValueError as error:
             raise ValueError(f"KronosPredictor: {error}") from None
+        if model.conditions:
+            raise ValueError("KronosPredictor: takes no model with conditions; forecast with KronosModel")
         if not is_number(clip) or clip <= 0:
             raise ValueError(f"KronosPredictor: clip is {clip!r}; it must be a number above 0")
         try:

@@ -58,9 +58,10 @@ class Task:
         return np.unique(self.windows.dates)
 
     def horizon_stamps(self, rows: np.ndarray) -> np.ndarray:
-        """Return the stamps of the bars to forecast, of the windows at `rows` (int [B]): int64 [B, P, 5]."""
+        """Return the stamps of the bars to forecast, of the windows at `rows` (int [B]): int64 [B, P, 5 + C]."""
         days = self.score_dates.searchsorted(self.windows.bars.dates[self.windows.ends[rows]])
-        return self.future_stamp[days].astype(np.int64)
+        stamps, conditions = self.future_stamp[days].astype(np.int64), self.windows.conditions(rows)
+        return np.concatenate([stamps, np.repeat(conditions[:, None], self.horizon, axis=1)], axis=2)
 
     @cached_property
     def identity(self) -> dict[str, object]:

@@ -68,7 +68,8 @@ class HubModule(
         config: the constructor's arguments by name.
         source: where the weights came from (hub id, folder, or `nano` of this package), or None for a new network.
         entries: the zoo's networks of this kind by name.
-        code_arguments: those of the constructor's arguments that name code of the user's own.
+        code_arguments: those of the constructor's arguments that name code of the user's own. These, and others that
+            have a default, may be left out of a config.json, as published ones do.
     """
 
     config: dict[str, Any]
@@ -78,7 +79,7 @@ class HubModule(
     _arguments: ClassVar[type[Settings]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Describe the constructor's arguments as settings that pydantic checks; the user's own code is optional."""
+        """Describe the constructor's arguments as settings that pydantic checks."""
         super().__init_subclass__(**kwargs)
         _, *parameters = inspect.signature(cls.__init__).parameters.values()
         fields: dict[str, Any] = {
@@ -95,9 +96,7 @@ class HubModule(
         super().__init__()
         arguments = cast(Mapping[str, Any], self._hub_mixin_config)
         # An attribute that networks pickled before the mixin have too; published ones have no code of their own.
-        self.config = {
-            key: value for key, value in arguments.items() if value is not None or key not in self.code_arguments
-        }
+        self.config = {key: value for key, value in arguments.items() if value is not None or self._is_required(key)}
         read_settings(self._arguments, type(self).__name__, self.config)
 
     @classmethod
@@ -110,7 +109,7 @@ class HubModule(
         """
         known = list(cls._arguments.model_fields)
         unknown = sorted(set(config) - set(known))
-        missing = [key for key in known if key not in config and key not in cls.code_arguments]
+        missing = [key for key in known if key not in config and cls._is_required(key)]
         if unknown:
             raise CheckpointError(f"{where}: unknown key {unknown[0]!r} for {cls.__name__}; known keys: {known}")
         if missing:
@@ -121,6 +120,10 @@ class HubModule(
             return cls(**config)
         except (TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{where}: {error}") from error
+
+    @classmethod
+    def _is_required(cls, argument: str) -> bool:
+        return argument not in cls._arguments.model_fields or cls._arguments.model_fields[argument].is_required()
 
     @classmethod
     def _least_parameters(cls, config: dict[str, Any]) -> int:

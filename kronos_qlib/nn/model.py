@@ -1,6 +1,8 @@
 """Kronos: the decoder-only transformer that continues a sequence of (s1, s2) codes."""
 
 import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -14,6 +16,7 @@ from kronos_qlib.nn.layers import Attention, Block, RMSNorm, check_heads, initia
 
 S2Rotation = Literal["reference", "aligned"]
 CROSS_ATTENTION_HEADS = 4  # whatever the model's n_heads
+MOST_GROUPS = 126  # of a condition: stamps are of one byte
 TIME_TABLES = {"minute": 60, "hour": 24, "weekday": 7, "day": 32, "month": 13}  # in the order of a stamp
 
 
@@ -33,7 +36,7 @@ class FixedEmbedding(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """The sum of one embedding for each field of a stamp."""
+    """The sum of one embedding for each field of a stamp, and for each condition that follows them."""
 
     def __init__(self, d_model: int, learn_te: bool) -> None:
         super().__init__()
@@ -41,15 +44,38 @@ class TimeEmbedding(nn.Module):
             table = nn.Embedding(size, d_model) if learn_te else FixedEmbedding(size, d_model)
             self.add_module(f"{field}_embed", table)
 
+    def add_conditions(self, groups: Sequence[int], d_model: int) -> None:
+        """Add embeddings of conditions, zero at first, which draw no random numbers: the other weights stay the same.
+
+        Args:
+            groups: how many each condition has. In a stamp 0 is a group that is not known, 1 the first.
+        """
+        if groups:
+            zeros = (torch.zeros(count + 1, d_model) for count in groups)
+            self.conditions = nn.ModuleList(nn.Embedding.from_pretrained(each, freeze=False) for each in zeros)
+
     def tables(self) -> list[Tensor]:
-        """Return the five tables [size, d], in the order of a stamp's fields."""
-        return [cast(Tensor, self.get_submodule(f"{field}_embed").weight) for field in TIME_TABLES]
+        """Return the tables [size, d], in the order of a stamp's fields."""
+        own = [cast(nn.Embedding, each).weight for each in getattr(self, "conditions", ())]
+        return [cast(Tensor, self.get_submodule(f"{field}_embed").weight) for field in TIME_TABLES] + own
 
     def forward(self, stamp: Tensor) -> Tensor:
-        """Embed stamps [..., 5] (int): [..., d]."""
+        """Embed stamps [..., 5], or more with conditions (int): [..., d]."""
         fields = stamp.long().unbind(-1)
         embedded = [F.embedding(index, table) for index, table in zip(fields, self.tables(), strict=True)]
         return cast(Tensor, sum(embedded))
+
+
+def _groups(conditions: Any) -> dict[str, int]:
+    """Check the argument `conditions`. Raises ValueError."""
+    if conditions is None:
+        return {}
+    if not isinstance(conditions, Mapping) or not conditions:
+        raise ValueError("Kronos: conditions should be a mapping of names to numbers of groups, such as {sector: 12}")
+    for name, groups in conditions.items():
+        if isinstance(groups, bool) or not isinstance(groups, int) or not 1 <= groups <= MOST_GROUPS:
+            raise ValueError(f"Kronos: conditions: {name} should have 1 … {MOST_GROUPS} groups, not {groups!r}")
+    return dict(conditions)
 
 
 class CodeEmbedding(nn.Module):
@@ -98,9 +124,13 @@ class Kronos(HubModule):
     Ids s1 and s2 are [B, T] int64; a stamp is [B, T, 5]: minute, hour, weekday (Monday 0), day, month of each bar; None
     leaves the embedding of time out. A padding_mask is bool [B, T], true where a position is padding: what is said of
     the others is then what the window without padding would have. Arguments are named and ordered as the authors'.
+
+    conditions: names of what does not change within a window, such as the sector, and how many groups each has; their
+    numbers follow the five fields in a stamp. They have embeddings, zero at first. Published networks have none.
     """
 
     entries = zoo.MODELS
+    conditions: Mapping[str, int] = MappingProxyType({})  # of networks pickled before there were any
 
     def __init__(
         self,
@@ -115,9 +145,11 @@ class Kronos(HubModule):
         resid_dropout_p: DropoutRate,
         token_dropout_p: DropoutRate,
         learn_te: bool,
+        conditions: Any = None,
     ) -> None:
         super().__init__()
         check_heads("Kronos", d_model, n_heads)
+        self.conditions = _groups(conditions)
         check_heads("Kronos (cross-attention)", d_model, CROSS_ATTENTION_HEADS)
         self.s1_bits, self.s2_bits, self.d_model = s1_bits, s2_bits, d_model
         self.embedding = CodeEmbedding(s1_bits, s2_bits, d_model)
@@ -130,6 +162,7 @@ class Kronos(HubModule):
         self.dep_layer = DependencyLayer(d_model)
         self.head = DualHead(s1_bits, s2_bits, d_model)
         initialise(self, d_model)
+        self.time_emb.add_conditions(list(self.conditions.values()), d_model)
 
     @classmethod
     def _least_parameters(cls, config: dict[str, Any]) -> int:

@@ -168,6 +168,8 @@ class KronosFactors(DataLoader):
         self.tokenizer = make_network(KronosTokenizer, "KronosFactors: tokenizer", settings.tokenizer, settings.seed)
         self.model = make_network(Kronos, "KronosFactors: model", settings.model, settings.seed)
         check_pair(self.tokenizer, self.model)
+        if self.model.conditions:
+            raise ValueError("KronosFactors: takes no model with conditions")
         if self.tokenizer.d_in != len(COLUMNS):
             raise ValueError(
                 f"KronosFactors: the tokenizer's d_in is {self.tokenizer.d_in}; bars have {len(COLUMNS)} columns"

@@ -13,7 +13,7 @@ from qlib.log import get_module_logger
 from qlib.model.base import ModelFT
 
 from kronos_qlib.data.dataset import KLineDataset, window_index
-from kronos_qlib.data.windows import Windows
+from kronos_qlib.data.windows import STAMPS, Windows
 from kronos_qlib.extensions import call_extension
 from kronos_qlib.forecast.calibration import FILE, Calibration, ForecastIdentity
 from kronos_qlib.forecast.engine.sampling import is_whole
@@ -395,6 +395,7 @@ class KronosModel(ModelFT):
         if not isinstance(dataset, KLineDataset):
             raise ValueError(f"KronosModel: the dataset must be a KLineDataset, not a {type(dataset).__name__}")
         check_columns("KronosModel", self.tokenizer, dataset)
+        check_conditions("KronosModel", self.model, dataset)
         self._check_prices(dataset)
         limit = self.settings.max_context
         if dataset.horizon >= limit:
@@ -412,6 +413,23 @@ class KronosModel(ModelFT):
                 f"KronosModel: lookback ({lookback}) + horizon ({horizon}) is above max_context ({limit}): the window "
                 "slides and every step beyond max_context is computed anew, which is slow"
             )
+
+
+def check_conditions(owner: str, model: Kronos, dataset: KLineDataset) -> None:
+    """Raise a ValueError if a model has other conditions than a dataset's handler, or fewer groups than its bars."""
+    names = dataset.handler.conditions
+    if tuple(model.conditions) != names:
+        raise ValueError(
+            f"{owner}: the model's conditions are {', '.join(model.conditions) or 'none'}, the handler's "
+            f"{', '.join(names) or 'none'}: they should be the same, in the same order"
+        )
+    if names:
+        most = dataset.handler.bars().stamp[:, STAMPS:].max(axis=0)
+        for name, groups, number in zip(names, model.conditions.values(), most):
+            if number > groups:
+                raise ValueError(
+                    f"{owner}: the model has {groups} groups of {name}, 0 … {groups - 1}; the bars have {number - 1}"
+                )
 
 
 def _scores_of(dataset: KLineDataset) -> list[str]:

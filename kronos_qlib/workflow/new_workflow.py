@@ -204,8 +204,8 @@ def _settings(
         raise ValueError(f"{folder}: no bars of {freq}; it has {', '.join(store.freqs)}")
     if allowed_prices(folder) == "any":
         raise ValueError(
-            f"{folder}: its prices may be zero or less, and label, LightGBM's features and Qlib's backtest are ratios of "
-            "them; write a workflow by hand: docs/frequencies.md, Negative prices"
+            f"{folder}: its prices may be zero or less, and label, LightGBM's features and Qlib's backtest are ratios "
+            "of them; write a workflow by hand: docs/frequencies.md, Negative prices"
         )
     calendar = store.calendar(freq)
     members = sorted(set(store.universe(universe)["instrument"].str.upper()))

@@ -93,6 +93,8 @@ class KronosRanker(ModelFT):
         process_count("ranker", options.processes, resolve_device(device))
         resolve_dtype(dtype, resolve_device(device))
         self.tokenizer, self.model = make_networks("KronosRanker", self.settings.tokenizer, self.settings.model, seed)
+        if self.model.conditions:
+            raise ValueError("KronosRanker: takes no model with conditions")
         self.rankers = [self._new_ranker(number) for number in range(options.ensemble)]
         try:
             check_freeze(self.rankers[0], options.freeze_blocks)

@@ -1,5 +1,6 @@
 """Columns beyond the six: from the store and from a class, through training and forecasts; a wider tokenizer."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from networks import MODEL, TOKENIZER
 from qlib.data import D
-from tampering import LAST_DAY, tampered
+from tampering import LAST_DAY, day_number, tampered
 from tiny import HORIZON, LOOKBACK, finetune, make_dataset, make_model, use_market
 
 from kronos_qlib import KLineHandler, KronosPredictor, KronosRanker
@@ -224,3 +225,89 @@ def test_without_being_asked_for_they_are_rejected_rows(below_zero, capsys):
     assert "a price of zero or less" in (below_zero / "other" / "rejected.csv").read_text()
     assert main(["ingest", str(below_zero / "bars.csv"), str(below_zero / "x"), "--prices", "some"]) == 2
     assert "--prices 'some' is unknown; use positive, any" in capsys.readouterr().err
+
+
+# Conditions
+
+
+SECTORS = {"DEMO0001": 0, "DEMO0002": 1, "DEMO0003": 2}  # the others have none
+
+
+def with_sectors(market: Path, folder: Path, later: int | None = None) -> Path:
+    """A copy of the market with the field sector; of another number from 2018-07-10 on, if `later` says so."""
+    shutil.copytree(market, folder)
+    for name, number in SECTORS.items():
+        close = np.fromfile(folder / "features" / name.lower() / "close.day.bin", "<f4")
+        content = np.concatenate([close[:1], np.full(len(close) - 1, number)]).astype("<f4")
+        if later is not None:
+            content[1 + day_number(market) + 1 - int(close[0]) :] = later
+        content.tofile(folder / "features" / name.lower() / "sector.day.bin")
+    return folder
+
+
+def sector_dataset(market: Path):
+    use_market(market)
+    return make_dataset(handler=KLineHandler("demo", conditions={"sector": "$sector"}))
+
+
+def conditioned(tokenizer: str, seed: int = 0, **changes):
+    model = make_model(tokenizer=tokenizer, model=MODEL | {"conditions": {"sector": 3}}, **changes)
+    if seed:
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            model.model.time_emb.conditions[0].weight[1:].normal_()
+    return model
+
+
+def test_conditions_change_the_forecasts_of_their_groups_alone(store, narrow, tmp_path):
+    dataset = sector_dataset(with_sectors(store, tmp_path / "sectors"))
+    bars = dataset.handler.bars()
+    groups = {name: set(bars.stamp[bars.codes == code, 5]) for code, name in enumerate(bars.instruments)}
+    assert groups == {name: {SECTORS.get(name, -1) + 1} for name in bars.instruments}
+    plain = make_model(tokenizer=narrow).predict(make_dataset())
+    start = conditioned(narrow)
+    assert start.model.time_emb.conditions[0].weight.abs().max() == 0
+    pd.testing.assert_series_equal(start.predict(dataset), plain, check_exact=True)
+    scores = conditioned(narrow, seed=1).predict(dataset)
+    known = scores.index.get_level_values(1).isin(list(SECTORS))
+    pd.testing.assert_series_equal(scores[~known], plain[~known], check_exact=True)
+    assert (scores[known] != plain[known]).mean() > 0.9
+
+
+def test_a_condition_is_that_of_the_score_date(store, narrow, tmp_path):
+    before = conditioned(narrow, seed=1).predict(sector_dataset(with_sectors(store, tmp_path / "one")))
+    after = conditioned(narrow, seed=1).predict(sector_dataset(with_sectors(store, tmp_path / "two", later=2)))
+    pd.testing.assert_series_equal(before.loc[:LAST_DAY], after.loc[:LAST_DAY], check_exact=True)
+    changed = (before != after).loc["2018-07-11":].groupby(level=1).mean()
+    assert changed["DEMO0001"] > 0.9 and changed["DEMO0003"] == 0, "it was 2 before"
+
+
+@pytest.mark.slow
+def test_conditions_are_learnt_saved_and_the_same_in_two_processes(store, narrow, tmp_path):
+    market, models = with_sectors(store, tmp_path / "sectors"), []
+    for processes in (1, 2):
+        models.append(conditioned(narrow, finetune=finetune(tmp_path / str(processes), processes=processes)))
+        models[-1].fit(sector_dataset(market))
+    one, two = (model.model.time_emb.conditions[0].weight for model in models)
+    assert torch.equal(one, two) and (one[1:].abs().max(1).values > 0).all()
+    best = {name: str(tmp_path / "1" / name / "best") for name in ("tokenizer", "predictor")}
+    loaded = make_model(tokenizer=best["tokenizer"], model=best["predictor"], forecast={"processes": 2})
+    scores = loaded.predict(sector_dataset(market))
+    pd.testing.assert_series_equal(scores, models[0].predict(sector_dataset(market)), check_exact=True)
+
+
+def test_wrong_conditions_are_one_line(store, narrow, tmp_path):
+    market = with_sectors(store, tmp_path / "sectors")
+    with pytest.raises(ValueError, match="the model's conditions are sector, the handler's none"):
+        conditioned(narrow).predict(make_dataset())
+    dataset = sector_dataset(market)
+    with pytest.raises(ValueError, match="the model has 2 groups of sector, 0 … 1; the bars have 2"):
+        make_model(tokenizer=narrow, model=MODEL | {"conditions": {"sector": 2}}).predict(dataset)
+    with pytest.raises(ValueError, match=r"conditions: x of DEMO0000 on 2018-\d\d-\d\d.* groups are numbered 0 … 125"):
+        KLineHandler("demo", conditions={"x": "$close"}).bars()
+    with pytest.raises(ValueError, match="conditions: next: .* looks 1 sessions ahead"):
+        KLineHandler("demo", conditions={"next": "Ref($sector, -1)"})
+    with pytest.raises(ValueError, match="conditions: sector should have 1 … 126 groups, not 0"):
+        make_model(tokenizer=narrow, model=MODEL | {"conditions": {"sector": 0}})
+    with pytest.raises(ValueError, match="KronosRanker: takes no model with conditions"):
+        KronosRanker(narrow, MODEL | {"conditions": {"sector": 3}}, ranker={"output_dir": "r"})

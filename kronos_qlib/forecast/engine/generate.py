@@ -220,10 +220,11 @@ def _as_tensor(values: object, name: str) -> Tensor:
 def _check_shapes(weights: NetworkWeights, x: Tensor, x_stamp: Tensor, y_stamp: Tensor) -> None:
     if x.ndim != 3 or x.shape[-1] != weights.tokenizer.embed.weight.shape[1] or x.shape[1] == 0:
         raise ValueError(f"x has shape {list(x.shape)}; expected [B, L, {weights.tokenizer.embed.weight.shape[1]}]")
-    if x_stamp.shape != (*x.shape[:2], 5):
-        raise ValueError(f"x_stamp has shape {list(x_stamp.shape)}; x needs {[*x.shape[:2], 5]}")
-    if y_stamp.ndim != 3 or y_stamp.shape[0] != x.shape[0] or y_stamp.shape[2] != 5 or y_stamp.shape[1] == 0:
-        raise ValueError(f"y_stamp has shape {list(y_stamp.shape)}; expected [{x.shape[0]}, P, 5]")
+    fields = len(weights.model.time)  # five, and those of conditions
+    if x_stamp.shape != (*x.shape[:2], fields):
+        raise ValueError(f"x_stamp has shape {list(x_stamp.shape)}; x needs {[*x.shape[:2], fields]}")
+    if y_stamp.ndim != 3 or y_stamp.shape[0] != x.shape[0] or y_stamp.shape[2] != fields or y_stamp.shape[1] == 0:
+        raise ValueError(f"y_stamp has shape {list(y_stamp.shape)}; expected [{x.shape[0]}, P, {fields}]")
     if y_stamp.shape[1] >= weights.max_context:
         raise ValueError(f"pred_len ({y_stamp.shape[1]}) must be below max_context ({weights.max_context})")
     if not torch.isfinite(x).all():
@@ -231,7 +232,8 @@ def _check_shapes(weights: NetworkWeights, x: Tensor, x_stamp: Tensor, y_stamp: 
     for name, stamp in (("x_stamp", x_stamp), ("y_stamp", y_stamp)):
         if stamp.is_floating_point():
             raise ValueError(f"{name} should hold whole numbers, not {stamp.dtype}")
-        for field, (table, column) in zip(TIME_TABLES, zip(weights.model.time, stamp.unbind(-1))):
+        names = [*TIME_TABLES, *("condition" for _ in range(fields - len(TIME_TABLES)))]
+        for field, table, column in zip(names, weights.model.time, stamp.unbind(-1)):
             if not ((column >= 0) & (column < len(table))).all():
                 raise ValueError(f"{name} has a {field} outside 0 … {len(table) - 1}")
 
