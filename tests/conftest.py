@@ -15,7 +15,7 @@ from kronos_qlib import Kronos, KronosTokenizer
 from kronos_qlib.files import whole_file
 
 GOLDEN = Path(__file__).parent / "golden"
-LONG = {"test_wheel", "test_ray_cluster", "test_no_signal", "test_qrun", "test_notebooks"}
+LONG = {"test_wheel", "test_intraday", "test_ray_cluster", "test_no_signal", "test_qrun", "test_notebooks"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -141,6 +141,11 @@ def model_findings(model: KronosModel, dataset: Any) -> Iterator[Finding]:
         untrained = network.source is None and settings.finetune is None
         note = f"; {zoo.SHIPPED_NOTE}" if name == "model" and network.source == "nano" else ""
         yield Finding("warning" if untrained else "ok", name, f"{network.n_parameters:,} parameters, {source}{note}")
+    if isinstance(dataset, KLineDataset):
+        try:
+            model.check_bars(dataset)
+        except ValueError as error:
+            yield Finding("error", "model", one_line(error))
     yield Finding("ok", "device", f"{settings.device}, dtype {settings.dtype}")
     for key, folder in _folders(model).items():
         yield _folder_finding(key, Path(folder))

@@ -372,8 +372,14 @@ class KronosModel(ModelFT):
         finally:
             self._to_cpu()
 
-    def _check_prices(self, dataset: KLineDataset) -> None:
-        """Refuse what divides by prices where these may be zero or less. Raises ValueError."""
+    def check_bars(self, dataset: KLineDataset) -> None:
+        """Refuse a dataset whose columns, conditions or prices the networks and settings are not made for.
+
+        Raises:
+            ValueError: one line that names the key.
+        """
+        check_columns("KronosModel", self.tokenizer, dataset)
+        check_conditions("KronosModel", self.model, dataset)
         if dataset.handler.prices == "positive":
             return
         score, known = self.settings.score, _scores_of(dataset)
@@ -394,9 +400,7 @@ class KronosModel(ModelFT):
     def _check(self, dataset: KLineDataset) -> None:
         if not isinstance(dataset, KLineDataset):
             raise ValueError(f"KronosModel: the dataset must be a KLineDataset, not a {type(dataset).__name__}")
-        check_columns("KronosModel", self.tokenizer, dataset)
-        check_conditions("KronosModel", self.model, dataset)
-        self._check_prices(dataset)
+        self.check_bars(dataset)
         limit = self.settings.max_context
         if dataset.horizon >= limit:
             raise ValueError(

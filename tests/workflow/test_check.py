@@ -134,6 +134,8 @@ def test_nothing_is_found_in_a_workflow_that_runs_and_what_will_run_is_said_with
         ("qlib_init.exp_manager.kwargs.uri", 5, "recorder", "qlib_init.exp_manager.kwargs.uri"),
         ("qlib_init.provider_uri", "no/store", "qlib_init", "there is no Qlib store at"),
         ("task.reweighter", RULE, "task.reweighter", "not a Reweighter"),
+        ("task.dataset.kwargs.handler.kwargs.columns", {"a": "$high/$low"}, "model", "d_in is 6; bars have 7 columns"),
+        ("task.dataset.kwargs.handler.kwargs.prices", "any", "model", "score mean_return is a ratio of prices"),
     ],
 )  # fmt: skip
 def test_what_would_fail_later_is_one_error_before(store, path, value, subject, message):
