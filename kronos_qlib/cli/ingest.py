@@ -48,7 +48,8 @@ def add_command(commands: Commands) -> None:
         "--reader", metavar="FILE.py:CLASS", help="read files of another kind by a class of your own (docs: Extending)"
     )
     command.add_argument(
-        "--prices", default="positive", help="any keeps prices of zero or less, as of futures joined by differences"
+        "--prices",
+        help="positive, the default, or any, which keeps prices of zero or less, as of futures joined by differences",
     )
     command.add_argument("--unit", default="auto", help="shares, lots, lots,thousands or thousands (default: auto)")
     command.add_argument("--adjust", default="auto", help="none, adjusted_close or factor (default: auto)")

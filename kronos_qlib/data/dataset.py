@@ -88,7 +88,7 @@ class DatasetSettings(Settings):
     left out, and counted. null: any, with a warning that counts windows over more than 60 missed sessions."""
     score_times: Annotated[list[str] | None, BeforeValidator(_check_times)] = None
     """Times of day, such as `["14:55"]`: only bars of these times are score dates, for one signal a day from bars of
-    minutes. null: every bar. Training windows end on any bar."""
+    minutes. null: every bar. Training windows of the two stages end on any bar, those of a ranker on score dates."""
     fetch_kwargs: dict[str, Any] = {}
     """Arguments of the handler's `fetch`, as of Qlib's `DatasetH`."""
 
@@ -309,7 +309,8 @@ class KLineDataset(DatasetH):
         As of the whole data, so that no later segment decides what is an error.
         """
         minutes = bars.stamp[:, 0] + 60 * bars.stamp[:, 1].astype(np.int64)
-        wanted = {time: 60 * int(time[:-3]) + int(time[-2:]) for time in self.score_times or ()}
+        times = [(text, pd.to_datetime(text, format="%H:%M")) for text in self.score_times or ()]
+        wanted = {text: 60 * time.hour + time.minute for text, time in times}
         for time, minute in wanted.items():
             if not (minutes == minute).any():
                 raise ValueError(

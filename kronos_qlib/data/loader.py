@@ -167,7 +167,16 @@ class KLineLoader(DataLoader):
         check_bins(folder, self.freq, names, read, calendar)
         if not any((folder / "features" / code_to_fname(name).lower()).is_dir() for name in names):
             return  # that there are no bars is said by who reads them
+        elsewhere = {
+            field
+            for own in texts.values()
+            for text in own
+            if "ChangeInstrument" in text
+            for field in named_fields(text)
+        }
         for key, field in ((key, field) for key, fields in named.items() for field in fields):
+            if field in elsewhere:  # it may be another instrument's alone
+                continue
             files = (folder / "features" / code_to_fname(name).lower() / f"{field}.{self.freq}.bin" for name in names)
             if not any(path.exists() for path in files):
                 raise ValueError(

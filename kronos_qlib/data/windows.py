@@ -59,6 +59,11 @@ def check_normalisation(value: Any) -> Any:
     return identified
 
 
+def normalisation_identity(normalisation: Normalisation) -> Any:
+    """Return what a normalisation is, wherever the file of a user's own lies: plain data."""
+    return identity_of(normalisation) if isinstance(normalisation, Mapping) else normalisation
+
+
 @lru_cache(maxsize=8)
 def _loaded_normalisation(text: str) -> WindowNormalisation:
     normalisation: WindowNormalisation = load_extension(json.loads(text))
@@ -106,7 +111,7 @@ def _normalise_block(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if isinstance(normalisation, Mapping):
         prices = rows.astype(np.float64)
-        centre, own_scale = _own_normalisation(prices[:, :lookback], normalisation).transpose(1, 0, 2)
+        centre, own_scale = _own_normalisation(prices[:, :lookback].copy(), normalisation).transpose(1, 0, 2)
         return np.clip((prices - centre[:, None]) / own_scale[:, None], -clip, clip), centre, own_scale
     # Time goes first, so that the sums over it run along contiguous memory: numpy is slow over a middle axis.
     centred = rows.transpose(1, 0, 2).astype(np.float64, order="C")
@@ -212,8 +217,7 @@ class Windows:
     @property
     def normalisation_identity(self) -> Any:
         """Return what a normalisation is, wherever the file of a user's own lies: plain data."""
-        own = self.normalisation
-        return identity_of(own) if isinstance(own, Mapping) else own
+        return normalisation_identity(self.normalisation)
 
     @cached_property
     def keys(self) -> np.ndarray:

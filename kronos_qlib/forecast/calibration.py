@@ -34,7 +34,7 @@ BandKind = Literal["split", "adaptive"]
 
 
 class ForecastIdentity(Settings):
-    """What decides the distribution of forecasts: digests of both networks' weights, and how paths are drawn."""
+    """What decides the distribution of forecasts: digests of the weights, how paths are drawn and bars normalised."""
 
     tokenizer: str
     model: str
@@ -44,12 +44,14 @@ class ForecastIdentity(Settings):
     s2_rotation: str
     anchor: bool
     filter: dict[str, Any] | None = None
+    quantizer: dict[str, Any] | None = None
+    normalisation: Any = "unit_free"
 
     @classmethod
     def of(cls, tokenizer: KronosTokenizer, model: Kronos, sampling: Sampling) -> "ForecastIdentity":
         """Return that of forecasts by these networks, drawn like this."""
         drawn = {name: getattr(sampling, name) for name in cls.model_fields if hasattr(sampling, name)}
-        drawn["filter"] = identity_of(sampling.filter)
+        drawn |= {"filter": identity_of(sampling.filter), "quantizer": tokenizer.config.get("quantizer")}
         return cls(tokenizer=digest_of_weights(tokenizer), model=digest_of_weights(model), **drawn)
 
 

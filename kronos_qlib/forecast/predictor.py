@@ -22,6 +22,7 @@ from kronos_qlib.data.windows import (
     Normalisation,
     check_normalisation,
     denormalise,
+    normalisation_identity,
     normalise,
 )
 from kronos_qlib.forecast.calibration import Calibration, ForecastIdentity, bar_volatility, load_calibration
@@ -101,6 +102,11 @@ class KronosPredictor:
             )  # an unknown one is an error here, not at the first forecast
         except ValueError as error:
             raise ValueError(f"KronosPredictor: {error}") from None
+        trained = tokenizer.config.get("columns")
+        if trained is not None and trained != list(columns):
+            raise ValueError(
+                f"KronosPredictor: the tokenizer was trained on the columns {', '.join(trained)}, in this order"
+            )
         if model.conditions:
             raise ValueError("KronosPredictor: takes no model with conditions; forecast with KronosModel")
         if not is_number(clip) or clip <= 0:
@@ -341,6 +347,7 @@ class KronosPredictor:
         rows = np.stack(series)
         if self.calibration is not None:
             drawn = {name: getattr(sampling, name) for name in ForecastIdentity.model_fields if hasattr(sampling, name)}
+            drawn["filter"], drawn["normalisation"] = None, normalisation_identity(self.normalisation)
             self._check_calibration(drawn, pred_len)
             self._check_lookback(rows.shape[1])
         beyond = beyond_training(self.model, min(rows.shape[1] + pred_len, self.max_context))
@@ -403,7 +410,7 @@ class KronosPredictor:
 
 def own_weights(tokenizer: KronosTokenizer, model: Kronos) -> dict[str, str]:
     """Return the part of a `ForecastIdentity` that the weights are."""
-    return ForecastIdentity.of(tokenizer, model, Sampling()).model_dump(include={"tokenizer", "model"})
+    return ForecastIdentity.of(tokenizer, model, Sampling()).model_dump(include={"tokenizer", "model", "quantizer"})
 
 
 def possible_bars(paths: np.ndarray) -> np.ndarray:

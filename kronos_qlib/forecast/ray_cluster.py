@@ -28,7 +28,8 @@ def compute_on_cluster(
     """Compute chunks (positions of windows), in the order in which they are finished: positions and forecasts.
 
     The cluster is the one that Ray is connected to, else that of RAY_ADDRESS, else one on this machine. A chunk takes
-    one core, or one GPU where the task's device is CUDA; machines need this package and none of the files.
+    one core, or one GPU where the task's device is CUDA; machines need this package and, of the user's files,
+    those of a quantizer, filter or normalisation of one's own, at the same place.
 
     Raises:
         ModuleNotFoundError: the extra `ray` is not installed. ConnectionError: there is no cluster.

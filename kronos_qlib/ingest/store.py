@@ -99,7 +99,7 @@ def ingest(
     tz: str | None = None,
     dates: str | None = None,
     reader: Mapping[str, Any] | None = None,
-    prices: str = "positive",
+    prices: str | None = None,
     universes: Mapping[str, Path] | None = None,
     benchmark: str | None = None,
     append: bool = False,
@@ -129,7 +129,7 @@ def ingest(
         ("unit", unit, ("auto", *UNITS)),
         ("adjust", adjust, ADJUST),
         ("label", label, LABELS),
-        ("prices", prices, get_args(Prices)),
+        ("prices", prices or "positive", get_args(Prices)),
     ):
         if value not in known:
             raise ValueError(f"--{name} {value!r} is unknown; use {', '.join(known)}")
@@ -139,7 +139,9 @@ def ingest(
         raise ValueError(f"--freq {freq!r} is unknown; use auto, day, 1week, or minutes such as 5min")
     store = Path(os.path.abspath(store.expanduser()))
     before, about = _read_store(store) if append else (None, {})
-    prices = about.get("prices", prices)
+    if prices is not None and prices != about.get("prices", "positive" if append else prices):
+        raise ValueError(f"--prices {prices}: {store} was written with {about.get('prices', 'positive')}")
+    prices = about.get("prices", prices) or "positive"
     if not append and (store.is_file() or (store.is_dir() and any(store.iterdir()))):
         raise FileExistsError(f"{store} is not empty; name another folder, or add bars to a store by --append")
     index = Path(benchmark) if benchmark and Path(benchmark).is_file() else None

@@ -32,7 +32,7 @@ from kronos_qlib.extensions import identify, identity_of
 from kronos_qlib.files import digest_of_file, whole_file
 from kronos_qlib.hardware.device import check_memory
 from kronos_qlib.nn import zoo
-from kronos_qlib.settings import Settings, read_settings
+from kronos_qlib.settings import Settings, check_configuration, read_settings
 
 logger = logging.getLogger("qlib.Kronos")
 SECONDS_TO_ANSWER = 4.0  # of the hub
@@ -265,7 +265,7 @@ class HubModule(
         with whole_file(folder / WEIGHTS_FILE) as draft:
             save_file(tensors, draft, metadata={"format": "pt"})
         with whole_file(folder / CONFIG_FILE) as draft:
-            draft.write_text(json.dumps(config or self.config, indent=2, sort_keys=True) + "\n")
+            draft.write_text(json.dumps(dict(sorted((config or self.config).items())), indent=2) + "\n")
         if model_card_kwargs is not None and not (folder / MODEL_CARD_FILE).exists():
             with whole_file(folder / MODEL_CARD_FILE) as draft:
                 self.generate_model_card(**model_card_kwargs).save(draft)
@@ -294,13 +294,16 @@ def _own_code(
 ) -> dict[str, Any]:
     """Return the configurations of a network's own code, which the user has given and not the download."""
     needed = {name: config[name] for name in names if config.get(name) is not None}
+    needless = [name for name, given in trusted.items() if given is not None and name not in needed]
+    if needless:
+        raise CheckpointError(f"{path}: it was made without a {needless[0]} of one's own, and takes none now")
     for name, identity in needed.items():
         if trusted.get(name) is None:
             raise CheckpointError(
                 f"{path}: its {name} is code, {identity!r:.120}, and a checkpoint cannot say where that is: give it, "
                 f"as {{start_from: {path.parent}, {name}: {{class: …, module_path: …}}}}"
             )
-        given = identity_of(identify(trusted[name]))
+        given = identity_of(identify(check_configuration(trusted[name])))
         if given != identity:
             raise CheckpointError(f"{path}: its {name} is {identity!r:.120}, and the one given {given!r:.120}")
     return {name: trusted[name] for name in needed}

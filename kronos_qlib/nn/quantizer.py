@@ -16,6 +16,9 @@ MeanCode = Callable[[Tensor], Tensor]
 class Quantizer(Protocol):
     """A quantizer of a user's own, the argument `quantizer` of a KronosTokenizer as a configuration; a torch module.
 
+    Its codes and values depend on their own position alone, and what it knows it learns by gradients: it keeps no
+    running state, which threads and processes would not share.
+
     It is made with s1_bits and s2_bits beside its own arguments. A latent has W coordinates, the first of which make
     the coarse code, the others the fine one, each by itself.
 
@@ -49,7 +52,11 @@ def load_quantizer(configuration: Mapping[str, Any], s1_bits: int, s2_bits: int)
     try:
         values, loss = made(latent)
         s1, s2 = made.codes(latent)
-        back, other = made.values(s1, s2), made.values(s1, s2.flip(0))
+        back, coarse, fine = made.values(s1, s2), made.values(s1, s2.flip(0)), made.values(s1.flip(0), s2)
+        alone = made.codes(latent[:1])
+        before = {key: value.clone() for key, value in made.state_dict().items()}
+        made.train()(latent)
+        kept = all(torch.equal(value, made.state_dict()[key]) for key, value in before.items())
     except Exception as error:
         raise ValueError(f"{name} fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
     if values.shape != latent.shape or back.shape != latent.shape or loss.shape != ():
@@ -61,8 +68,13 @@ def load_quantizer(configuration: Mapping[str, Any], s1_bits: int, s2_bits: int)
             raise ValueError(f"{name} should return codes of 0 … {2**bits - 1}, int64 [3, 7]")
     if not torch.allclose(values, back, atol=1e-5):
         raise ValueError(f"{name} quantizes a latent to other values than those of its codes")
-    if not torch.equal(back[..., : made.widths[0]], other[..., : made.widths[0]]):
-        raise ValueError(f"{name} makes the coarse values of the fine code too")
+    width = made.widths[0]
+    if not torch.equal(back[..., :width], coarse[..., :width]) or not torch.equal(back[..., width:], fine[..., width:]):
+        raise ValueError(f"{name} makes the values of one code of the other code too")
+    if not torch.equal(alone[0], s1[:1]) or not torch.equal(alone[1], s2[:1]):
+        raise ValueError(f"{name} quantizes a window by the others of its batch too")
+    if not kept:
+        raise ValueError(f"{name} changes its own state as it quantizes; processes would not share that")
     return made
 
 

@@ -1,6 +1,6 @@
 """KronosTokenizer: from a bar to two short bit codes (ids s1 and s2) and back."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from kronos_qlib.nn import zoo
 from kronos_qlib.nn.checkpoint import Bits, DropoutRate, HubModule, Layers, Width
 from kronos_qlib.nn.layers import Block, check_heads, initialise
 from kronos_qlib.nn.quantizer import MeanCode, SignQuantizer, ids_to_signs, load_quantizer, signs_to_ids
+from kronos_qlib.settings import check_configuration
 
 KNOWN_COLUMNS = 6  # of a bar that every tokenizer has; further ones are products of their own
 
@@ -24,7 +25,8 @@ class KronosTokenizer(HubModule):
 
     The first s1_bits of a code are its coarse part (id s1), the rest its fine part (id s2). n_enc_layers and
     n_dec_layers count one more than the blocks that exist, as in the published configurations. quantizer is the
-    configuration of a `Quantizer` of the user's own; None: the binary spherical one, of beta … group_size.
+    configuration of a `Quantizer` of the user's own; None: the binary spherical one, of beta … group_size. columns are
+    the names of those beyond six that it was trained on; None: none, or not trained.
     """
 
     code_arguments = ("quantizer",)
@@ -50,10 +52,15 @@ class KronosTokenizer(HubModule):
         zeta: FiniteFloat,
         group_size: Width,
         quantizer: Any = None,
+        columns: Any = None,
     ) -> None:
         super().__init__()
         check_heads("KronosTokenizer", d_model, n_heads)
-        self.own_quantizer = None if quantizer is None else identify(quantizer)
+        if columns is not None and (not isinstance(columns, list) or len(columns) != d_in - KNOWN_COLUMNS):
+            raise ValueError(
+                f"KronosTokenizer: columns should name the {d_in - KNOWN_COLUMNS} beyond six, not {columns!r}"
+            )
+        self.own_quantizer = None if quantizer is None else identify(_configured(quantizer))
         if self.own_quantizer is not None:
             self.config["quantizer"] = identity_of(self.own_quantizer)  # without a path: see `from_pretrained`
         self.d_in, self.s1_bits, self.s2_bits = d_in, s1_bits, s2_bits
@@ -180,10 +187,18 @@ class KronosTokenizer(HubModule):
         tensors["embed.weight"] = F.pad(tensors["embed.weight"], (0, more))
         tensors["head.weight"] = F.pad(tensors["head.weight"], (0, 0, 0, more))
         tensors["head.bias"] = F.pad(tensors["head.bias"], (0, more))
-        wide = type(self)(**self.config | {"d_in": d_in, "quantizer": self.own_quantizer})
+        own = {"d_in": d_in, "quantizer": self.own_quantizer, "columns": None if more else self.config.get("columns")}
+        wide = type(self)(**self.config | own)
         wide.load_state_dict(tensors)
         wide.source = self.source
         return wide.train(self.training)
+
+
+def _configured(quantizer: Any) -> Mapping[str, Any]:
+    """Check that a quantizer is given as a configuration. Raises ValueError."""
+    if not isinstance(quantizer, Mapping):
+        raise ValueError("KronosTokenizer: quantizer should be a configuration with the keys class and module_path")
+    return cast(Mapping[str, Any], check_configuration(quantizer))
 
 
 def embed_columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from kronos_qlib.data.windows import Windows
+from kronos_qlib.extensions import identity_of
 from kronos_qlib.files import whole_file
 from kronos_qlib.nn.checkpoint import digest_of_weights
 from kronos_qlib.train.checkpoints import CHECKPOINTS, RESULT_FILE, newest_progress, whole_checkpoints
@@ -31,6 +32,8 @@ def fingerprint(specification: StageSpecification) -> dict[str, object]:
     """
     stage = specification.stage
     settings = stage.settings.model_dump(exclude=set(EXECUTION))
+    if isinstance(settings.get("loss"), dict):  # a class of the user's own, wherever its file lies
+        settings["loss"] = identity_of(settings["loss"])
     values: dict[str, object] = {f"settings.{key}": value for key, value in settings.items()}
     values |= {f"network.{key}": value for key, value in stage.network.config.items()}
     values |= {"micro_batch_size": specification.micro_batch_size, "compile": specification.compile}
@@ -38,6 +41,8 @@ def fingerprint(specification: StageSpecification) -> dict[str, object]:
     values |= {"initial weights": digest_of_weights(stage.network)}
     if stage.frozen_tokenizer is not None:
         values["tokenizer weights"] = digest_of_weights(stage.frozen_tokenizer)
+        if stage.frozen_tokenizer.own_quantizer is not None:
+            values["tokenizer quantizer"] = identity_of(stage.frozen_tokenizer.own_quantizer)
     for name, windows in (("training windows", specification.train), ("validation windows", specification.valid)):
         values[name] = f"{len(windows)} × ({windows.lookback} + {windows.future}) {digest_of_windows(windows)}"
     if specification.train.normalisation != "unit_free":

@@ -22,7 +22,7 @@ from kronos_qlib.workflow.calibration_job import calibration_windows, check_cali
 from kronos_qlib.workflow.factor_table import factor_findings
 from kronos_qlib.workflow.findings import Finding, one_line, record_findings, segment_overlap
 from kronos_qlib.workflow.kronos_factors import factor_loaders, without_data
-from kronos_qlib.workflow.model import KronosModel
+from kronos_qlib.workflow.model import IDLE, KronosModel
 from kronos_qlib.workflow.ranker import KronosRanker
 from kronos_qlib.workflow.records import FEW_SAMPLES
 from kronos_qlib.workflow.settings import CalibrationSettings
@@ -146,6 +146,8 @@ def model_findings(model: KronosModel, dataset: Any) -> Iterator[Finding]:
             model.check_bars(dataset)
         except ValueError as error:
             yield Finding("error", "model", one_line(error))
+        if model.idle_columns:
+            yield Finding("warning", "tokenizer", IDLE.format(model.idle_columns))
     yield Finding("ok", "device", f"{settings.device}, dtype {settings.dtype}")
     for key, folder in _folders(model).items():
         yield _folder_finding(key, Path(folder))

@@ -13,7 +13,7 @@ from qlib.log import get_module_logger
 from qlib.model.base import ModelFT
 
 from kronos_qlib.data.dataset import KLineDataset, window_index
-from kronos_qlib.data.windows import STAMPS, Windows
+from kronos_qlib.data.windows import COLUMNS, Windows, normalisation_identity
 from kronos_qlib.extensions import call_extension
 from kronos_qlib.forecast.calibration import FILE, Calibration, ForecastIdentity
 from kronos_qlib.forecast.engine.sampling import is_whole
@@ -44,6 +44,7 @@ from kronos_qlib.workflow.recording import (
 from kronos_qlib.workflow.settings import ModelSettings
 from kronos_qlib.workflow.training_job import (
     check_finetune,
+    check_groups,
     record_results,
     run_job,
     training_job,
@@ -52,6 +53,10 @@ from kronos_qlib.workflow.training_job import (
 logger = get_module_logger("KronosModel")
 Network = TypeVar("Network", bound=HubModule)
 START_FROM = "start_from"
+IDLE = (
+    "{} columns beyond six have no effect: their weights in the tokenizer are zero and do not learn; "
+    "finetune.tokenizer trains them, without freeze_blocks and lora"
+)
 
 
 class KronosModel(ModelFT):
@@ -136,6 +141,8 @@ class KronosModel(ModelFT):
         for finding in task_findings():
             logger.warning(f"{finding.subject}: {finding.text}")
         self.calibration = None
+        if self.idle_columns:
+            logger.warning(f"KronosModel: {IDLE.format(self.idle_columns)}")
         if self.settings.calibration is not None and isinstance(dataset, KLineDataset):
             check_calibration(dataset, self.settings.calibration)
         if self.settings.finetune is None:
@@ -213,7 +220,7 @@ class KronosModel(ModelFT):
         drawn = self._draw(dataset, windows, ["last_close", "paths"])
         try:
             outcomes = drawn_outcomes(windows, dataset.horizon, drawn)
-            self.calibration = fit_on_segment(dataset, options.segment, outcomes, self.identity)
+            self.calibration = fit_on_segment(dataset, options.segment, outcomes, self.identity_on(dataset))
         except ValueError as error:
             raise ValueError(f"KronosModel: calibration: {error}") from None
         logger.info(f"KronosModel: calibration {self.calibration.describe()}")
@@ -327,8 +334,12 @@ class KronosModel(ModelFT):
 
     @property
     def identity(self) -> ForecastIdentity:
-        """What decides the distribution of the forecasts: weights, and how paths are drawn."""
+        """What decides the distribution of forecasts of bars normalised as usual: weights, and how paths are drawn."""
         return ForecastIdentity.of(self.tokenizer, self.model, sampling_of(self.settings))
+
+    def identity_on(self, dataset: KLineDataset) -> ForecastIdentity:
+        """Return what decides the distribution of forecasts of a dataset: how its bars are normalised, too."""
+        return self.identity.model_copy(update={"normalisation": normalisation_identity(dataset.normalisation)})
 
     def conclude(self, job: Job) -> None:
         """Record the results of a job that has run, and move the networks back to the CPU."""
@@ -352,7 +363,7 @@ class KronosModel(ModelFT):
         if calibration is None or options is None:
             return self._draw(dataset, windows, columns)
         try:
-            calibration.check(self.identity, dataset.horizon)
+            calibration.check(self.identity_on(dataset), dataset.horizon)
         except ValueError as error:
             raise ValueError(f"KronosModel: {error}") from None
         until = calibration.fitted_on.until
@@ -371,6 +382,14 @@ class KronosModel(ModelFT):
             return forecast_windows(self.tokenizer, self.model, self.settings, dataset, windows, columns)
         finally:
             self._to_cpu()
+
+    @property
+    def idle_columns(self) -> int:
+        """How many columns beyond six the tokenizer ignores, as their weights are zero and do not learn."""
+        finetune = self.settings.finetune
+        stage = None if finetune is None else finetune.tokenizer
+        learns = stage is not None and not stage.freeze_blocks and stage.lora is None
+        return 0 if learns else untrained_columns(self.tokenizer)
 
     def check_bars(self, dataset: KLineDataset) -> None:
         """Refuse a dataset whose columns, conditions or prices the networks and settings are not made for.
@@ -419,6 +438,11 @@ class KronosModel(ModelFT):
             )
 
 
+def untrained_columns(tokenizer: KronosTokenizer) -> int:
+    """Count the columns beyond six whose weights are zero: they change no code."""
+    return int((tokenizer.embed.weight[:, len(COLUMNS) :] == 0).all(0).sum())
+
+
 def check_conditions(owner: str, model: Kronos, dataset: KLineDataset) -> None:
     """Raise a ValueError if a model has other conditions than a dataset's handler, or fewer groups than its bars."""
     names = dataset.handler.conditions
@@ -428,12 +452,7 @@ def check_conditions(owner: str, model: Kronos, dataset: KLineDataset) -> None:
             f"{', '.join(names) or 'none'}: they should be the same, in the same order"
         )
     if names:
-        most = dataset.handler.bars().stamp[:, STAMPS:].max(axis=0)
-        for name, groups, number in zip(names, model.conditions.values(), most):
-            if number > groups:
-                raise ValueError(
-                    f"{owner}: the model has {groups} groups of {name}, 0 … {groups - 1}; the bars have {number - 1}"
-                )
+        check_groups(owner, model, dataset.handler.bars())
 
 
 def _scores_of(dataset: KLineDataset) -> list[str]:
@@ -468,6 +487,9 @@ def check_columns(owner: str, tokenizer: KronosTokenizer, dataset: KLineDataset)
             f"{', '.join(columns)}; the handler's setting columns adds some, and a tokenizer of more is made by "
             f"{{start_from: …, d_in: {len(columns)}}}"
         )
+    known, own = tokenizer.config.get("columns"), list(columns[len(COLUMNS) :])
+    if known is not None and known != own:
+        raise ValueError(f"{owner}: the tokenizer was trained on the columns {', '.join(known)}, not {', '.join(own)}")
 
 
 def make_network(kind: type[Network], key: str, value: str | Mapping[str, Any], seed: int) -> Network:

@@ -27,7 +27,13 @@ from kronos_qlib.train.settings import RankerSettings
 from kronos_qlib.train.stages import rank_scores
 from kronos_qlib.train.step import derive_seed
 from kronos_qlib.workflow.findings import segment_overlap
-from kronos_qlib.workflow.model import check_columns, make_networks
+from kronos_qlib.workflow.model import (
+    IDLE,
+    check_columns,
+    check_conditions,
+    make_networks,
+    untrained_columns,
+)
 from kronos_qlib.workflow.recording import (
     active_recorder,
     record_metrics,
@@ -233,6 +239,11 @@ class KronosRanker(ModelFT):
         if not isinstance(dataset, KLineDataset):
             raise ValueError(f"KronosRanker: the dataset must be a KLineDataset, not a {type(dataset).__name__}")
         check_columns("KronosRanker", self.tokenizer, dataset)
+        check_conditions("KronosRanker", self.model, dataset)
+        if untrained_columns(self.tokenizer):
+            raise ValueError(
+                f"KronosRanker: {IDLE.format(untrained_columns(self.tokenizer))}: train it with a KronosModel"
+            )
         if self.settings.ranker.inputs == "bars" and len(dataset.handler.columns) > BAR_COLUMNS:
             raise ValueError(f"KronosRanker: with inputs: bars it takes {BAR_COLUMNS} columns; use tokens for more")
         pooled = self.settings.ranker.pooled_bars

@@ -224,7 +224,7 @@ class ForecastRecord(RecordTemp):
             raise ValueError(f"ForecastRecord: calibrate_on: segment {name!r} should end before {segment!r} starts")
         outcomes = segment_outcomes(self.model, self.dataset, name)
         try:
-            return fit_on_segment(self.dataset, name, outcomes, self.model.identity)
+            return fit_on_segment(self.dataset, name, outcomes, self.model.identity_on(self.dataset))
         except NoSpread as error:
             self._calibrated = False
             logger.warning(f"ForecastRecord: calibrate_on: {error}. Nothing is calibrated")

@@ -11,7 +11,7 @@ from qlib.log import get_module_logger
 
 from kronos_qlib.data.dataset import KLineDataset, window_index
 from kronos_qlib.data.extra import training_set
-from kronos_qlib.data.windows import Windows
+from kronos_qlib.data.windows import COLUMNS, STAMPS, Bars, Windows
 from kronos_qlib.evaluation.training_report import write_training_report
 from kronos_qlib.hardware.device import process_count, resolve_device, resolve_dtype
 from kronos_qlib.nn import Kronos, KronosTokenizer
@@ -58,6 +58,16 @@ def check_finetune(tokenizer: KronosTokenizer, model: Kronos, settings: ModelSet
             raise type(error)(f"KronosModel: finetune.{name}.{error}") from None
 
 
+def check_groups(owner: str, model: Kronos, bars: Bars) -> None:
+    """Raise a ValueError if bars have numbers of groups that a model's conditions do not."""
+    most = bars.stamp[:, STAMPS:].max(axis=0, initial=0)
+    for (name, groups), number in zip(model.conditions.items(), most):
+        if number > groups:
+            raise ValueError(
+                f"{owner}: the model has {groups} groups of {name}, 0 … {groups - 1}; the bars have {number - 1}"
+            )
+
+
 def training_job(
     tokenizer: KronosTokenizer,
     model: Kronos,
@@ -93,6 +103,9 @@ def training_job(
         warn_of_seen_dates(test, train=own, valid=valid)
         warn_of_pretraining_overlap(tokenizer, model, test)
     train = training_set(own, dataset, finetune.extra_data, (extra_dir or folder) / EXTRA_DATA)
+    check_groups("KronosModel", model, train.bars)
+    if len(dataset.handler.columns) > len(COLUMNS) and finetune.tokenizer is not None:
+        tokenizer.config["columns"] = list(dataset.handler.columns[len(COLUMNS) :])
     return Job(
         tokenizer=tokenizer,
         model=model,

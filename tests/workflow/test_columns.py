@@ -65,6 +65,9 @@ def test_bars_without_a_column_are_counted_and_left_out(store):
         ({"next": "Ref($close, -1)"}, "columns: next: Ref($close, -1) looks 1 sessions ahead"),
         ({"close": "$open"}, "columns: has 'close': a name is letters, digits and _, and none of open"),
         ({"x": "$close +"}, "columns: x: should hold Qlib expressions"),
+        ({"next": "Delta($close, -1)"}, "columns: next: Delta($close, -1) looks 1 sessions ahead"),
+        ({"next": "Mean(Ref($close, 2), 3)/Ref(Delta($close, -3), 1)"}, "looks 2 sessions ahead"),
+        ({"x": "1"}, "columns: x: should hold Qlib expressions, which name a field such as $close, not '1'"),
         ({"x": 3}, "columns: x: should be a Qlib expression or a configuration"),
         ({"x": "$absent"}, "KLineHandler: columns: field $absent is missing: no instrument of store"),
         ({"x": "0/($close - $close)"}, "KLineHandler: columns: x: no bar of universe 'demo'"),
@@ -152,9 +155,31 @@ def test_columns_and_tokenizer_must_agree(store, narrow):
         make_model(tokenizer={"start_from": narrow, "d_in": 4})
     with pytest.raises(ValueError, match="tokenizer: start_from is of a tokenizer's"):
         make_model(tokenizer={"start_from": narrow, "bits": 4})
-    with pytest.raises(ValueError, match="inputs: bars it takes 6 columns"):
-        ranker = {"output_dir": "ranker", "inputs": "bars"}
-        KronosRanker({"start_from": narrow, "d_in": 8}, MODEL, ranker=ranker).fit(wide_dataset())
+    for ranker, message in (
+        ({"inputs": "bars"}, "inputs: bars it takes 6"),
+        ({}, "2 columns beyond six have no effect"),
+    ):
+        tokenizer = {"start_from": narrow, "d_in": 8}
+        with torch.random.fork_rng(), pytest.raises(ValueError, match=message):
+            made = KronosRanker(tokenizer, MODEL, ranker={"output_dir": "ranker"} | ranker)
+            made.tokenizer.embed.weight.data[:, 6:] += 0.1 if ranker else 0.0
+            made.fit(wide_dataset())
+
+
+def test_a_tokenizer_knows_the_columns_that_it_was_trained_on(store, narrow, tmp_path, warnings_logged):
+    wide = {"start_from": narrow, "d_in": 8}
+    model = make_model(tokenizer=wide)
+    model.fit(wide_dataset())
+    assert "2 columns beyond six have no effect: their weights in the tokenizer are zero" in warnings_logged.text
+    stages = finetune(tmp_path / "run")
+    make_model(tokenizer=wide, finetune=stages | {"predictor": None}).fit(wide_dataset())
+    best = str(tmp_path / "run" / "tokenizer" / "best")
+    trained = make_model(tokenizer=best)
+    trained.predict(wide_dataset())
+    with pytest.raises(ValueError, match="the tokenizer was trained on the columns range, market, not market, range"):
+        trained.predict(wide_dataset({"market": INDEX_RETURN, "range": RANGE}))
+    with pytest.raises(ValueError, match="was trained on the columns range, market, in this order"):
+        KronosPredictor(trained.model, trained.tokenizer, "cpu", columns=["market", "range"])
 
 
 def test_predictor_takes_and_returns_the_columns_that_it_is_told(networks):
@@ -225,6 +250,8 @@ def test_without_being_asked_for_they_are_rejected_rows(below_zero, capsys):
     assert "a price of zero or less" in (below_zero / "other" / "rejected.csv").read_text()
     assert main(["ingest", str(below_zero / "bars.csv"), str(below_zero / "x"), "--prices", "some"]) == 2
     assert "--prices 'some' is unknown; use positive, any" in capsys.readouterr().err
+    again = ["ingest", str(below_zero / "bars.csv"), str(below_zero / "other"), "--append", "--prices", "any"]
+    assert main(again) == 2 and "was written with positive" in capsys.readouterr().err
 
 
 # Conditions
@@ -282,6 +309,16 @@ def test_a_condition_is_that_of_the_score_date(store, narrow, tmp_path):
     assert changed["DEMO0001"] > 0.9 and changed["DEMO0003"] == 0, "it was 2 before"
 
 
+def test_conditions_keep_their_order_when_they_are_saved(tmp_path):
+    torch.manual_seed(0)
+    model = Kronos(**MODEL | {"conditions": {"sector": 3, "cap": 5}})
+    model.time_emb.conditions[0].weight.data.normal_()
+    model.save_pretrained(tmp_path)
+    again = Kronos.from_pretrained(tmp_path)
+    assert list(again.conditions.items()) == [("sector", 3), ("cap", 5)]
+    assert torch.equal(again.time_emb.conditions[0].weight, model.time_emb.conditions[0].weight)
+
+
 @pytest.mark.slow
 def test_conditions_are_learnt_saved_and_the_same_in_two_processes(store, narrow, tmp_path):
     market, models = with_sectors(store, tmp_path / "sectors"), []
@@ -309,5 +346,7 @@ def test_wrong_conditions_are_one_line(store, narrow, tmp_path):
         KLineHandler("demo", conditions={"next": "Ref($sector, -1)"})
     with pytest.raises(ValueError, match="conditions: sector should have 1 … 126 groups, not 0"):
         make_model(tokenizer=narrow, model=MODEL | {"conditions": {"sector": 0}})
+    with pytest.raises(ValueError, match="KronosRanker: the model's conditions are none, the handler's sector"):
+        KronosRanker(narrow, MODEL, ranker={"output_dir": "r"}).fit(dataset)
     with pytest.raises(ValueError, match="KronosRanker: takes no model with conditions"):
         KronosRanker(narrow, MODEL | {"conditions": {"sector": 3}}, ranker={"output_dir": "r"})

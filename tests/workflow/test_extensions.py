@@ -381,6 +381,7 @@ def test_a_training_with_a_quantizer_of_one_s_own(store, tmp_path):
         ("return values.detach(), loss", "returns values through which no gradient can reach the latent"),
         ("return values + 1, loss", "quantizes a latent to other values than those of its codes"),
         ("return values, latent", "should return values of the shape"),
+        ("self.seen = self.seen + 1; return values, loss", "changes its own state as it quantizes"),
     ],
 )
 def test_a_wrong_quantizer_is_told_as_the_tokenizer_is_made(tmp_path, change, message):
@@ -388,6 +389,8 @@ def test_a_wrong_quantizer_is_told_as_the_tokenizer_is_made(tmp_path, change, me
         Path(FSQ["module_path"]).read_text()
         + "\n\nclass Own(FiniteScalarQuantizer):\n    def forward(self, latent):\n"
         + f"        values, loss = super().forward(latent)\n        {change}\n"
+        + "    def __init__(self, s1_bits, s2_bits):\n        super().__init__(s1_bits, s2_bits)\n"
+        + "        self.register_buffer('seen', torch.zeros(()))\n"
     )
     quantizer = {"class": "Own", "module_path": str(tmp_path / "own.py")}
     if not message:
@@ -395,6 +398,15 @@ def test_a_wrong_quantizer_is_told_as_the_tokenizer_is_made(tmp_path, change, me
         return
     with pytest.raises(ValueError, match=f"Own {message}"):
         make_model(tokenizer=TOKENIZER | {"quantizer": quantizer})
+
+
+def test_a_quantizer_where_none_belongs_is_refused(tmp_path):
+    folder = KronosTokenizer(**TOKENIZER).save_pretrained(tmp_path / "plain") or tmp_path / "plain"
+    with pytest.raises(ValueError, match="it was made without a quantizer of one's own"):
+        make_model(tokenizer={"start_from": str(folder), "quantizer": FSQ})
+    for wrong in ("FSQ", {"module_path": FSQ["module_path"]}):
+        with pytest.raises(ValueError, match="should be a configuration with the keys class"):
+            make_model(tokenizer=TOKENIZER | {"quantizer": wrong})
 
 
 # Record, reader, figure
