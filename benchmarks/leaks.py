@@ -8,7 +8,8 @@
 
 A seed is a demo market of its own (synthetic, `kronos_qlib.data.demo_market`), on which a tiny Kronos is trained, both
 stages, and calibrated on its valid segment, a tiny KronosRanker, LightGBM on Alpha158, and LightGBM on Alpha158 with
-the factors of a new Kronos. All score the test segment; t is that of the mean daily rank IC (Newey–West, lag = horizon).
+the factors of a new Kronos. All score the test segment; t is that of the mean daily rank IC (Newey–West, lag the
+horizon).
 
 - Without signal (`--signal 0`) the next cross-section is as likely as its mirror image, so no function of past bars has
   an expected rank IC but 0. The proof asks for no |t| above 3.5, and a mean t within 2 standard errors of 0.
