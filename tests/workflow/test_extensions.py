@@ -459,16 +459,17 @@ def test_a_reader_of_one_s_own_reads_what_ingest_does_not(tmp_path, capsys):
 
 def test_a_figure_of_one_s_own_is_the_last_of_the_report(store, tmp_path, capsys):
     model, dataset, out = make_model(), make_dataset(), ["--out", str(tmp_path / "out")]
+    uri = ["--uri", f"sqlite:///{Path.cwd() / 'mlflow.db'}"]
     with R.start(experiment_name="own_figure"):
         for kind, given in ((SignalRecord, (model, dataset)), (SigAnaRecord, ())):
             kind(*given, recorder=R.get_recorder()).generate()
     figure = ["--figure", f"{EXAMPLES / 'worst_days_figure.py'}:WorstDays"]
-    assert main(["compare", "own_figure", *out, *figure]) == 0
+    assert main(["compare", "own_figure", *uri, *out, *figure]) == 0
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.index("Figures of your own") > page.index("Mean label of the tenths")
     assert "The ten worst days of each run, excess return after costs." in page
     (tmp_path / "own.py").write_text("class Own:\n    def __call__(self, runs):\n        return len(runs)\n")
-    assert main(["compare", "own_figure", *out, "--figure", f"{tmp_path / 'own.py'}:Own"]) == 2
+    assert main(["compare", "own_figure", *uri, *out, "--figure", f"{tmp_path / 'own.py'}:Own"]) == 2
     assert "--figure Own should return a plotly Figure, not a int" in capsys.readouterr().err
-    assert main(["compare", "own_figure", *figure]) == 2
+    assert main(["compare", "own_figure", *uri, *figure]) == 2
     assert "--figure goes with --out" in capsys.readouterr().err

@@ -23,9 +23,16 @@ def own_folder(database, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+def database_here() -> str:
+    """The address of mlflow.db here; MLflow keeps what it opened by a relative one for later tests elsewhere."""
+    return f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+
+
 def copied(*names: str) -> None:
     """Copy workflows of the package to here, with networks so small that nothing needs to be trained."""
     assert main(["workflow", "--copy", *names, "--out", "."]) == 0
+    for path in Path.cwd().glob("*.yaml"):
+        path.write_text(path.read_text().replace("sqlite:///mlflow.db", database_here()))
     for path in map(Path, [f"{name}.yaml" for name in names]):
         head, text = path.read_text(), yaml.safe_load(path.read_text().replace("{{", "<<").replace("}}", ">>"))
         if text["task"]["model"]["class"] == "KronosModel":
@@ -72,12 +79,12 @@ def test_three_workflows_of_a_market_run_and_are_compared(market, options, freq,
         base.write_text(base.read_text().replace(date, other))
     for name in names:
         qrun(f"{name}.yaml")
-    assert main(["compare", *names, "--out", "out"]) == 0
+    assert main(["compare", *names, "--out", "out", "--uri", database_here()]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     unit = "days" if freq == "day" else "bars"
     assert f"lag of all rows: 4 {unit}, the longest horizon recorded (kronos_{market})" in printed
     assert "Forecasts and actual bars" in Path("out/report.html").read_text()
-    kronos, lightgbm, rule = load_runs(names)
+    kronos, lightgbm, rule = load_runs(names, database_here())
     assert kronos.bar_freq == lightgbm.bar_freq == rule.bar_freq == freq
     ours, theirs = (run.scores.index.get_level_values("datetime") for run in (kronos, lightgbm))
     assert ours.max() == theirs.max(), "the last day's bars too"
@@ -104,7 +111,7 @@ def test_a_daily_signal_from_minutes_and_minutes_that_execute_a_daily_signal(mon
     Path("nested_minute_execution.yaml").write_text(shorter)
     for name in names:
         qrun(f"{name}.yaml")
-    daily, nested = load_runs(names)
+    daily, nested = load_runs(names, database_here())
     assert set(daily.scores.index.get_level_values("datetime").strftime("%H:%M")) == {"14:55"}
     traded = daily.report["turnover"] > 0
     first = daily.scores.index.get_level_values("datetime").min().normalize()

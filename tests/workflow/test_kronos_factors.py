@@ -362,6 +362,8 @@ def factor_workflow(market: Path, folder: Path, **kronos: Any) -> Path:
     handler["kwargs"] = ALPHA | {"kronos": SETTINGS | kronos}
     task["dataset"] = {"class": "DatasetH", "module_path": "qlib.data.dataset"}
     task["dataset"]["kwargs"] = {"handler": handler, "segments": SEGMENTS}
+    # MLflow keeps what it opened by a relative address for later tests elsewhere.
+    config["qlib_init"]["exp_manager"] = {"kwargs": {"uri": f"sqlite:///{folder}/mlflow.db"}}
     path.write_text(yaml.safe_dump(config))
     return path
 
