@@ -33,7 +33,7 @@ def load_extension(configuration: Mapping[str, Any], **arguments: Any) -> Any:
     try:
         made = kind(**configuration.get("kwargs", {}), **arguments)
     except Exception as error:
-        raise ValueError(f"{kind.__name__} cannot be made: {_reason(error)}") from error
+        raise ValueError(f"{kind.__name__} cannot be made: {reason(error)}") from error
     if not callable(made):
         raise ValueError(f"{kind.__name__} has no __call__")
     return made
@@ -49,7 +49,7 @@ def call_extension(extension: Any, shape: tuple[int, ...], *arguments: Any) -> n
     try:
         returned = np.asarray(extension(*arguments), dtype=np.float64)
     except Exception as error:
-        raise ValueError(f"{name} fails: {_reason(error)}") from error
+        raise ValueError(f"{name} fails: {reason(error)}") from error
     if returned.shape != shape:
         raise ValueError(f"{name} returns the shape {list(returned.shape)}, and should return {list(shape)}")
     return returned
@@ -135,8 +135,9 @@ def _module(place: str) -> Any:
                 raise
         return sys.modules[name]
     except Exception as error:
-        raise ValueError(f"module_path {place!r} cannot be imported: {_reason(error)}") from error
+        raise ValueError(f"module_path {place!r} cannot be imported: {reason(error)}") from error
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Say in one line what a class of a user's own has raised."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

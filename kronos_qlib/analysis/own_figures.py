@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import plotly.graph_objects as go
 
 from kronos_qlib.analysis.results import RunResult
-from kronos_qlib.extensions import load_extension
+from kronos_qlib.extensions import load_extension, reason
 
 
 class ReportFigure(Protocol):
@@ -27,8 +27,7 @@ def draw_figure(figure: ReportFigure, runs: Sequence[RunResult]) -> tuple[go.Fig
     try:
         chart = figure(runs)
     except Exception as error:
-        text = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"--figure {name} fails: {type(error).__name__}: {text}") from error
+        raise ValueError(f"--figure {name} fails: {reason(error)}") from error
     if not isinstance(chart, go.Figure):
         raise ValueError(f"--figure {name} should return a plotly Figure, not a {type(chart).__name__}")
     return chart, ((type(figure).__doc__ or name).strip().splitlines() or [name])[0]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kronos_qlib.extensions import load_extension
+from kronos_qlib.extensions import load_extension, reason
 
 MeanCode = Callable[[Tensor], Tensor]
 """Gives the mean code [bits] of a whole batch for that of one of its micro-batches."""
@@ -58,7 +58,7 @@ def load_quantizer(configuration: Mapping[str, Any], s1_bits: int, s2_bits: int)
         made.train()(latent)
         kept = all(torch.equal(value, made.state_dict()[key]) for key, value in before.items())
     except Exception as error:
-        raise ValueError(f"{name} fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
+        raise ValueError(f"{name} fails: {reason(error)}") from error
     if values.shape != latent.shape or back.shape != latent.shape or loss.shape != ():
         raise ValueError(f"{name} should return values of the shape {list(latent.shape)} and a scalar loss")
     if not values.requires_grad:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kronos_qlib.extensions import load_extension
+from kronos_qlib.extensions import load_extension, reason
 
 
 class StageLoss(Protocol):
@@ -36,7 +36,7 @@ def load_loss(configuration: Mapping[str, Any]) -> StageLoss:
         try:
             found, alone = loss(errors, x, stamp), loss(errors[:1], x[:1], stamp[:1])
         except Exception as error:
-            raise ValueError(f"{name} fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
+            raise ValueError(f"{name} fails: {reason(error)}") from error
         if not isinstance(found, Tensor) or found.shape != (3,) or not torch.isfinite(found).all():
             raise ValueError(f"{name} should return a finite loss for each window, a tensor of the shape [3]")
         if not found.requires_grad:

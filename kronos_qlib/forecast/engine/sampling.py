@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kronos_qlib.extensions import load_extension
+from kronos_qlib.extensions import load_extension, reason
 from kronos_qlib.nn.model import S2Rotation
 
 FIRST_CANDIDATES = 16  # of the largest logits are considered, then more where they do not hold the mass
@@ -49,7 +49,7 @@ def load_filter(configuration: Mapping[str, Any]) -> TokenFilter:
     try:
         found, alone = tokens(given.clone()), tokens(given[1:2].clone())
     except Exception as error:
-        raise ValueError(f"{name} fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
+        raise ValueError(f"{name} fails: {reason(error)}") from error
     if not isinstance(found, Tensor) or found.shape != given.shape:
         raise ValueError(f"{name} should return a tensor of the shape {list(given.shape)} that it is given")
     if not (torch.isfinite(found).all() and (found >= 0).all() and (found.sum(-1) > 0).all()):
