@@ -16,6 +16,7 @@ from kronos_qlib.analysis import DEFAULT_URI
 from kronos_qlib.analysis.pickles import read_plain, read_table
 from kronos_qlib.analysis.portfolio import QLIB_DAYS_A_YEAR, QLIB_YEARS_REGION, steps_a_year
 from kronos_qlib.data.demo_market import BENCHMARK, is_synthetic
+from kronos_qlib.files import digest_of_file
 
 # Read by mlflow: files here are small and local, and a server that does not answer is not asked again and again.
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -106,14 +107,7 @@ def load_runs(names: Sequence[str], uri: str = DEFAULT_URI) -> list[RunResult]:
     Raises ResultsError if `uri` cannot be read, a name is unknown, has no finished run, or a run lacks its scores,
     labels or signal analysis, or an artifact is damaged or holds something else.
     """
-    _check_reachable(uri)
-    database = _database(uri)
-    try:
-        client = MlflowClient(tracking_uri=uri)
-        experiments = client.search_experiments()
-    except (MlflowException, SQLAlchemyError, ImportError, OSError, ValueError) as error:
-        raise ResultsError(f"the MLflow store {uri} cannot be read: {str(error).splitlines()[0]}") from error
-    folder = database.parent if database else Path.cwd()
+    client, experiments, folder = _open(uri)
     found: dict[str, tuple[str, MlflowRun]] = {}
     for name in names:  # an experiment and its newest recorder are one run
         for called, run in _find_runs(client, experiments, name, uri):
@@ -122,6 +116,29 @@ def load_runs(names: Sequence[str], uri: str = DEFAULT_URI) -> list[RunResult]:
     return [
         replace(_load_run(client, name, run, folder), **trials[run.info.experiment_id]) for name, run in found.values()
     ]
+
+
+def find_run(name: str, uri: str = DEFAULT_URI) -> "FoundRun":
+    """Find the newest finished run of an experiment, or the run itself where the name is a recorder id.
+
+    Raises ResultsError if `uri` cannot be read, the name is unknown or has no finished run.
+    """
+    client, experiments, folder = _open(uri)
+    run = _find_runs(client, experiments, name, uri)[-1][1]
+    names = {known.experiment_id: known.name for known in experiments}
+    return FoundRun(names.get(run.info.experiment_id, ""), run.info.run_id, client, folder)
+
+
+def _open(uri: str) -> tuple[MlflowClient, list[Experiment], Path]:
+    """Return a client of an MLflow store, its experiments, and the folder of its database."""
+    _check_reachable(uri)
+    database = _database(uri)
+    try:
+        client = MlflowClient(tracking_uri=uri)
+        experiments = client.search_experiments()
+    except (MlflowException, SQLAlchemyError, ImportError, OSError, ValueError) as error:
+        raise ResultsError(f"the MLflow store {uri} cannot be read: {str(error).splitlines()[0]}") from error
+    return client, experiments, database.parent if database else Path.cwd()
 
 
 def _check_reachable(uri: str) -> None:
@@ -247,6 +264,42 @@ def _load_run(client: MlflowClient, name: str, run: MlflowRun, folder: Path) -> 
         kronos_run=kronos_run,
         artifacts=_local(run.info.artifact_uri),
     )
+
+
+@dataclass(frozen=True)
+class FoundRun:
+    """A finished run: its experiment's name, its recorder id, the MLflow store, the folder of the store's database."""
+
+    experiment: str
+    run_id: str
+    client: MlflowClient
+    folder: Path
+
+    def read(self, artifact: str) -> Any:
+        """Read scores or labels as a series by (datetime, instrument), a .json file, or the plain data of a mapping.
+
+        Returns None for an artifact that is not there. Raises ResultsError for a damaged one.
+        """
+        kinds: dict[str, tuple[Callable[[Path], Any], Callable[[Any], Any]]] = {
+            ".pkl": (read_table, _rows),
+            ".json": (_read_json, _mapping),
+        }
+        reader, check = kinds.get(Path(artifact).suffix, (read_plain, dict))
+        with TemporaryDirectory() as scratch:
+            return _Artifacts(self.client, self.experiment, self.run_id, scratch).read(artifact, check, reader=reader)
+
+    def digest(self, artifact: str) -> str:
+        """Digest the file of an artifact. Raises ResultsError if it is not there."""
+        with TemporaryDirectory() as scratch:
+            path = _Artifacts(self.client, self.experiment, self.run_id, scratch).path(artifact)
+            if path is None:
+                raise ResultsError(f"{self.experiment}: {artifact} of run {self.run_id} cannot be read")
+            return digest_of_file(path)
+
+    def stores(self, provider_uri: str | Mapping[str, str] | None, freq: str) -> list[Path]:
+        """List the folders with bars of `freq` that a store's name may stand for, here and beside the database."""
+        found = _stores(provider_uri, freq, self.folder)
+        return [store for store in found if _calendar(store, freq).is_file()]
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,29 @@ class SessionCalendar:
         positions = self._positions_after(dates, horizon)
         return self._stamps[positions]
 
+    def ends(self, times: np.ndarray | pd.DatetimeIndex) -> pd.DatetimeIndex:
+        """Return when bars are complete, in UTC: those of days at the exchange's close, of minutes after so many.
+
+        Days on which the exchange is closed, and all of a store without an exchange, end at midnight of its clock, UTC
+        where it has none; a week ends with its Sunday, or with its own day if that is no Monday.
+
+        Args:
+            times: sorted.
+
+        Raises:
+            ValueError: the exchange's hours are not known, for want of `exchange_calendars`.
+        """
+        starts = pd.DatetimeIndex(np.asarray(times, "datetime64[ns]"))
+        zone, closes = _closes(self.exchange, starts[0], starts[-1])
+        if is_intraday(self.freq):
+            local = starts + pd.Timedelta(minutes=int(self.freq.removesuffix("min") or 1))
+            return local.tz_localize(zone, ambiguous=True, nonexistent="shift_forward").tz_convert("UTC")
+        weeks = self.freq == "1week"
+        days = starts + pd.to_timedelta(np.where(weeks & (starts.dayofweek == 0), 6, 0), "D")
+        midnight = (days + pd.Timedelta(days=1)).tz_localize(zone).tz_convert("UTC")
+        known = closes.reindex(days)
+        return pd.DatetimeIndex(known.where(known.notna(), midnight))
+
     def _positions_after(self, dates: np.ndarray | pd.DatetimeIndex, horizon: int) -> np.ndarray:
         """Return the sessions' positions `[B, P]` in `_times`, which is first extended as far as needed."""
         dates = np.asarray(dates, "datetime64[ns]")
@@ -232,6 +255,23 @@ def store_calendar(freq: str, exchange: str | None = None) -> SessionCalendar:
     source = f"calendar {path if future else path.with_name(f'{freq}.txt')}"
     sessions = pd.DatetimeIndex(Cal.load_calendar(freq, future=future))
     return SessionCalendar(sessions, exchange, C["region"], freq, source)
+
+
+def _closes(exchange: str | None, first: pd.Timestamp, last: pd.Timestamp) -> tuple[str, pd.Series]:
+    """Return an exchange's time zone and its closes in UTC by session; UTC and none without an exchange."""
+    if exchange is None:
+        return "UTC", pd.Series(dtype="datetime64[ns, UTC]")
+    try:
+        from exchange_calendars import get_calendar
+    except ImportError:
+        raise ValueError(
+            f"the hours of {exchange} are not known without exchange_calendars: pip install 'kronos-qlib[calendars]'"
+        ) from None
+    # a month to either side, because the package refuses a range without a session
+    bound, month = type(get_calendar(exchange)).bound_max(), pd.Timedelta(days=31)
+    end = last.normalize() + month if bound is None else min(last.normalize() + month, bound.tz_localize(None))
+    calendar = get_calendar(exchange, start=str((first - month).date()), end=str(end.date()))
+    return str(calendar.tz), calendar.closes
 
 
 def _exchange_days(

@@ -1,0 +1,153 @@
+"""A finished run of any Qlib model, found in Qlib's recorder and ready to score another date."""
+
+import logging
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import qlib
+from qlib.data.dataset import DatasetH
+from qlib.workflow import R
+from qlib.workflow.recorder import Recorder
+
+from kronos_qlib.analysis import DEFAULT_URI
+from kronos_qlib.analysis.results import FoundRun, ResultsError, find_run
+from kronos_qlib.workflow.workflow_file import read_workflow
+
+logger = logging.getLogger("qlib.signals")
+WORKFLOWS = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class LiveRun:
+    """A finished run, with Qlib initialised on its store.
+
+    found: the run. recorder: Qlib's. task: model, dataset and records as the workflow had them, plain data.
+    store: the folder of the bars. freq: of them. versions: of the packages that it was run with; empty if not recorded.
+    """
+
+    found: FoundRun
+    recorder: Recorder
+    task: dict[str, Any]
+    store: Path
+    freq: str
+    versions: dict[str, str | None]
+
+    @property
+    def portfolio(self) -> dict[str, Any] | None:
+        """Return the configuration of the run's PortAnaRecord; None of a run without a backtest."""
+        records = self.task.get("record") or []
+        for record in records if isinstance(records, list) else [records]:
+            if str(record.get("class")).startswith("PortAnaRecord"):
+                config = record.get("kwargs", {}).get("config")
+                return config if isinstance(config, dict) else None
+        return None
+
+    def load_model(self) -> Any:
+        """Load the fitted model, a pickle of Qlib's. Raises ResultsError, one line, with the versions that differ."""
+        return self._load("params.pkl")
+
+    def load_dataset(self) -> DatasetH:
+        """Load the dataset without its data, a pickle of Qlib's. Raises ResultsError, one line."""
+        dataset = self._load("dataset")
+        if not isinstance(dataset, DatasetH):
+            raise ResultsError(f"{self.found.experiment}: its dataset is a {type(dataset).__name__}, not a DatasetH")
+        return dataset
+
+    def _load(self, artifact: str) -> Any:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of libraries about pickles of other versions, said below
+                return self.recorder.load_object(artifact)
+        except Exception as error:  # a pickle of another version may raise anything
+            others = [f"{name} {then}, here {now}" for name, then, now in self.changed_versions()]
+            raise ResultsError(
+                f"{artifact} of recorder {self.found.run_id} cannot be loaded ({type(error).__name__}: {error}); "
+                f"the run had {', '.join(others) or 'the same versions of its packages'}"
+            ) from error
+
+    def changed_versions(self) -> list[tuple[str, str, str]]:
+        """List the packages that the run had in another version: name, then, now."""
+        return [
+            (name, str(then), now)
+            for name, then in self.versions.items()
+            if then is not None and (now := _installed(name)) != then
+        ]
+
+
+def open_run(source: str, uri: str | None = None, store: Path | None = None) -> LiveRun:
+    """Find the newest finished run of a workflow file or an experiment, or a recorder, and initialise Qlib for it.
+
+    Args:
+        source: a workflow's file, an experiment's name, or a recorder id.
+        uri: the MLflow store; by default the workflow's, or mlflow.db in the working directory.
+        store: the Qlib store; by default the run's.
+
+    Raises:
+        ResultsError: no such run, or its store of bars is not found. FileNotFoundError, ValueError: the workflow's.
+    """
+    settings: dict[str, Any] = {}
+    name = source
+    if Path(source).suffix in WORKFLOWS:
+        workflow = read_workflow(Path(source))
+        name, settings = workflow.get("experiment_name", "workflow"), workflow["qlib_init"]
+        uri = uri or settings["exp_manager"].get("kwargs", {}).get("uri")
+    found = find_run(name, uri or DEFAULT_URI)
+    config = found.read("config") or {}
+    task = found.read("task") or config.get("task")
+    if not task:
+        raise ResultsError(f"{name}: recorder {found.run_id} has no task: it is not a run of Qlib's task_train or qrun")
+    recorded = found.read("kronos_run.json") or {}
+    settings = config.get("qlib_init", {}) | settings
+    freq = _freq(task, recorded)
+    named = settings.get("provider_uri") or recorded.get("data", {}).get("provider_uri")
+    places = found.stores(str(store) if store else named, freq) if store or named else []
+    if not places:
+        where = store or named or "not recorded"
+        raise ResultsError(f"{name}: its Qlib store ({where}) has no bars of {freq} here; name it by --store")
+    manager = {
+        "class": "MLflowExpManager",
+        "module_path": "qlib.workflow.expm",
+        "kwargs": {"uri": uri or DEFAULT_URI, "default_exp_name": name},
+    }
+    options = {"region": settings.get("region", "cn"), "exp_manager": manager, "logging_level": logging.WARNING}
+    qlib.init(provider_uri=str(places[0].resolve()), **options)
+    recorder = R.get_recorder(recorder_id=found.run_id, experiment_name=found.experiment)
+    return LiveRun(found, recorder, task, places[0].resolve(), freq, recorded.get("packages") or {})
+
+
+def _freq(task: dict[str, Any], recorded: dict[str, Any]) -> str:
+    """Return the frequency of the bars that a run scores."""
+    handler = task["dataset"].get("kwargs", {}).get("handler", {})
+    configured = handler.get("kwargs", {}).get("freq") if isinstance(handler, dict) else None
+    return str(recorded.get("data", {}).get("freq") or configured or "day")
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def label_expression(dataset: DatasetH) -> str | None:
+    """Return the Qlib expression of a dataset's first label; None where its loader does not tell."""
+    loader = dataset.handler.data_loader
+    labels = getattr(loader, "label", None)
+    if labels is None:
+        fields = getattr(loader, "fields", {})
+        labels = fields["label"][0] if isinstance(fields, dict) and "label" in fields else None
+    return str(labels[0]) if labels else None
+
+
+def instruments_of(dataset: DatasetH, date: pd.Timestamp, freq: str) -> list[str]:
+    """List the members of a dataset's universe on a date, sorted."""
+    from qlib.data import D
+
+    universe = dataset.handler.instruments
+    if isinstance(universe, str):
+        universe = D.instruments(universe)
+    return sorted(D.list_instruments(universe, start_time=date, end_time=date, freq=freq, as_list=True))
