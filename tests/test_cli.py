@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from kronos_qlib.cli import main
 from kronos_qlib.data.demo_market import is_synthetic
@@ -98,3 +99,42 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out.startswith("kronos-qlib ")
+
+
+def write_notifier(folder: Path) -> str:
+    program = folder / "notify.py"
+    program.write_text("import pathlib, sys; pathlib.Path(sys.argv[1]).write_text(sys.argv[2])")
+    return f"{sys.executable} {program} {folder / 'told.txt'}"
+
+
+def test_commands_run_in_order_up_to_the_first_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log, told = tmp_path / "logs" / "evening.log", tmp_path / "told.txt"
+    before = ["--log", str(log), "--lock", str(tmp_path / "lock"), "--notify", write_notifier(tmp_path)]
+    made = ["demo-data", str(tmp_path / "market"), "--instruments", "5", "--days", "70"]
+    assert main([*before, *made, "--then", *made]) == 0
+    assert not told.exists()
+    wrong = ["demo-data", str(tmp_path / "other"), "--days", "3"]
+    assert main([*before, *wrong, "--then", "demo-data", str(tmp_path / "third")]) == 2
+    assert not (tmp_path / "other").exists() and not (tmp_path / "third").exists()
+    lines = log.read_text().splitlines()
+    assert [line.split()[1:4] for line in lines] == [["demo-data", "status", number] for number in "002"]
+    assert lines[-1].endswith("days must be a whole number from 60 to 10000; it is 3")
+    assert told.read_text() == lines[-1]
+    capsys.readouterr()
+
+
+def test_a_mistake_in_a_later_command_is_said_before_the_first_runs(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["demo-data", str(tmp_path / "market"), "--then", "compare"])
+    assert ended.value.code == 2
+    assert not (tmp_path / "market").exists()
+
+
+def test_two_runs_do_not_hold_a_lock_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lock, log = tmp_path / "lock", tmp_path / "log"
+    arguments = ["--lock", str(lock), "--log", str(log), "demo-data", str(tmp_path / "market"), "--days", "70"]
+    with FileLock(lock):
+        assert main(arguments) == 4
+    assert f"another run holds {lock}; nothing was done" in capsys.readouterr().err
+    assert not (tmp_path / "market").exists() and "demo-data status 4" in log.read_text()
+    assert main(arguments) == 0

@@ -11,6 +11,7 @@ from textwrap import dedent
 from typing import NoReturn
 
 from kronos_qlib.cli import check, compare, demo_data, factors, finetune, forecast, ingest, signals, tune, workflow
+from kronos_qlib.cli.unattended import add_options, run_commands, split_commands
 
 _EPILOG = """\
     With your own bars:
@@ -19,6 +20,7 @@ _EPILOG = """\
       kronos-qlib workflow store --out mine.yaml             a workflow for it, and LightGBM's beside it
       qrun mine.yaml && qrun mine_lightgbm.yaml
       kronos-qlib compare mine mine_lightgbm
+      kronos-qlib signals mine.yaml                          of the latest bar, every evening
 
     A first round, on simulated bars:
       kronos-qlib demo-data runs/demo/market
@@ -30,12 +32,13 @@ _EPILOG = """\
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return the exit status.
+    """Run one subcommand, or several divided by --then, and return the exit status.
 
-    0: done. 2: an error of the caller, printed in one line. A training that a signal ended: 128 + the signal's number.
+    0: done. 2: an error of the caller, printed in one line. 3: a store lacks the bars asked for. 4: another run holds
+    the lock. A training that a signal ended: 128 + the signal's number.
     """
-    options = _parser().parse_args(argv)
-    return options.run(options)
+    parser = _parser()
+    return run_commands([parser.parse_args(part) for part in split_commands(sys.argv[1:] if argv is None else argv)])
 
 
 def run_and_exit() -> NoReturn:
@@ -64,7 +67,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add_options(parser)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for command in (forecast, ingest, demo_data, workflow, check, tune, finetune, factors, compare, signals):
         command.add_command(commands)
     return parser

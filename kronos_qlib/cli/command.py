@@ -9,11 +9,13 @@ from kronos_qlib.text import printable
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 ORDERS = ("day", "month")  # of kronos_qlib.data.dates, which imports pandas
+failures: list[str] = []  # what `fail` has printed, for the log of an unattended run
 
 
 def fail(command: str, error: Exception, status: int = 2) -> int:
     """Print an error of a command in one line on stderr and return its exit status."""
-    print(f"kronos-qlib {command}: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+    failures.append(printable(" ".join(str(error).split())))
+    print(f"kronos-qlib {command}: error: {failures[-1]}", file=sys.stderr)
     return status
 
 

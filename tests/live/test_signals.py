@@ -289,7 +289,10 @@ def test_a_universe_that_changed_and_packages_that_did_are_said(place, capsys):
     path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith(member)))
     run.versions["torch"] = "1.0"
     make_signals(place.open("kronos"), DATE)
-    assert f"1 instruments that it scored on 2018-07-18 are no members of that date now: {member}" in capsys.readouterr().err
+    assert (
+        f"1 instruments that it scored on 2018-07-18 are no members of that date now: {member}"
+        in capsys.readouterr().err
+    )
     make_signals(run, DATE)
     assert "the run was made with torch 1.0" in capsys.readouterr().err
 

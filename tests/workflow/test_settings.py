@@ -11,6 +11,7 @@ from tiny import MODEL, SEGMENTS, TOKENIZER, finetune, make_dataset, make_model
 
 from kronos_qlib.forecast.scores import SCORES
 from kronos_qlib.nn.checkpoint import CheckpointError
+from kronos_qlib.workflow.settings import ForecastSettings
 
 
 def refusal(error: type[Exception] = ValueError, **settings) -> str:
@@ -328,3 +329,13 @@ def test_training_on_dates_to_be_scored_is_warned_of(store, tmp_path, warnings_l
     make_model(finetune=finetune(tmp_path / "out", predictor=None)).fit(make_dataset(segments=segments))
     assert "the valid segment has bars to 2018-07-10 and the test segment starts on 2018-06-18" in warnings_logged.text
     assert "the train segment" not in warnings_logged.text
+
+
+def test_settings_of_an_earlier_pickle_get_the_defaults_of_later_keys():
+    settings = ForecastSettings(sample_count=7)
+    state = settings.__getstate__()
+    for later in ("filter", "anchor"):
+        del state["__dict__"][later]
+    loaded = ForecastSettings.__new__(ForecastSettings)
+    loaded.__setstate__(state)
+    assert loaded == settings and loaded.filter is None and loaded.sample_count == 7
