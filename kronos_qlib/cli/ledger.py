@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 DEFAULT_LEDGER = "sqlite:///ledger.db"  # of kronos_qlib.live.ledger, which imports SQLAlchemy
 _DESCRIPTION = """\
     The ledger is a database of forecasts: `kronos-qlib signals` writes each of its runs there, with the time, the
-    recorder, digests of weights and data, and versions. Nothing in it is overwritten: other signals of the same date and
-    settings are its next version, the same signals again are the set that is there.
+    recorder, digests of weights and data, and versions. Nothing in it is overwritten: other signals of the same date
+    and settings are its next version, the same signals again are the set that is there.
 
       ledger update   read the bars that came from the Qlib store, and fill in what the forecasts should have been
       ledger show     judge the record: rank IC with its interval, CRPS, coverage of the bands, a paper portfolio
@@ -80,8 +80,10 @@ def run_update(options: argparse.Namespace) -> int:
     try:
         ledger = Ledger(options.ledger, must_exist=True)
         sets, rows = ledger.read()
-        for (store, region), own in sets.groupby([sets["store"].mask(options.store is not None, "all"), "region"]):
-            use_store(options.store or Path(store), region)
+        if options.store is not None:
+            sets["store"] = str(options.store)
+        for (store, region), own in sets.groupby(["store", "region"]):
+            use_store(Path(store), region)
             done += fill_outcomes(ledger, own, rows)
     except (LedgerError, ValueError, OSError) as error:
         return fail("ledger update", error)

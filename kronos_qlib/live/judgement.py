@@ -54,12 +54,12 @@ class Judgement:
 
     figures: by name, `FIGURES` and `PAPER_FIGURES`. dates: forecast; days: with a rank IC; rank_ic: its mean a day,
     with Newey–West's t and the 95 % interval (low, high) of the stationary bootstrap; outcomes: forecasts with
-    quantiles whose `horizon` bars have come; crps: their mean, in ratios to the last close, beside that of the last value;
-    coverage_50, coverage_90: the share within these bands, with 95 % intervals that know of overlapping horizons.
-    paper_*: of Qlib's backtest on these scores, over its days, not a year: return, excess (over the benchmark, after
-    costs), cost, turnover a day, drawdown of the excess. NaN: cannot be computed.
-    rank_ics: day by day. coverage: day × coverage_50, coverage_90. report: Qlib's, of the paper portfolio. test: of live
-    ones with a promise. sentences: what may be concluded.
+    quantiles whose `horizon` bars have come; crps: their mean, in ratios to the last close, beside that of the last
+    value; coverage_50, coverage_90: the share within these bands, with 95 % intervals (days and overlaps depend).
+    paper_*: of Qlib's backtest on these scores, over its days, not a year: return after costs, excess (over the
+    benchmark, after costs), cost, turnover a day, drawdown of the excess. What cannot be computed is NaN or missing.
+    rank_ics: day by day. coverage: day × coverage_50, coverage_90. report: Qlib's, of the paper portfolio.
+    test: of live ones with a promise. sentences: what may be concluded.
     """
 
     experiment: str
@@ -97,9 +97,8 @@ def judge(sets: pd.DataFrame, rows: pd.DataFrame, paper: Paper | None = None) ->
 
 def counted_sets(sets: pd.DataFrame) -> pd.DataFrame:
     """Select the last made set of each date, in the order of dates."""
-    return (
-        sets.sort_values(["made_at", "version"], kind="stable").drop_duplicates("date", keep="last").sort_values("date")
-    )
+    ordered = sets.sort_values(["date", "made_at", "version"], kind="stable")
+    return ordered.drop_duplicates("date", keep="last")
 
 
 def compare_with_promise(rank_ics: pd.Series, promised: dict[str, Any], lag: int) -> PromiseTest:
@@ -133,12 +132,11 @@ def promise_sentence(test: PromiseTest) -> str:
         return "the backtest promised nothing above 0"
     if test.p < LEVEL:
         return f"worse than the backtest promised (p {max(test.p, 0.001):.3f})"
-    power = f"a true rank IC of 0 would be found worse with a probability of {test.power:.0%}"
+    power = f"a true rank IC of 0 would be found worse with a probability of {_percent(test.power)}"
     if test.power >= POWER and np.isfinite(test.p):
         return f"no evidence that it is worse (p {test.p:.2f}; {power})"
-    needed = (
-        f"80 % need {test.days_needed:,.0f} days" if np.isfinite(test.days_needed) else "no number of days would do"
-    )
+    reachable = np.isfinite(test.days_needed)
+    needed = f"{_percent(POWER)} need {test.days_needed:,.0f} days" if reachable else "the promise is too unsure for any test"
     return f"too few days to tell: {power}; {needed}"
 
 
@@ -223,6 +221,10 @@ def _measure_portfolio(report: pd.DataFrame | None) -> dict[str, float]:
         "paper_turnover": mean_turnover(report),
         "paper_drawdown": float((total - total.cummax()).min()),
     }
+
+
+def _percent(share: float) -> str:
+    return ">99 %" if share > 0.99 else f"{100 * share:.0f} %"
 
 
 def _signed(value: float) -> str:

@@ -133,7 +133,7 @@ class Ledger:
     """A ledger in an SQLite file or a PostgreSQL database; it is made, or brought to today's schema, where it is not.
 
     Args:
-        url: `sqlite:///ledger.db`, `postgresql://user:password@host/database` (extra `postgres`), or the path of a file.
+        url: `sqlite:///ledger.db`, `postgresql://user:password@host/database` (extra `postgres`), or a file's path.
         must_exist: refuse an SQLite file that is not there instead of making it.
 
     Raises:
@@ -174,7 +174,7 @@ class Ledger:
             "next_session_opens_at": opening.at,
             "opening_from": opening.source,
         }
-        for attempt in range(_ATTEMPTS):
+        for _ in range(_ATTEMPTS):
             try:
                 with self._one_line("; nothing was written"), self._transaction() as connection:
                     return _insert(connection, header, rows)

@@ -119,11 +119,7 @@ def _sentences(judgements: Sequence[Judgement]) -> list[str]:
 
 
 def _table(judgements: Sequence[Judgement]) -> pd.DataFrame:
-    tests = [
-        {name: getattr(judgement.test, name, math.nan) for name in ("promised", "p", "power")}
-        for judgement in judgements
-    ]
-    rows = [judgement.figures | test for judgement, test in zip(judgements, tests)]
+    rows = [judgement.figures | (vars(judgement.test) if judgement.test else {}) for judgement in judgements]
     columns = [*FIGURES, *PAPER_FIGURES, "promised", "p", "power"]
     return pd.DataFrame(rows, [judgement.name for judgement in judgements]).reindex(columns=columns).astype(float)
 

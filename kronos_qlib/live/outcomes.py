@@ -124,7 +124,7 @@ def _fill(ledger: Ledger, set_id: int, recorded: pd.DataFrame, store: pd.DataFra
 
 
 def _check_label(label: str) -> None:
-    """Raise ValueError for a label that is more than arithmetic: Qlib evaluates it as Python, and a database is shared."""
+    """Raise ValueError for a label that is more than arithmetic: Qlib evaluates it as Python."""
     if not _ARITHMETIC.fullmatch(label):
         raise ValueError(f"the label {label!r} of the ledger is no Qlib expression of fields, numbers and operators")
     check_expression(label)

@@ -1,5 +1,6 @@
 """The paper portfolio: Qlib's own backtest of a run's strategy, exchange and costs on the scores of a ledger."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ class PaperError(Exception):
 
 
 def run_paper_portfolio(config: Mapping[str, Any] | None, scores: pd.Series, freq: str = "day") -> pd.DataFrame:
-    """Run the backtest of a PortAnaRecord's configuration on scores (datetime, instrument), from the store Qlib is using.
+    """Run the backtest of a PortAnaRecord's configuration on scores (datetime, instrument), in the store Qlib is using.
 
     It begins with the first date and ends with the session after the last one, at which that one's orders are done, or
     the session before the store's last, where Qlib's backtests must end.
@@ -44,7 +45,9 @@ def run_paper_portfolio(config: Mapping[str, Any] | None, scores: pd.Series, fre
     strategy = {**strategy, "kwargs": {**strategy["kwargs"], "signal": scores.to_frame("score")}}
     settings = {**record.backtest_config, "start_time": known[0], "end_time": known[-1]}
     try:
-        portfolios, _ = backtest(executor=record.executor_config, strategy=strategy, **settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Qlib, about means of days without a trade
+            portfolios, _ = backtest(executor=record.executor_config, strategy=strategy, **settings)
     except Exception as error:  # a strategy, an exchange, a store without a benchmark: anything may be raised
         raise PaperError(f"the backtest fails ({type(error).__name__}: {' '.join(str(error).split())})") from error
     report = next(iter(portfolios.values()))[0]
