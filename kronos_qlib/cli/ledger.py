@@ -1,6 +1,8 @@
 """`kronos-qlib ledger`: fill in the bars that came, and judge the record of forecasts."""
 
 import argparse
+import contextlib
+import io
 import json
 import os
 from pathlib import Path
@@ -138,7 +140,8 @@ def use_store(store: Path, region: str) -> None:
 
 def paper_maker(store: Path | None) -> "Paper":
     """Return the maker of paper portfolios, in each set's own store or in `store`."""
-    from kronos_qlib.live.paper_portfolio import PaperError, run_paper_portfolio
+    with contextlib.redirect_stderr(io.StringIO()):  # gym, which Qlib imports, prints a notice
+        from kronos_qlib.live.paper_portfolio import PaperError, run_paper_portfolio
 
     def paper(newest: "pd.Series", scores: "pd.Series") -> "pd.DataFrame":
         try:

@@ -6,6 +6,7 @@ opened: what would have been traded. Versions made later are simulated, however 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,9 @@ from kronos_qlib.analysis.comparison import ASSUMED_HORIZON
 from kronos_qlib.analysis.portfolio import excess_returns, mean_turnover
 from kronos_qlib.analysis.signals import daily_rank_ic, wide
 from kronos_qlib.analysis.significance import bootstrap_interval, finite, newey_west
+from kronos_qlib.data.demo_market import is_synthetic
 from kronos_qlib.evaluation.measures import BANDS, crps_of_quantiles, inside, interval
 from kronos_qlib.live.ledger import QUANTILE_COLUMNS
-from kronos_qlib.live.paper_portfolio import PaperError
 
 KINDS = ("live", "simulated")
 LEVEL, POWER = 0.05, 0.8  # of the test whether live is worse, and the power at which a test says something
@@ -27,6 +28,11 @@ FIGURES = ["dates", "days", "rank_ic", "t", "low", "high", "outcomes", "crps", "
     f"{band}{end}" for band in BANDS for end in ("", "_low", "_high")
 ]
 PAPER_FIGURES = ["paper_days", "paper_return", "paper_excess", "paper_cost", "paper_turnover", "paper_drawdown"]
+
+
+class PaperError(Exception):
+    """There is no paper portfolio; the message says why."""
+
 
 Paper = Callable[[pd.Series, pd.Series], pd.DataFrame]
 """Makes Qlib's report of a paper portfolio, of a set (a row of the ledger's sets) and scores; raises PaperError."""
@@ -135,8 +141,8 @@ def promise_sentence(test: PromiseTest) -> str:
     power = f"a true rank IC of 0 would be found worse with a probability of {_percent(test.power)}"
     if test.power >= POWER and np.isfinite(test.p):
         return f"no evidence that it is worse (p {test.p:.2f}; {power})"
-    reachable = np.isfinite(test.days_needed)
-    needed = f"{_percent(POWER)} need {test.days_needed:,.0f} days" if reachable else "the promise is too unsure for any test"
+    days = f"{_percent(POWER)} need {test.days_needed:,.0f} days"
+    needed = days if np.isfinite(test.days_needed) else "the promise itself is too unsure"
     return f"too few days to tell: {power}; {needed}"
 
 
@@ -164,7 +170,8 @@ def _judge(experiment: str, kind: str, sets: pd.DataFrame, rows: pd.DataFrame, p
         except PaperError as error:
             why = f"{experiment} {kind}: no paper portfolio: {error}"
     test = compare_with_promise(rank_ics, newest["promised"], lag) if kind == "live" and _kept(newest) else None
-    said = [_sentence(f"{experiment} {kind}", figures, test), why]
+    synthetic = f"{experiment} {kind}: synthetic bars, not a real result" if is_synthetic(Path(newest["store"])) else ""
+    said = [_sentence(f"{experiment} {kind}", figures, test), why, synthetic]
     figures |= measured | _measure_portfolio(report)
     first, last = sets["date"].iloc[0], sets["date"].iloc[-1]
     said = [sentence for sentence in said if sentence]

@@ -381,7 +381,7 @@ def _qlib_region() -> str:
 def _read_url(url: str) -> URL:
     try:
         found = make_url(url if "://" in url else f"sqlite:///{url}")
-    except ArgumentError:  # whose message would repeat the password
+    except (ArgumentError, ValueError):  # whose message would repeat the password
         raise LedgerError(
             "the ledger's URL cannot be read; use sqlite:///FILE or postgresql://USER@HOST/NAME"
         ) from None

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from kronos_qlib.analysis.results import read_sessions
 from kronos_qlib.data.calendar import SessionCalendar, is_intraday
 
 HOURS = {"cn": ("Asia/Shanghai", "09:30"), "us": ("America/New_York", "09:30"), "tw": ("Asia/Taipei", "09:00")}
@@ -46,9 +45,10 @@ def next_opening(date: pd.Timestamp, store: str, freq: str, region: str) -> Open
 
 def _calendar(date: pd.Timestamp, store: str, freq: str, region: str) -> SessionCalendar:
     try:
-        sessions = read_sessions(Path(store).expanduser(), freq)
+        lines = (Path(store).expanduser() / "calendars" / f"{freq}.txt").read_text().splitlines()
     except OSError:
-        sessions = pd.DatetimeIndex([date])
+        lines = [str(date)]
+    sessions = pd.DatetimeIndex(lines)
     return SessionCalendar(sessions, region=region, freq=freq)
 
 

@@ -9,11 +9,9 @@ from qlib.backtest import backtest
 from qlib.data import D
 from qlib.workflow.record_temp import PortAnaRecord
 
+from kronos_qlib.live.judgement import PaperError
+
 _STOCK = ("qlib.", "kronos_qlib.")  # the modules whose classes a configuration from a database may name
-
-
-class PaperError(Exception):
-    """There is no paper portfolio; the message says why."""
 
 
 def run_paper_portfolio(config: Mapping[str, Any] | None, scores: pd.Series, freq: str = "day") -> pd.DataFrame:
