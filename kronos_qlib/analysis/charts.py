@@ -319,6 +319,26 @@ def fan(forecast: Fan) -> go.Figure:
     return figure.update_layout(height=260, hovermode="closest", showlegend=False)
 
 
+def summed(lines: Mapping[str, pd.Series], layout: str) -> go.Figure:
+    """Draw daily values, summed from the first day on; `layout` is the format of a value."""
+    figure = _figure()
+    for number, (name, daily) in enumerate(lines.items()):
+        figure.add_trace(_curve(name, daily.cumsum(), _line(number)))
+    return figure.update_layout(height=340, showlegend=True).update_yaxes(tickformat=layout, hoverformat=layout)
+
+
+def coverage_so_far(lines: Mapping[str, pd.DataFrame]) -> go.Figure:
+    """Draw the share of closes within the 50 % and 90 % bands (columns) up to each day; dotted: as it should be."""
+    figure = _figure()
+    for band in ("coverage_90", "coverage_50"):
+        figure.add_hline(int(band[-2:]) / 100, line={"color": INK, "width": 1, "dash": "dot"})
+        for number, (name, daily) in enumerate(lines.items()):
+            share = daily[band].expanding().mean()
+            figure.add_trace(_curve(name, share, _line(number), f"{band[-2:]} %", band == "coverage_90"))
+    figure.update_layout(height=340, showlegend=True)
+    return figure.update_yaxes(range=[0, 1.02], tickformat=".0%", hoverformat=".1%")
+
+
 def _figure(trace: go.Scatter | go.Bar | go.Heatmap | None = None) -> go.Figure:
     return _style(go.Figure(trace))
 

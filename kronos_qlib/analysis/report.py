@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from kronos_qlib.analysis.fans import Fan, FansError, load_fans
 from kronos_qlib.analysis.notes import backtest_period, synthetic_note
 from kronos_qlib.analysis.own_figures import ReportFigure, draw_figure
 from kronos_qlib.analysis.results import RunResult
+from kronos_qlib.analysis.sections import Figure, Part, Section, Sentences, Table
 from kronos_qlib.analysis.verdicts import pair_verdict, residual_verdict, run_verdict, trials_verdicts
 from kronos_qlib.evaluation.palette import DARK, LIGHT
 from kronos_qlib.files import whole_file
@@ -28,68 +28,42 @@ _WARNINGS = ("CAUTION", "SYNTHETIC", "Survivorship")  # how notes begin that mus
 _MOST_SENTENCES = 6  # of a kind, before they are folded away
 
 
-@dataclass(frozen=True)
-class _Figure:
-    chart: go.Figure
-    caption: str = ""
-
-
-@dataclass(frozen=True)
-class _Part:
-    figures: list[_Figure] = field(default_factory=list)
-    title: str = ""
-    text: str = ""
-    columns: int = 1
-    tables: list["_Table"] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Section:
-    name: str
-    title: str
-    text: str
-    parts: list[_Part]
-
-
-@dataclass(frozen=True)
-class _Table:
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-    recorded: str = ""
-
-
-@dataclass(frozen=True)
-class _Sentences:
-    title: str
-    items_: list[str]
-    folded: bool = False
-
-
-def write_page(comparison: Comparison, path: Path, figures: Sequence[ReportFigure] = ()) -> Path:
+def write_page(
+    comparison: Comparison, path: Path, figures: Sequence[ReportFigure] = (), sections: Sequence[Section] = ()
+) -> Path:
     """Write the comparison to `path` as a page of its own: verdict, warnings, tables, figures, settings; return `path`.
 
     Forecast fans and calibration are shown for the runs that have their files; for the others a sentence names what is
     missing. Figures of more than `charts.MOST_POINTS` days show every n-th; a caption names n.
 
     Args:
-        figures: of the user's own, shown last.
+        figures: of the user's own, shown last. sections: further ones, shown before them.
 
     Raises:
         ValueError: a figure of the user's own fails.
     """
-    environment = Environment(loader=FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["json"] = _json
-    page = environment.get_template("report.html.jinja").render(
-        names=[run.name for run in comparison.runs],
+    names = [run.name for run in comparison.runs]
+    return write_sections(
+        path,
+        title=f"{', '.join(names)}: comparison",
+        heading=" · ".join(names),
         about=_describe(comparison),
         synthetic=synthetic_note(comparison.runs),
         verdicts=_verdicts(comparison),
         warnings=[note for note in comparison.notes if note.startswith(_WARNINGS)],
         notes=[*tables.legend(comparison.step), *(note for note in comparison.notes if not note.startswith(_WARNINGS))],
         tables=_tables(comparison),
-        sections=[*_sections(comparison), *_own_section(comparison, figures)],
+        sections=[*_sections(comparison), *sections, *_own_section(comparison, figures)],
         settings=[_settings(comparison, run) for run in comparison.runs],
+    )
+
+
+def write_sections(path: Path, **content: Any) -> Path:
+    """Write a page of the template's `content` (title, heading, about, verdicts, …) to `path`, and return it."""
+    environment = Environment(loader=FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["json"] = _json
+    page = environment.get_template("report.html.jinja").render(
+        **content,
         css=Markup((_HERE / "report.css").read_text()),  # of this package  # nosec B704
         plotly=Markup(get_plotlyjs()),  # of plotly  # nosec B704
         light=LIGHT,
@@ -115,7 +89,7 @@ def _describe(comparison: Comparison) -> str:
     )
 
 
-def _verdicts(comparison: Comparison) -> list[_Sentences]:
+def _verdicts(comparison: Comparison) -> list[Sentences]:
     kronos = {run.name for run in comparison.runs if run.kronos_run}
     pairs = list(comparison.pairs.index)
     first = [pair for pair in pairs if kronos & set(pair)] or pairs
@@ -131,27 +105,27 @@ def _verdicts(comparison: Comparison) -> list[_Sentences]:
     ]
 
 
-def _sentences(title: str, items: list[str], folded: bool | None = None) -> _Sentences:
-    return _Sentences(title, items, len(items) > _MOST_SENTENCES if folded is None else folded)
+def _sentences(title: str, items: list[str], folded: bool | None = None) -> Sentences:
+    return Sentences(title, items, len(items) > _MOST_SENTENCES if folded is None else folded)
 
 
-def _tables(comparison: Comparison) -> list[_Table]:
+def _tables(comparison: Comparison) -> list[Table]:
     blocks = [
-        _table("Scores against returns", comparison.table, tables.SIGNAL),
-        _table("Shape of the signal", comparison.table, tables.SHAPE),
-        _table(
+        make_table("Scores against returns", comparison.table, tables.SIGNAL),
+        make_table("Shape of the signal", comparison.table, tables.SHAPE),
+        make_table(
             tables.horizons_title(comparison), tables.by_horizon(comparison), tables.horizon_columns(comparison.step)
         ),
-        _table("Backtest", comparison.table, tables.BACKTEST),
-        _table("Backtest at other costs, excess a year", comparison.costs, tables.COSTS),
-        _table("Information ratio at other costs", comparison.costs, tables.RATIOS),
-        _table(tables.TRIALS_TITLE, comparison.table, tables.TRIALS),
-        _table(tables.TIES_TITLE, tables.tied(comparison), tables.TIES),
-        _table("Seeds: mean ± standard deviation", comparison.seeds, tables.SEEDS),
-        _table("Pairs: first less second", comparison.pairs, tables.PAIRS),
-        _table("After simple factors: rank IC of the residual score", comparison.table, tables.RESIDUAL),
+        make_table("Backtest", comparison.table, tables.BACKTEST),
+        make_table("Backtest at other costs, excess a year", comparison.costs, tables.COSTS),
+        make_table("Information ratio at other costs", comparison.costs, tables.RATIOS),
+        make_table(tables.TRIALS_TITLE, comparison.table, tables.TRIALS),
+        make_table(tables.TIES_TITLE, tables.tied(comparison), tables.TIES),
+        make_table("Seeds: mean ± standard deviation", comparison.seeds, tables.SEEDS),
+        make_table("Pairs: first less second", comparison.pairs, tables.PAIRS),
+        make_table("After simple factors: rank IC of the residual score", comparison.table, tables.RESIDUAL),
         _exposures(comparison.exposures),
-        _table(
+        make_table(
             "Rows that count: scored and labelled in all runs",
             comparison.dropped,
             tables.dropped_columns(comparison.step),
@@ -160,19 +134,20 @@ def _tables(comparison: Comparison) -> list[_Table]:
     return [block for block in blocks if block.rows]
 
 
-def _table(title: str, rows: pd.DataFrame, columns: dict[str, tables.Cell]) -> _Table:
+def make_table(title: str, rows: pd.DataFrame, columns: dict[str, tables.Cell]) -> Table:
+    """Format rows, each with its name, by the cells of columns."""
     body = [[_name(name), *(_minus(cell(row)) for cell in columns.values())] for name, row in rows.iterrows()]
-    return _Table(title, ["", *columns], body)
+    return Table(title, ["", *columns], body)
 
 
-def _exposures(exposures: pd.DataFrame) -> _Table:
+def _exposures(exposures: pd.DataFrame) -> Table:
     known = exposures.dropna(how="all")
     body = [
         [name, *("n/a" if pd.isna(value) else _minus(f"{value:+.2f}") for value in row)]
         for name, *row in known.itertuples()
     ]
     columns = ["", *(str(factor).replace("_", " ") for factor in exposures)]
-    return _Table("Exposures: mean daily rank correlation of the score with simple factors", columns, body)
+    return Table("Exposures: mean daily rank correlation of the score with simple factors", columns, body)
 
 
 def _minus(number: str) -> str:
@@ -183,13 +158,13 @@ def _name(name: str | tuple[str, str]) -> str:
     return name if isinstance(name, str) else " − ".join(name)
 
 
-def _own_section(comparison: Comparison, figures: Sequence[ReportFigure]) -> Iterator[_Section]:
+def _own_section(comparison: Comparison, figures: Sequence[ReportFigure]) -> Iterator[Section]:
     if figures:
-        drawn = [_Figure(*draw_figure(figure, comparison.runs)) for figure in figures]
-        yield _Section("own", "Figures of your own", "", [_Part(drawn)])
+        drawn = [Figure(*draw_figure(figure, comparison.runs)) for figure in figures]
+        yield Section("own", "Figures of your own", "", [Part(drawn)])
 
 
-def _sections(comparison: Comparison) -> Iterator[_Section]:
+def _sections(comparison: Comparison) -> Iterator[Section]:
     runs, days, step = comparison.runs, len(comparison.rank_ic), comparison.step
     yield _uncertainty(comparison)
     yield _section(
@@ -209,16 +184,16 @@ def _sections(comparison: Comparison) -> Iterator[_Section]:
     yield _section(
         "deciles", "Deciles", "Mean label of the tenths of the instruments by score.", charts.deciles(comparison)
     )
-    yield _Section(
+    yield Section(
         "decile-returns",
         "Labels of the deciles, summed",
         f"As if each tenth were held from every label's {step} to the next, without costs. Below: the top decile less "
         f"the bottom one; shaded: the 95 % interval of its mean a {step} (stationary bootstrap), from the first {step} "
         "on. Each run is by itself." + _thinning(days, step),
         [
-            _Part(
+            Part(
                 [
-                    _Figure(charts.decile_returns(rows), name)
+                    Figure(charts.decile_returns(rows), name)
                     for name, rows in comparison.decile_days.items()
                     if rows.notna().any(axis=None)
                 ],
@@ -253,8 +228,8 @@ def _sections(comparison: Comparison) -> Iterator[_Section]:
     yield _fans(comparison)
 
 
-def _section(name: str, title: str, text: str, chart: go.Figure) -> _Section:
-    return _Section(name, title, text, [_Part([_Figure(chart)])])
+def _section(name: str, title: str, text: str, chart: go.Figure) -> Section:
+    return Section(name, title, text, [Part([Figure(chart)])])
 
 
 def _thinning(count: int, step: str) -> str:
@@ -262,27 +237,27 @@ def _thinning(count: int, step: str) -> str:
     return f" One {step} in {apart} is drawn." if apart > 1 else ""
 
 
-def _uncertainty(comparison: Comparison) -> _Section:
-    figures = [_Figure(charts.rank_ic_intervals(comparison), "Each run")]
+def _uncertainty(comparison: Comparison) -> Section:
+    figures = [Figure(charts.rank_ic_intervals(comparison), "Each run")]
     if len(comparison.pairs):
-        figures.append(_Figure(charts.pair_intervals(comparison), "Differences: first less second"))
+        figures.append(Figure(charts.pair_intervals(comparison), "Differences: first less second"))
     text = (
         f"Mean rank IC of a {comparison.step} with its 95 % interval. An interval across zero is no evidence of a "
         "signal. Each interval is by itself; the verdict corrects for how many there are."
     )
-    return _Section("uncertainty", "How sure the rank IC is", text, [_Part(figures, columns=2)])
+    return Section("uncertainty", "How sure the rank IC is", text, [Part(figures, columns=2)])
 
 
-def _rolling(comparison: Comparison) -> _Section:
+def _rolling(comparison: Comparison) -> Section:
     step, days = comparison.step, len(comparison.rank_ic)
     title = f"Rolling IC, {charts.ROLLING_DAYS} {step}s"
     if days < charts.ROLLING_DAYS:
-        return _Section("rolling-ic", title, f"Not drawn: the runs have {days} {step}s in common.", [])
+        return Section("rolling-ic", title, f"Not drawn: the runs have {days} {step}s in common.", [])
     text = f"Mean of the last {charts.ROLLING_DAYS} {step}s: rank IC above, IC below." + _thinning(days, step)
     return _section("rolling-ic", title, text, charts.rolling_ic(comparison))
 
 
-def _costs_and_drawdowns(comparison: Comparison) -> _Section:
+def _costs_and_drawdowns(comparison: Comparison) -> Section:
     rows = [
         [run, f"{row['start']:%d %b %Y}", f"{row['trough']:%d %b %Y}", _day(row["end"]), _minus(f"{row['depth']:.1%}")]
         + [f"{row['days']:,}"]
@@ -291,26 +266,26 @@ def _costs_and_drawdowns(comparison: Comparison) -> _Section:
     text = "The same trades at other costs: a strategy that knew them would trade less. Returns over the benchmark."
     columns = ["", "from", "lowest", "back at the high", "depth", "days"]
     parts = [
-        _Part([_Figure(charts.costs(comparison))]),
-        _Part(tables=[_Table("The deepest drawdowns after costs", columns, rows)]),
+        Part([Figure(charts.costs(comparison))]),
+        Part(tables=[Table("The deepest drawdowns after costs", columns, rows)]),
     ]
-    return _Section("costs", "Costs and drawdowns", text, parts)
+    return Section("costs", "Costs and drawdowns", text, parts)
 
 
 def _day(date: pd.Timestamp) -> str:
     return "not yet" if pd.isna(date) else f"{date:%d %b %Y}"
 
 
-def _calibration(runs: list[RunResult]) -> _Section:
+def _calibration(runs: list[RunResult]) -> Section:
     title = "Calibration of the forecasts"
     parts = [part for run in runs if (part := _calibration_of(run))]
     if parts:
-        return _Section("calibration", title, "Forecast closes against actual closes.", parts)
+        return Section("calibration", title, "Forecast closes against actual closes.", parts)
     text = "No run has the artifacts of a ForecastRecord here, which measures forecasts against the actual bars."
-    return _Section("calibration", title, text, [])
+    return Section("calibration", title, text, [])
 
 
-def _calibration_of(run: RunResult) -> _Part | None:
+def _calibration_of(run: RunResult) -> Part | None:
     folder = run.artifacts / "forecast_evaluation" if run.artifacts else None
     if folder is None or not (folder / "steps.csv").is_file():
         return None
@@ -320,21 +295,21 @@ def _calibration_of(run: RunResult) -> _Part | None:
     bands = f"Share of closes within the 50 % and 90 % bands; dotted: as it should be, dashed: {samples} at best"
     rough = ", rough in the tails as it is from quantiles" if about["pit_from"] == "quantiles" else ""
     figures = [
-        _Figure(charts.coverage(steps, about["perfect_coverage"]), bands),
-        _Figure(charts.crps(steps), f"CRPS over the last close, from {samples}; less is better"),
-        _Figure(charts.pit(pd.read_csv(folder / "pit.csv")), f"PIT, all steps; dotted: calibrated{rough}"),
+        Figure(charts.coverage(steps, about["perfect_coverage"]), bands),
+        Figure(charts.crps(steps), f"CRPS over the last close, from {samples}; less is better"),
+        Figure(charts.pit(pd.read_csv(folder / "pit.csv")), f"PIT, all steps; dotted: calibrated{rough}"),
     ]
     if (folder / "calibration.csv").is_file():
         fitted = pd.read_csv(folder / "calibration.csv")
         before = f"Coverage before and after calibration on earlier days, to {about['calibration']['last_bar']}"
-        figures.append(_Figure(charts.calibrated(fitted), before))
+        figures.append(Figure(charts.calibrated(fitted), before))
     if (folder / "prob_up.csv").is_file():
         prob_up = pd.read_csv(folder / "prob_up.csv")
-        figures.append(_Figure(charts.reliability(prob_up), "prob_up and the share that rose; size: forecasts"))
-    return _Part(figures, title=run.name, columns=2, tables=[*_evaluation_tables(folder), *_baseline_tables(folder)])
+        figures.append(Figure(charts.reliability(prob_up), "prob_up and the share that rose; size: forecasts"))
+    return Part(figures, title=run.name, columns=2, tables=[*_evaluation_tables(folder), *_baseline_tables(folder)])
 
 
-def _evaluation_tables(folder: Path) -> list[_Table]:
+def _evaluation_tables(folder: Path) -> list[Table]:
     """Tabulate what a ForecastRecord measured: overall, by year, by tercile of volatility."""
     files = {"overall.csv": "All", "by_year.csv": "", "by_volatility.csv": "Volatility "}
     rows = []
@@ -345,10 +320,10 @@ def _evaluation_tables(folder: Path) -> list[_Table]:
                 rows.append([group, *_evaluation_cells(row)])
     columns = ["", "CRPS", "last value", "hist. volatility", "MAE", "RMSE", "50 % band", "90 % band"]
     columns += ["direction", "95 %"]
-    return [_Table("Forecast closes against actual closes, over the last close", columns, rows)] if rows else []
+    return [Table("Forecast closes against actual closes, over the last close", columns, rows)] if rows else []
 
 
-def _baseline_tables(folder: Path) -> Iterator[_Table]:
+def _baseline_tables(folder: Path) -> Iterator[Table]:
     """Tabulate the comparison with baseline forecasts, all steps, and the backtests of risk."""
     for name, title, columns in (
         (
@@ -365,7 +340,7 @@ def _baseline_tables(folder: Path) -> Iterator[_Table]:
                 [row["forecast"].replace("_", " "), *(_minus(cell(row)) for cell in columns.values())]
                 for _, row in rows.iterrows()
             ]
-            yield _Table(title, ["", *columns], body)
+            yield Table(title, ["", *columns], body)
 
 
 def _figure_cell(layout: str, *names: str) -> tables.Cell:
@@ -405,28 +380,28 @@ def _evaluation_cells(row: pd.Series) -> list[str]:
     return [*cells, "n/a" if pd.isna(ends[0]) else f"{ends[0]:.1%} … {ends[1]:.1%}"]
 
 
-def _fans(comparison: Comparison) -> _Section:
+def _fans(comparison: Comparison) -> Section:
     kronos = [run for run in comparison.runs if run.kronos_run]
     title = "Forecasts and actual bars"
     if not kronos:
-        return _Section("fans", title, "No run among these forecasts bars.", [])
+        return Section("fans", title, "No run among these forecasts bars.", [])
     text = (
         f"The best, the median and the worst {comparison.step} by rank IC, and of each the instruments with the "
         "highest, the median and the lowest score. Shades: 90 % and 50 % bands of the close; line: median; candles: "
         "actual bars."
     )
-    return _Section("fans", title, text, [part for run in kronos for part in _fans_of(run, comparison)])
+    return Section("fans", title, text, [part for run in kronos for part in _fans_of(run, comparison)])
 
 
-def _fans_of(run: RunResult, comparison: Comparison) -> list[_Part]:
+def _fans_of(run: RunResult, comparison: Comparison) -> list[Part]:
     try:
         fans = load_fans(run, comparison.rank_ic[run.name])
     except FansError as error:
-        return [_Part(title=run.name, text=f"Not drawn: {error}.")]
+        return [Part(title=run.name, text=f"Not drawn: {error}.")]
     days = dict.fromkeys((fan.day_was, fan.day, fan.rank_ic) for fan in fans)
     return [
-        _Part(
-            [_Figure(charts.fan(fan), _fan_caption(fan)) for fan in fans if fan.day_was == day_was],
+        Part(
+            [Figure(charts.fan(fan), _fan_caption(fan)) for fan in fans if fan.day_was == day_was],
             title=f"{run.name}: {day_was} {comparison.step}, {_time(day)}, rank IC " + _minus(f"{rank_ic:+.3f}"),
             columns=3,
         )
@@ -442,11 +417,11 @@ def _fan_caption(fan: Fan) -> str:
     return f"{fan.instrument}: {fan.score_was} score, " + _minus(f"{fan.score:+.4f}")
 
 
-def _settings(comparison: Comparison, run: RunResult) -> _Table:
+def _settings(comparison: Comparison, run: RunResult) -> Table:
     rows = [[name, value] for name, value in _facts(comparison, run).items() if value]
     recorded = {"config": run.config, "kronos_run": run.kronos_run}
     plain = json.loads(json.dumps(recorded, default=_plain))
-    return _Table(run.name, ["", ""], rows, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    return Table(run.name, ["", ""], rows, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
 
 def _facts(comparison: Comparison, run: RunResult) -> dict[str, str]:

@@ -22,28 +22,29 @@ Cell = Callable[[pd.Series], str]
 def terminal_text(comparison: Comparison) -> str:
     """Format tables of the signal, the backtest, the pairs and the dropped rows, then verdicts and notes."""
     blocks = [
-        _block("Scores against returns", comparison.table, SIGNAL),
-        _block("Shape of the signal", comparison.table, SHAPE),
-        _block("After simple factors (reversal, momentum, volatility, volume, size)", comparison.table, RESIDUAL),
-        _block(horizons_title(comparison), by_horizon(comparison), horizon_columns(comparison.step))
+        text_table("Scores against returns", comparison.table, SIGNAL),
+        text_table("Shape of the signal", comparison.table, SHAPE),
+        text_table("After simple factors (reversal, momentum, volatility, volume, size)", comparison.table, RESIDUAL),
+        text_table(horizons_title(comparison), by_horizon(comparison), horizon_columns(comparison.step))
         if len(comparison.horizons)
         else "",
-        _block("Backtest", comparison.table, BACKTEST),
-        _block("Backtest at other costs, excess a year", comparison.costs, COSTS),
-        _block(TRIALS_TITLE, comparison.table, TRIALS),
-        _block(TIES_TITLE, tied(comparison), TIES) if len(tied(comparison)) else "",
-        _block("Seeds: mean ± standard deviation", comparison.seeds, SEEDS) if len(comparison.seeds) else "",
-        _block("Pairs: first less second", comparison.pairs, PAIRS) if len(comparison.pairs) else "",
-        _block(
+        text_table("Backtest", comparison.table, BACKTEST),
+        text_table("Backtest at other costs, excess a year", comparison.costs, COSTS),
+        text_table(TRIALS_TITLE, comparison.table, TRIALS),
+        text_table(TIES_TITLE, tied(comparison), TIES) if len(tied(comparison)) else "",
+        text_table("Seeds: mean ± standard deviation", comparison.seeds, SEEDS) if len(comparison.seeds) else "",
+        text_table("Pairs: first less second", comparison.pairs, PAIRS) if len(comparison.pairs) else "",
+        text_table(
             "Rows that count: scored and labelled in all runs", comparison.dropped, dropped_columns(comparison.step)
         ),
-        _list("Verdict", verdicts(comparison)),
-        _list("Notes", [*legend(comparison.step), *comparison.notes]),
+        text_list("Verdict", verdicts(comparison)),
+        text_list("Notes", [*legend(comparison.step), *comparison.notes]),
     ]
     return printable("\n\n".join(block for block in blocks if block))
 
 
-def _number(column: str, layout: str) -> Cell:
+def number(column: str, layout: str) -> Cell:
+    """Make the cell of a column by a format; n/a where it is not finite."""
     return lambda row: layout.format(row[column]) if np.isfinite(row[column]) else "n/a"
 
 
@@ -51,7 +52,8 @@ def _p(column: str) -> Cell:
     return lambda row: "n/a" if np.isnan(row[column]) else "<0.01" if row[column] < 0.005 else f"{row[column]:.2f}"
 
 
-def _interval(name: str) -> Cell:
+def interval(name: str) -> Cell:
+    """Make the cell of the columns `<name>_low` and `<name>_high`, or of low and high."""
     low, high = (f"{name}_low", f"{name}_high") if name else ("low", "high")
     return lambda row: f"{row[low]:+.4f} … {row[high]:+.4f}" if np.isfinite(row[low]) else "n/a"
 
@@ -66,46 +68,46 @@ def _capacity(row: pd.Series) -> str:
 
 
 SIGNAL: dict[str, Cell] = {
-    "IC": _number("ic", "{:+.4f}"),
-    "ICIR": _number("icir", "{:+.3f}"),
-    "Rank IC": _number("rank_ic", "{:+.4f}"),
-    "Rank ICIR": _number("rank_icir", "{:+.3f}"),
-    "t": _number("rank_ic_t", "{:+.2f}"),
+    "IC": number("ic", "{:+.4f}"),
+    "ICIR": number("icir", "{:+.3f}"),
+    "Rank IC": number("rank_ic", "{:+.4f}"),
+    "Rank ICIR": number("rank_icir", "{:+.3f}"),
+    "t": number("rank_ic_t", "{:+.2f}"),
     "p (Holm)": _p("rank_ic_p_holm"),
-    "95 %": _interval("rank_ic"),
+    "95 %": interval("rank_ic"),
 }
 SHAPE: dict[str, Cell] = {
-    "Decile spread": _number("decile_spread", "{:+.3%}"),
-    "Monotonicity": _number("monotonicity", "{:+.2f}"),
-    "Hit rate": _number("hit_rate", "{:.1%}"),
+    "Decile spread": number("decile_spread", "{:+.3%}"),
+    "Monotonicity": number("monotonicity", "{:+.2f}"),
+    "Hit rate": number("hit_rate", "{:.1%}"),
     "Half-life": _half_life,
 }
 RESIDUAL: dict[str, Cell] = {
-    "Rank IC": _number("residual_rank_ic", "{:+.4f}"),
-    "t": _number("residual_rank_ic_t", "{:+.2f}"),
+    "Rank IC": number("residual_rank_ic", "{:+.4f}"),
+    "t": number("residual_rank_ic_t", "{:+.2f}"),
     "p (Holm)": _p("residual_rank_ic_p_holm"),
-    "95 %": _interval("residual_rank_ic"),
+    "95 %": interval("residual_rank_ic"),
 }
 BACKTEST: dict[str, Cell] = {
-    "Excess/yr": _number("excess_return", "{:+.1%}"),
-    "after cost": _number("excess_return_with_cost", "{:+.1%}"),
-    "Inf. ratio": _number("information_ratio", "{:+.2f}"),
-    "Drawdown": _number("max_drawdown", "{:.1%}"),
-    "Turnover": _number("turnover", "{:.1%}"),
-    "Cost/yr": _number("cost", "{:.1%}"),
+    "Excess/yr": number("excess_return", "{:+.1%}"),
+    "after cost": number("excess_return_with_cost", "{:+.1%}"),
+    "Inf. ratio": number("information_ratio", "{:+.2f}"),
+    "Drawdown": number("max_drawdown", "{:.1%}"),
+    "Turnover": number("turnover", "{:.1%}"),
+    "Cost/yr": number("cost", "{:.1%}"),
     "Capacity": _capacity,
 }
 PAIRS: dict[str, Cell] = {
-    "Rank IC": _number("rank_ic_difference", "{:+.4f}"),
-    "t": _number("t", "{:+.2f}"),
+    "Rank IC": number("rank_ic_difference", "{:+.4f}"),
+    "t": number("t", "{:+.2f}"),
     "Holm": _p("p_holm"),
-    "95 %": _interval(""),
-    "Corr.": _number("score_correlation", "{:+.2f}"),
+    "95 %": interval(""),
+    "Corr.": number("score_correlation", "{:+.2f}"),
 }
 
 
 def _by_horizon(bars: int) -> Cell:
-    t = _number(f"t_{bars}", "{:+.1f}")
+    t = number(f"t_{bars}", "{:+.1f}")
     return lambda row: f"{row[f'rank_ic_{bars}']:+.4f} ({t(row)})" if np.isfinite(row[f"rank_ic_{bars}"]) else "n/a"
 
 
@@ -170,15 +172,15 @@ def horizon_columns(step: str) -> dict[str, Cell]:
 
 
 COSTS: dict[str, Cell] = {
-    **{f"{multiple:g} ×": _number(f"excess_return_{multiple:g}x", "{:+.1%}") for multiple in COST_MULTIPLES},
+    **{f"{multiple:g} ×": number(f"excess_return_{multiple:g}x", "{:+.1%}") for multiple in COST_MULTIPLES},
     "break-even": _break_even,
 }
 RATIOS: dict[str, Cell] = {
-    f"{multiple:g} ×": _number(f"information_ratio_{multiple:g}x", "{:+.2f}") for multiple in COST_MULTIPLES
+    f"{multiple:g} ×": number(f"information_ratio_{multiple:g}x", "{:+.2f}") for multiple in COST_MULTIPLES
 }
 TRIALS_TITLE = "After counting trials: deflated figures, evidence from 0.95 on"
 TRIALS: dict[str, Cell] = {
-    "Trials": _number("trials", "{:,.0f}"),
+    "Trials": number("trials", "{:,.0f}"),
     "their rank ICs": _spread_of_trials,
     "Rank IC": _evidence("deflated_rank_ic"),
     "Sharpe": _evidence("deflated_sharpe"),
@@ -187,12 +189,12 @@ TRIALS: dict[str, Cell] = {
 }
 TIES_TITLE = "Ties: mean label of the highest scores over random orders of equal ones"
 TIES: dict[str, Cell] = {
-    "Tied": _number("tied_share", "{:.1%}"),
-    "Top k": _number("topk", "{:.0f}"),
+    "Tied": number("tied_share", "{:.1%}"),
+    "Top k": number("topk", "{:.0f}"),
     "label": _topk_label,
 }
 SEEDS: dict[str, Cell] = {
-    "Seeds": _number("seeds", "{:.0f}"),
+    "Seeds": number("seeds", "{:.0f}"),
     "Rank IC": _spread("rank_ic", "{:+.4f}"),
     "Rank ICIR": _spread("rank_icir", "{:+.3f}"),
     "Excess/yr after cost": _spread("excess_return_with_cost", "{:+.1%}"),
@@ -202,12 +204,12 @@ SEEDS: dict[str, Cell] = {
 def dropped_columns(step: str) -> dict[str, Cell]:
     """Make the columns of the rows that count and those that do not."""
     return {
-        "scored": _number("scored_rows", "{:,}"),
-        "no label": _number("unlabelled_rows", "{:,}"),
-        "dropped": _number("dropped_rows", "{:,}"),
-        "kept": _number("kept_rows", "{:,}"),
-        f"{step}s dropped": _number("dropped_days", "{:,}"),
-        f"{step}s kept": _number("kept_days", "{:,}"),
+        "scored": number("scored_rows", "{:,}"),
+        "no label": number("unlabelled_rows", "{:,}"),
+        "dropped": number("dropped_rows", "{:,}"),
+        "kept": number("kept_rows", "{:,}"),
+        f"{step}s dropped": number("dropped_days", "{:,}"),
+        f"{step}s kept": number("kept_days", "{:,}"),
     }
 
 
@@ -234,7 +236,8 @@ def legend(step: str) -> tuple[str, ...]:
     )
 
 
-def _block(title: str, table: pd.DataFrame, columns: dict[str, Cell]) -> str:
+def text_table(title: str, table: pd.DataFrame, columns: dict[str, Cell]) -> str:
+    """Format a table for a terminal: a title, headings, a line a row, which begins with its name."""
     cells = [["", *columns]]
     cells += [[_label(name), *(cell(row) for cell in columns.values())] for name, row in table.iterrows()]
     widths = [max(map(len, column)) for column in zip(*cells)]
@@ -260,6 +263,7 @@ def _short(name: str, longest: int) -> str:
     return f"{name[: longest - tail - 1]}…{name[-tail:]}"
 
 
-def _list(title: str, items: Sequence[str]) -> str:
+def text_list(title: str, items: Sequence[str]) -> str:
+    """Format sentences for a terminal, one an item."""
     wrapped = [fill(item, WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False) for item in items]
     return "\n".join([title, *wrapped])

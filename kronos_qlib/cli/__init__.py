@@ -10,7 +10,19 @@ from importlib.metadata import PackageNotFoundError, version
 from textwrap import dedent
 from typing import NoReturn
 
-from kronos_qlib.cli import check, compare, demo_data, factors, finetune, forecast, ingest, signals, tune, workflow
+from kronos_qlib.cli import (
+    check,
+    compare,
+    demo_data,
+    factors,
+    finetune,
+    forecast,
+    ingest,
+    ledger,
+    signals,
+    tune,
+    workflow,
+)
 from kronos_qlib.cli.unattended import add_options, run_commands, split_commands
 
 _EPILOG = """\
@@ -69,7 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     add_options(parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for command in (forecast, ingest, demo_data, workflow, check, tune, finetune, factors, compare, signals):
+    every = (forecast, ingest, demo_data, workflow, check, tune, finetune, factors, compare, signals, ledger)
+    for command in every:
         command.add_command(commands)
     return parser
 

@@ -3,9 +3,14 @@
 import argparse
 from pathlib import Path
 from textwrap import dedent
+from typing import TYPE_CHECKING
 
 from kronos_qlib.analysis import DEFAULT_URI
 from kronos_qlib.cli.command import Commands, fail, parse_class
+
+if TYPE_CHECKING:
+    from kronos_qlib.analysis.results import RunResult
+    from kronos_qlib.analysis.sections import Section
 
 _DESCRIPTION = """\
     Compare finished runs: the newest of each experiment named, or the very run whose recorder id is given. Only dates
@@ -32,6 +37,7 @@ _EXAMPLES = """\
       kronos-qlib compare kronos_demo lightgbm_demo --out runs/demo
       kronos-qlib compare kronos_csi300 173aafb213a24eb4a9d063053aec4045 --uri sqlite:////data/mlflow.db
       kronos-qlib compare ranker_csi300:all lightgbm_csi300 --trials 40     several seeds; 40 settings were looked at
+      kronos-qlib compare kronos_demo --ledger sqlite:///ledger.db --out runs/demo     and how it does live
 """
 
 
@@ -65,7 +71,25 @@ def add_command(commands: Commands) -> None:
         metavar="FILE.py:CLASS",
         help="with --out, add a figure of your own to report.html (docs: Extending); may stand several times",
     )
+    command.add_argument(
+        "--ledger", metavar="URL", help="also judge the live record of these runs in a ledger (kronos-qlib ledger)"
+    )
     command.set_defaults(run=run)
+
+
+def _live_record(url: str, runs: "list[RunResult]") -> "tuple[str, Section]":
+    """Judge what a ledger has of the runs: as text, and as a section of the page."""
+    from kronos_qlib.cli.ledger import paper_maker
+    from kronos_qlib.live.judgement import judge
+    from kronos_qlib.live.ledger import Ledger
+    from kronos_qlib.live.ledger_page import record_section, record_text
+
+    ledger = Ledger(url, must_exist=True)
+    sets, rows = ledger.read()
+    own = sets["experiment"].isin([run.name for run in runs]) | sets["recorder"].isin([run.run_id for run in runs])
+    judgements = judge(sets[own], rows, paper_maker(None))
+    section = record_section(judgements, ledger.name)
+    return (record_text(judgements) if judgements else section.text), section
 
 
 def _count(text: str) -> int:
@@ -80,6 +104,7 @@ def run(options: argparse.Namespace) -> int:
     from kronos_qlib.analysis.own_figures import load_figures
     from kronos_qlib.analysis.results import ResultsError, load_runs
     from kronos_qlib.analysis.tables import terminal_text
+    from kronos_qlib.live.ledger import LedgerError
 
     try:
         figures = load_figures([parse_class("--figure", text) for text in options.figure])
@@ -87,13 +112,18 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError("--figure goes with --out, where report.html is written")
         comparison = compare_runs(load_runs(options.names, options.uri), options.trials)
         print(terminal_text(comparison))
+        sections = []
+        if options.ledger is not None:
+            text, section = _live_record(options.ledger, comparison.runs)
+            print(f"\nLive record\n\n{text}")
+            sections.append(section)
         if options.out is not None:
             from kronos_qlib.analysis.figures import plot_comparison
             from kronos_qlib.analysis.report import write_page
 
             written = [*write_tables(comparison, options.out), *plot_comparison(comparison, options.out)]
-            written.append(write_page(comparison, options.out / "report.html", figures))
+            written.append(write_page(comparison, options.out / "report.html", figures, sections))
             print(f"\nwritten: {', '.join(map(str, written))}")
-    except (ResultsError, ValueError, OSError) as error:
+    except (ResultsError, LedgerError, ValueError, OSError) as error:
         return fail("compare", error)
     return 0

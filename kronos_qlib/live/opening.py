@@ -1,0 +1,75 @@
+"""When the session after a score date opens: a forecast made before that moment is live, a later one simulated."""
+
+import warnings
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import pandas as pd
+
+from kronos_qlib.data.calendar import SessionCalendar, is_intraday
+
+HOURS = {"cn": ("Asia/Shanghai", "09:30"), "us": ("America/New_York", "09:30"), "tw": ("Asia/Taipei", "09:00")}
+
+
+@dataclass(frozen=True)
+class Opening:
+    """at: the moment, UTC without a zone. source: what it is known from, in words."""
+
+    at: datetime
+    source: str
+
+
+def next_opening(date: pd.Timestamp, store: str, freq: str, region: str) -> Opening:
+    """Find when the first bar after `date` begins, by the hours of the region's exchange.
+
+    Where bars follow each other without a pause, round the clock or within a day, a forecast can only be made when the
+    next bar has begun: there it is the moment at which that bar is over. A store without a calendar file has no
+    sessions but the date. Without the package exchange_calendars a session opens at the usual hour of the next weekday:
+    earlier than in truth if that is a holiday, never later. A store that trades on weekends is on UTC.
+    """
+    calendar = _calendar(date, store, freq, region)
+    if calendar.exchange and not is_intraday(freq):
+        after = date if freq != "1week" else date + pd.Timedelta(days=6)  # a week's bar has the date of its first day
+        return _exchange_opening(after, calendar.exchange, region)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # weekdays without holidays: earlier than in truth, never later
+        following = pd.Timestamp(calendar.sessions_after([date], 1)[0, 0])
+    step = pd.Timedelta(minutes=int(freq.removesuffix("min"))) if is_intraday(freq) else pd.Timedelta(days=1)
+    step = step * 7 if freq == "1week" else step
+    zone = HOURS[region][0] if calendar.exchange and region in HOURS else "UTC"
+    if following - date > step:
+        return Opening(_to_utc(following, zone), f"the store's next bar begins, {zone}")
+    return Opening(_to_utc(following + step, zone), f"the bar that follows without a pause is over, {zone}")
+
+
+def _calendar(date: pd.Timestamp, store: str, freq: str, region: str) -> SessionCalendar:
+    try:
+        lines = (Path(store).expanduser() / "calendars" / f"{freq}.txt").read_text().splitlines()
+    except OSError:
+        lines = [str(date)]
+    sessions = pd.DatetimeIndex(lines)
+    return SessionCalendar(sessions, region=region, freq=freq)
+
+
+def _exchange_opening(date: pd.Timestamp, exchange: str, region: str) -> Opening:
+    try:
+        from exchange_calendars import get_calendar
+    except ImportError:
+        problem = "exchange_calendars is not installed"
+    else:
+        calendar = get_calendar(exchange)
+        if calendar.first_session <= date < calendar.last_session:
+            session = calendar.date_to_session(date.normalize() + pd.Timedelta(days=1), "next")
+            opens = calendar.session_open(session).tz_localize(None)
+            return Opening(opens.to_pydatetime(), f"{exchange} opens")
+        problem = f"exchange_calendars does not know {exchange} on that day"
+    zone, hour = HOURS[region]
+    day = date.normalize() + pd.offsets.BDay(1)
+    opens = _to_utc(day + pd.Timedelta(f"{hour}:00"), zone)
+    return Opening(opens, f"the next weekday, {hour} {zone}: {problem}")
+
+
+def _to_utc(time: pd.Timestamp, zone: str) -> datetime:
+    local = time.tz_localize(zone, ambiguous=True, nonexistent="shift_forward")
+    return local.tz_convert("UTC").tz_localize(None).to_pydatetime()
