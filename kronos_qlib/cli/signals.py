@@ -89,18 +89,22 @@ def run(options: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore")  # what matters is logged
     from kronos_qlib.analysis.results import ResultsError
     from kronos_qlib.live.ledger import Ledger, LedgerError
-    from kronos_qlib.live.orders import make_orders, read_holdings
     from kronos_qlib.live.run import open_run
     from kronos_qlib.live.signals import StoreLacksBars, latest_complete, make_signals, named_date
 
     try:
         if options.out is not None and options.out.suffix not in (".csv", ".parquet"):
             raise ValueError(f"--out {options.out} should end in .csv or .parquet")
-        holdings = read_holdings(options.holdings) if options.holdings else None
+        holdings = None
+        if options.holdings is not None:
+            from kronos_qlib.live.orders import make_orders, read_holdings
+
+            holdings = read_holdings(options.holdings)
         now = _read_time(options.now)
         ledger = None if options.no_ledger else Ledger(options.ledger)
         live = open_run(options.source, options.uri, options.store)
-        logging.getLogger("qlib.data").setLevel(logging.ERROR)  # warns twice of a calendar that need not be there
+        for noisy in ("qlib.data", "qlib.Data"):  # warns twice of a calendar that need not be there
+            logging.getLogger(noisy).setLevel(logging.ERROR)
         logging.getLogger("qlib.signals").setLevel(logging.INFO)
         dataset = live.load_dataset()
         latest = options.date == "latest"
@@ -110,7 +114,9 @@ def run(options: argparse.Namespace) -> int:
         written = _write(options.out, signals, orders)
         if ledger is not None:
             recorded = ledger.record(signals)
-            written.append(f"{recorded} of the ledger")
+            kind = "live" if recorded.live else "simulated, as the next session has opened"
+            kept = "" if recorded.new else ", as before"
+            written.append(f"{ledger.name} set {recorded.id}, version {recorded.version}{kept} ({kind})")
     except StoreLacksBars as error:
         return fail("signals", error, _LACKS_BARS)
     except (ResultsError, LedgerError, ValueError, OSError) as error:

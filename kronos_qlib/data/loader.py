@@ -1,6 +1,7 @@
 """KLineLoader: reads a Qlib store into one table of K-lines: six columns, label, one rule for the amount."""
 
 import functools
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -210,17 +211,25 @@ def _computed(name: str, configuration: Mapping[str, Any], bars: pd.DataFrame) -
 def read_fields(
     names: list[str], fields: list[str], start_time: pd.Timestamp | None, end_time: pd.Timestamp | None, freq: str
 ) -> pd.DataFrame:
-    """Read fields and expressions as Qlib's `D.features` does, by its expressions, in less than half the time.
+    """Read fields and expressions as Qlib's `D.features` does, in less than half the time.
 
-    Qlib makes a time object of every bar of every instrument; here bars keep their number in the calendar.
+    Qlib makes a time object of every bar of every instrument; here bars keep their number in the calendar. Expressions
+    are Qlib's; fields of a store of files are read from these at once, which Qlib opens four times for each.
 
     Returns:
         float32, index (instrument, datetime) sorted, a column per field; instruments without bars are not in it.
     """
     parts, counts, rows = [np.empty((0, len(fields)), np.float32)], [], [np.empty(0, np.int64)]
     wanted = Cal.calendar(start_time, end_time, freq)
+    first = Cal.calendar(freq=freq).searchsorted(wanted[0]) if len(wanted) else 0
+    stored = _files_of_fields(fields, freq)
     for name in names if len(wanted) else ():
-        series = [ExpressionD.expression(name, field, wanted[0], wanted[-1], freq) for field in fields]
+        series = [
+            _read_field(stored[field] / code_to_fname(name).lower(), field, freq, first, len(wanted))
+            if field in stored
+            else ExpressionD.expression(name, field, wanted[0], wanted[-1], freq)
+            for field in fields
+        ]
         index = series[0].index
         if any(not index.equals(each.index) for each in series[1:]):
             index = functools.reduce(pd.Index.union, (each.index for each in series))
@@ -239,6 +248,29 @@ def read_fields(
         verify_integrity=False,
     )
     return pd.DataFrame(np.concatenate(parts), index, fields)
+
+
+def _files_of_fields(fields: list[str], freq: str) -> dict[str, Path]:
+    """Return the folder of the files of fields that are no expressions; none where Qlib reads them otherwise."""
+    if C.feature_provider != "LocalFeatureProvider" or C.expression_provider != "LocalExpressionProvider":
+        return {}
+    folder = store_folder(freq) / "features"
+    return {field: folder for field in fields if re.fullmatch(r"\$[A-Za-z_]\w*", field)}
+
+
+def _read_field(folder: Path, field: str, freq: str, first: int, count: int) -> pd.Series:
+    """Read a field's bars among `count` sessions from number `first` on, by their numbers; float32."""
+    path = folder / f"{field[1:].lower()}.{freq.lower()}.bin"
+    try:
+        content = np.fromfile(path, "<f4")
+    except FileNotFoundError:
+        content = np.empty(0, "<f4")
+    if len(content) < 2:
+        return pd.Series(np.empty(0, np.float32), pd.RangeIndex(0))
+    start = int(content[0])
+    values = content[1 + max(first - start, 0) : 1 + max(first + count - start, 0)]
+    begin = max(first, start)
+    return pd.Series(values, pd.RangeIndex(begin, begin + len(values)))
 
 
 def store_folder(freq: str) -> Path:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from qlib.data import D
 from qlib.data.data import Cal
 from qlib.data.dataset import DatasetH, TSDatasetH
 from qlib.data.dataset.handler import DataHandlerLP
@@ -18,6 +17,7 @@ from kronos_qlib.analysis.signals import daily_rank_ic, wide
 from kronos_qlib.data.calendar import range_end, store_calendar
 from kronos_qlib.data.dataset import KLineDataset
 from kronos_qlib.data.handler import KLineHandler
+from kronos_qlib.data.loader import read_fields
 from kronos_qlib.forecast.forecaster import QUANTILES
 from kronos_qlib.live.run import LiveRun, instruments_of, label_expression
 from kronos_qlib.live.signal_set import SignalSet
@@ -152,7 +152,7 @@ def _require_bars(run: LiveRun, dataset: DatasetH, date: pd.Timestamp, allow_mis
             f"the universe {_universe(dataset)} of {run.store} has no member on {shown(date)}: "
             "bring its file up to date"
         )
-    closes = D.features(members, ["$close"], sessions[max(0, place - RECENT)], date, freq=run.freq)["$close"]
+    closes = read_fields(members, ["$close"], sessions[max(0, place - RECENT)], date, run.freq)["$close"]
     last = closes.dropna().reset_index().groupby("instrument")["datetime"].max()
     present = set(closes.index[closes.index.get_level_values("datetime") == date].get_level_values("instrument"))
     lacking = sorted(set(last.index) - present)
@@ -169,9 +169,8 @@ def _set_date(run: LiveRun, dataset: DatasetH, date: pd.Timestamp) -> None:
     """Make a date the dataset's test segment, and have no more loaded than it needs."""
     segments = {"test": (date, date)}
     if isinstance(dataset, KLineDataset):
-        own = dataset.handler.start_time
         dataset.config(segments=segments)
-        dataset.handler.config(start_time=_first_needed(run, dataset, date, own), end_time=date)
+        _load_lookbacks(dataset, date, pd.DatetimeIndex(Cal.calendar(freq=run.freq)))
         return
     sessions = pd.DatetimeIndex(Cal.calendar(freq=run.freq))
     history = dataset.step_len - 1 if isinstance(dataset, TSDatasetH) else 0
@@ -180,34 +179,31 @@ def _set_date(run: LiveRun, dataset: DatasetH, date: pd.Timestamp) -> None:
     dataset.setup_data(handler_kwargs={"init_type": DataHandlerLP.IT_LS})
 
 
-def _first_needed(
-    run: LiveRun, dataset: KLineDataset, date: pd.Timestamp, own: pd.Timestamp | None
-) -> pd.Timestamp | None:
-    """Return the session from which every member that has a lookback of valid bars, suspended or not, has it.
-
-    Args:
-        own: the first session of the run's data, before which nothing is looked for.
-    """
-    sessions = pd.DatetimeIndex(Cal.calendar(freq=run.freq))
+def _load_lookbacks(dataset: KLineDataset, date: pd.Timestamp, sessions: pd.DatetimeIndex) -> None:
+    """Load no more bars up to a date than give every member its lookback of valid bars, suspended or not."""
+    handler, own = dataset.handler, dataset.handler.start_time
     near = sessions[max(0, sessions.get_loc(date) - dataset.lookback - SLACK)]
     if own is not None and near <= own:
-        return own
-    handler = dataset.handler
+        handler.config(end_time=date)
+        return
     handler.config(start_time=near, end_time=date)
-    bars, members = handler.bars(), handler.members()
-    counts = np.diff(bars.offsets)
-    scored = {bars.instruments[code] for code in bars.codes[members & (bars.dates == date.to_numpy())]}
-    short = [name for name, count in zip(bars.instruments, counts) if count < dataset.lookback and name in scored]
+    bars = handler.bars()
+    scored = set(bars.codes[handler.members() & (bars.dates == date.to_numpy())])
+    short = [
+        name
+        for code, (name, count) in enumerate(zip(bars.instruments, np.diff(bars.offsets)))
+        if count < dataset.lookback and code in scored
+    ]
     if not short:
-        return near
+        return
     loader = handler.data_loader
     options = {"freq": handler.freq, "label": loader.label, "amount": handler.amount_rule, "volume": loader.volume}
     options |= {"prices": handler.prices, "columns": loader.columns, "conditions": loader.conditions}
     whole = KLineHandler(short, own, date, **options).bars()
-    ends = whole.offsets[1:]
     enough = np.diff(whole.offsets) >= dataset.lookback
-    starts = whole.dates[(ends - dataset.lookback)[enough]]
-    return min([near, *(pd.Timestamp(start) for start in starts)])
+    starts = whole.dates[(whole.offsets[1:] - dataset.lookback)[enough]]
+    if len(starts) and starts.min() < near.to_numpy():
+        handler.config(start_time=pd.Timestamp(starts.min()), end_time=date)
 
 
 def _kronos_table(model: KronosModel, dataset: KLineDataset) -> pd.DataFrame:
