@@ -104,7 +104,7 @@ def open_run(source: str, uri: str | None = None, store: Path | None = None) -> 
     settings = config.get("qlib_init", {}) | settings
     freq = _freq(task, recorded)
     named = settings.get("provider_uri") or recorded.get("data", {}).get("provider_uri")
-    places = found.stores(str(store) if store else named, freq) if store or named else []
+    places = found.stores(str(store.absolute()) if store else named, freq) if store or named else []
     if not places:
         where = store or named or "not recorded"
         raise ResultsError(f"{name}: its Qlib store ({where}) has no bars of {freq} here; name it by --store")
