@@ -315,7 +315,19 @@ class _Artifacts:
         try:
             return Path(self.client.download_artifacts(self.run_id, artifact, self.folder))
         except (MlflowException, OSError):
+            if self._is_listed(artifact):
+                raise ResultsError(
+                    f"{self.name}: {artifact} of run {self.run_id} cannot be copied to {self.folder}; is that disk full?"
+                ) from None
             return None
+
+    def _is_listed(self, artifact: str) -> bool:
+        folder = str(Path(artifact).parent)
+        try:
+            listed = self.client.list_artifacts(self.run_id, None if folder == "." else folder)
+        except (MlflowException, OSError):
+            return False
+        return any(file.path == artifact for file in listed)
 
     def backtest_freq(self) -> str:
         """Return the frequency of the recorded backtest, the daily one of several; "" if there is none."""

@@ -3,7 +3,9 @@
 import copy
 import json
 import logging
+import resource
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 from qlib.backtest import backtest
 from qlib.data import D
 from qlib.model.trainer import task_train
+from qlib.workflow import R
 from tiny import HORIZON, LOOKBACK, MODEL, SEGMENTS, TOKENIZER, use_market
 
 from kronos_qlib.cli import main
@@ -23,7 +26,6 @@ from kronos_qlib.live.signal_set import SignalSet
 from kronos_qlib.live.signals import StoreLacksBars, latest_complete, make_signals
 
 DATE = pd.Timestamp("2018-07-18")
-SHANGHAI = "Asia/Shanghai"
 STRATEGY = {
     "class": "TopkDropoutStrategy",
     "module_path": "qlib.contrib.strategy",
@@ -397,3 +399,47 @@ def test_a_holding_without_any_price_is_named(place):
     run, signals = signals_of(place, {"DEMO0000": 1.0, "DEMO0001": 2.0})
     with pytest.raises(ValueError, match="holdings: SH999999 has no bar in the 60 sessions up to 2018-07-18"):
         make_orders(run, signals, Holdings(1e6, {"SH999999": 100.0}, {}))
+
+
+def test_a_model_that_cannot_be_loaded_is_one_line_with_the_versions(place, capsys, monkeypatch):
+    run = place.open("kronos")
+    monkeypatch.chdir(place.folder)
+    with R.start(experiment_name="broken"):
+        R.save_objects(task=run.recorder.load_object("task"), dataset=run.recorder.load_object("dataset"))
+        broken = place.folder / "params.pkl"
+        broken.write_bytes(b"\x80\x04\x8c\x07no.such\x94\x8c\x01A\x94\x93\x94.")
+        R.get_recorder().save_objects(local_path=str(broken))
+    arguments = ["signals", "broken", "--uri", place.uri, "--store", str(place.store), "--date", "2018-07-18"]
+    assert main([*arguments, "--no-ledger"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "params.pkl of recorder" in error and "cannot be loaded (LoadObjectError: No module named 'no'" in error
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_part_of_a_file(place, capsys):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        assert main(arguments(place, "--date", "2018-07-18", "--out", "out/signals.csv", "--no-ledger")) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("kronos-qlib signals: error: ") and "is that disk full?" in error
+    assert not Path("out").exists()
+
+
+def test_a_ledger_that_is_away_is_said_before_anything_is_scored(place, capsys):
+    more = ["--date", "2018-07-18", "--out", "signals.csv", "--ledger", "sqlite:////no/such/folder/ledger.db"]
+    assert main(arguments(place, *more)) == 2
+    error = capsys.readouterr().err
+    assert "ledger" in error and error.count("\n") == 1 and not Path("signals.csv").exists()
+
+
+def test_the_clock_of_the_machine_decides_nothing(place, monkeypatch):
+    run, found = place.open("kronos"), []
+    for zone in ("UTC", "America/Los_Angeles", "Asia/Shanghai"):
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+        found.append(latest_complete(run, run.load_dataset(), pd.Timestamp("2018-08-10 06:59+00:00")))
+    monkeypatch.delenv("TZ")
+    time.tzset()
+    assert found == [pd.Timestamp("2018-08-09")] * 3
