@@ -1,4 +1,4 @@
-# make demo | test | check | docs | lint | clean | help. All of it happens in .venv, built again when the dependencies change.
+# make demo | test | check | docs | container | lint | clean | help. All of it happens in .venv, built again when the dependencies change.
 
 # The first supported interpreter of these, or your own: make PYTHON=/path/to/python demo
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
@@ -12,7 +12,7 @@ DEMO := runs/demo
 MARKET := $(DEMO)/market
 MARKET_MADE := $(MARKET)/SYNTHETIC.txt
 
-.PHONY: help demo test test-newest check docs lint clean
+.PHONY: help demo test test-newest check docs container lint clean
 
 help:
 	@echo "make demo    install, make a synthetic market, run Kronos, LightGBM and a simple rule on it, compare them in $(DEMO)/"
@@ -20,6 +20,7 @@ help:
 	@echo "make check   install, check style and run the short tests: before each commit"
 	@echo "make test-newest  the same with the newest pandas and plotly that setup.cfg allows, in .venv-newest"
 	@echo "make docs    install and build the site, without a network; open build/site/index.html"
+	@echo "make container  build the image of Containerfile, where docker, podman or buildah runs"
 	@echo "make lint    install and check style, public types and known weaknesses (ruff, mypy, bandit)"
 	@echo "make clean   remove .venv, the demo's output and caches; your own runs and mlflow.db stay"
 
@@ -69,6 +70,14 @@ check: lint
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(INSTALLED)
 	$(BIN)/mkdocs build --strict  # not --quiet: then warnings are not counted
+
+BASE := python:3.11-slim
+container:
+	@for builder in docker podman buildah; do \
+	  if $$builder info >/dev/null 2>&1 && $$builder pull --quiet $(BASE); then \
+	    exec $$builder build --file Containerfile --tag kronos-qlib .; \
+	  fi; \
+	done; echo "Containerfile is not built: no docker, podman or buildah runs here that can fetch $(BASE)"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -317,7 +317,8 @@ class _Artifacts:
         except (MlflowException, OSError):
             if self._is_listed(artifact):
                 raise ResultsError(
-                    f"{self.name}: {artifact} of run {self.run_id} cannot be copied to {self.folder}; is that disk full?"
+                    f"{self.name}: {artifact} of run {self.run_id} cannot be copied to "
+                    f"{self.folder}; is that disk full?"
                 ) from None
             return None
 
