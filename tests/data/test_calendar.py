@@ -217,3 +217,31 @@ def test_weeks_are_followed_by_weeks():
     after = calendar.sessions_after(np.array(days("2025-07-18", "2025-07-25")), 60)
     assert after[0, :2].tolist() == np.array(days("2025-07-25", "2025-08-01")).tolist()
     assert set(np.diff(after[1]).tolist()) == {np.timedelta64(7, "D").astype("m8[ns]").item()}
+
+
+@pytest.mark.parametrize(
+    ("exchange", "freq", "time", "end"),
+    [
+        ("XSHG", "day", "2024-02-08", "2024-02-08 07:00"),
+        ("XSHG", "day", "2024-02-10", "2024-02-10 16:00"),  # no session: midnight in Shanghai
+        ("XNYS", "day", "2024-11-27", "2024-11-27 21:00"),
+        ("XNYS", "day", "2024-11-29", "2024-11-29 18:00"),  # closes early
+        ("XNYS", "day", "2024-07-02", "2024-07-02 20:00"),  # summer time
+        ("XSHG", "5min", "2024-02-08 14:55", "2024-02-08 07:00"),
+        ("XNYS", "30min", "2024-07-02 15:30", "2024-07-02 20:00"),
+        ("24/7", "60min", "2024-02-10 23:00", "2024-02-11 00:00"),
+        ("24/7", "day", "2024-02-10", "2024-02-11 00:00"),
+        ("XSHG", "1week", "2024-01-22", "2024-01-28 16:00"),  # a Monday: its Sunday's midnight
+        ("XSHG", "1week", "2024-01-26", "2024-01-26 07:00"),  # a Friday: its own close
+    ],
+)
+def test_a_bar_is_complete_at_its_exchange_s_close(exchange, freq, time, end):
+    days = pd.bdate_range("2024-01-02", periods=40)
+    times = days if freq == "day" else days[::5] if freq == "1week" else days + pd.Timedelta(hours=10)
+    calendar = SessionCalendar(times, exchange, "cn", freq)
+    assert calendar.ends(pd.DatetimeIndex([time])) == pd.DatetimeIndex([end], tz="UTC")
+
+
+def test_a_store_that_no_exchange_keeps_ends_its_days_in_utc():
+    calendar = SessionCalendar(pd.date_range("2024-01-01", periods=40), None, "us")
+    assert list(calendar.ends(pd.DatetimeIndex(["2024-02-03"]))) == [pd.Timestamp("2024-02-04", tz="UTC")]
