@@ -24,6 +24,7 @@ from sqlalchemy import (
     Double,
     ForeignKey,
     UniqueConstraint,
+    bindparam,
     create_engine,
     event,
     func,
@@ -191,15 +192,14 @@ class Ledger:
         Returns:
             The number of values written.
         """
-        now, written = _utc(filled_at or datetime.now(timezone.utc)), 0
+        now, written, table = _utc(filled_at or datetime.now(timezone.utc)), 0, Forecast.__table__
         with self._one_line("; nothing was written"), self._transaction() as connection:
             for column in OUTCOME_COLUMNS:
                 known = outcomes[column][np.isfinite(outcomes[column].astype(float))]
-                unfilled = getattr(Forecast, column).is_(None)
-                for instrument, value in known.items():
-                    row = (Forecast.set_id == set_id, Forecast.instrument == instrument, unfilled)
-                    change = update(Forecast).where(*row).values({column: float(value), "filled_at": now})
-                    written += connection.execute(change).rowcount
+                own = [table.c.set_id == set_id, table.c.instrument == bindparam("name"), table.c[column].is_(None)]
+                change = update(table).where(*own).values({column: bindparam("value"), "filled_at": now})
+                values = [{"name": str(name), "value": float(value)} for name, value in known.items()]
+                written += connection.execute(change, values).rowcount if values else 0
         return written
 
     def read(self) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -1,7 +1,7 @@
 """The ledger's record as text for a terminal, as JSON, and as a section or a page like those of the comparison."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ def _table(judgements: Sequence[Judgement]) -> pd.DataFrame:
     return pd.DataFrame(rows, [judgement.name for judgement in judgements]).reindex(columns=columns).astype(float)
 
 
-def _blocks(table: pd.DataFrame) -> list[tuple[str, Mapping[str, Cell], pd.Series]]:
+def _blocks(table: pd.DataFrame) -> list[tuple[str, dict[str, Cell], pd.Series]]:
     """List the tables that have a row: title, columns, which rows."""
     rows = {"Rank IC of a day": table["dates"] > 0, "Forecast returns and what came": table["outcomes"] > 0}
     rows["Paper portfolio"] = table["paper_days"] > 0
@@ -133,7 +133,7 @@ def _blocks(table: pd.DataFrame) -> list[tuple[str, Mapping[str, Cell], pd.Serie
 
 def _tables(judgements: Sequence[Judgement]) -> list[Table]:
     table = _table(judgements)
-    return [make_table(title, table[rows], dict(columns)) for title, columns, rows in _blocks(table)]
+    return [make_table(title, table[rows], columns) for title, columns, rows in _blocks(table)]
 
 
 def _parts(judgements: Sequence[Judgement]) -> list[Part]:
