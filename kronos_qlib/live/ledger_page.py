@@ -92,8 +92,8 @@ def record_section(judgements: Sequence[Judgement], ledger: str) -> Section:
     if not judgements:
         return Section("ledger", "Live record", f"The ledger {ledger} has no forecasts of these runs.", [])
     text = f"Forecasts as the ledger {ledger} kept them when they were made, and what came. " + " ".join(NOTES)
-    verdict = Part(title=" ".join(f"{sentence}." for sentence in _sentences(judgements)))
-    return Section("ledger", "Live record", text, [verdict, *_parts(judgements)])
+    verdicts = [Part(text=f"{sentence}.") for sentence in _sentences(judgements)]
+    return Section("ledger", "Live record", text, [*verdicts, Part(tables=_tables(judgements)), *_figures(judgements)])
 
 
 def write_record_page(judgements: Sequence[Judgement], ledger: str, sets: pd.DataFrame, path: Path) -> Path:
@@ -134,10 +134,6 @@ def _blocks(table: pd.DataFrame) -> list[tuple[str, dict[str, Cell], pd.Series]]
 def _tables(judgements: Sequence[Judgement]) -> list[Table]:
     table = _table(judgements)
     return [make_table(title, table[rows], columns) for title, columns, rows in _blocks(table)]
-
-
-def _parts(judgements: Sequence[Judgement]) -> list[Part]:
-    return [Part(tables=_tables(judgements)), *_figures(judgements)]
 
 
 def _figures(judgements: Sequence[Judgement]) -> list[Part]:

@@ -38,7 +38,8 @@ def next_opening(date: pd.Timestamp, store: str, freq: str, region: str) -> Open
     step = pd.Timedelta(minutes=int(freq.removesuffix("min"))) if is_intraday(freq) else pd.Timedelta(days=1)
     step = step * 7 if freq == "1week" else step
     zone = HOURS[region][0] if calendar.exchange and region in HOURS else "UTC"
-    if following - date > step:
+    goes_on = is_intraday(freq) or (region in HOURS and calendar.exchange is None)
+    if following - date > step or not goes_on:
         return Opening(_to_utc(following, zone), f"the store's next bar begins, {zone}")
     return Opening(_to_utc(following + step, zone), f"the bar that follows without a pause is over, {zone}")
 
