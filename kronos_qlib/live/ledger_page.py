@@ -91,9 +91,11 @@ def record_section(judgements: Sequence[Judgement], ledger: str) -> Section:
     """Make a section for the page of a comparison: verdicts, tables, figures; `ledger` is its name."""
     if not judgements:
         return Section("ledger", "Live record", f"The ledger {ledger} has no forecasts of these runs.", [])
-    text = f"Forecasts as the ledger {ledger} kept them when they were made, and what came. " + " ".join(NOTES)
+    text = f"Forecasts as the ledger {ledger} kept them when they were made, and what came."
     verdicts = [Part(text=f"{sentence}.") for sentence in _sentences(judgements)]
-    return Section("ledger", "Live record", text, [*verdicts, Part(tables=_tables(judgements)), *_figures(judgements)])
+    notes = [Part(text=note) for note in NOTES]
+    parts = [*verdicts, Part(tables=_tables(judgements)), *_figures(judgements), *notes]
+    return Section("ledger", "Live record", text, parts)
 
 
 def write_record_page(judgements: Sequence[Judgement], ledger: str, sets: pd.DataFrame, path: Path) -> Path:
