@@ -186,7 +186,9 @@ def _kept(newest: pd.Series) -> bool:
 
 def _sentence(subject: str, figures: dict[str, float], test: PromiseTest | None) -> str:
     if not figures["days"]:
-        return f"{subject}: {figures['dates']:.0f} dates, of which no label has come yet, or scores that do not vary"
+        return (
+            f"{subject}: no rank IC yet: of {figures['dates']:.0f} dates no label has come, or the scores do not vary"
+        )
     begins = f"{subject} rank IC: {_signed(figures['rank_ic'])} over {figures['days']:.0f} days"
     if test is not None:
         return f"{begins}, promised {_signed(test.promised)}: {promise_sentence(test)}"

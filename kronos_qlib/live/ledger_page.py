@@ -27,7 +27,7 @@ def _share(name: str) -> Cell:
 
 SIGNAL: dict[str, Cell] = {
     "Dates": number("dates", "{:,.0f}"),
-    "with label": number("days", "{:,.0f}"),
+    "Days": number("days", "{:,.0f}"),
     "Rank IC": number("rank_ic", "{:+.4f}"),
     "t": number("t", "{:+.2f}"),
     "95 %": interval(""),
@@ -53,7 +53,7 @@ PAPER: dict[str, Cell] = {
 TITLES = {"Rank IC of a day": SIGNAL, "Forecast returns and what came": BANDS, "Paper portfolio": PAPER}
 NOTES = (
     "Live: the last version made before the next session opened; simulated: made later, the last version of a date. "
-    "t: Newey–West; 95 %: stationary block bootstrap.",
+    "Days: with labels. t: Newey–West; 95 %: stationary block bootstrap.",
     "p: one-sided, that the live rank IC is below the promised one; power: the probability that this test, at this "
     "number of days, finds a true live rank IC of 0 worse.",
     "CRPS: of the return over the horizon; last value: of the forecast that nothing changes. Bands: the share of "

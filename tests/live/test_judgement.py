@@ -13,6 +13,7 @@ from qlib.data import D
 from qlib.workflow.record_temp import PortAnaRecord
 from scipy.stats import spearmanr
 
+from kronos_qlib.analysis.tables import WIDTH
 from kronos_qlib.data.demo_market import BENCHMARK, write_demo_market
 from kronos_qlib.live.judgement import (
     LEVEL,
@@ -100,7 +101,7 @@ def test_the_figures_are_those_of_the_forecasts_that_count(ledger: Ledger):
 def test_a_record_without_outcomes_says_so_and_can_be_shown(ledger: Ledger):
     record(ledger, DATES[0], 0)
     found = judge(*ledger.read())
-    assert "no label has come yet" in found[0].sentences[0]
+    assert "no label has come" in found[0].sentences[0]
     assert "n/a" in record_text(found)
     (plain,) = record_json(found)
     assert (plain["rank_ic"], plain["crps"], plain["dates"]) == (None, None, 1)
@@ -249,3 +250,11 @@ def test_a_test_of_a_promise_is_plain_numbers(ledger: Ledger):
     assert plain["test"].keys() == PromiseTest.__annotations__.keys()
     assert plain["test"]["p"] is None
     assert datetime.fromisoformat(plain["first"]) == DATES[0]
+
+
+def test_the_text_fits_a_terminal_of_100_columns(ledger: Ledger):
+    for number, day in enumerate(DATES[:20]):
+        for hours in (9, 30):
+            placed = record(ledger, day, number + int(hours), hours, experiment="kronos_csi300_with_a_long_name")
+            ledger.fill(placed, came(number))
+    assert max(map(len, record_text(judge(*ledger.read())).splitlines())) <= WIDTH
