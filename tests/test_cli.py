@@ -70,6 +70,8 @@ def test_wrong_usage_ends_with_status_2(arguments: list[str], capsys: pytest.Cap
         ([], ["demo-data", "compare", "qrun workflows/lightgbm_demo.yaml"]),
         (["demo-data"], ["SYNTHETIC.txt", "--signal", "default: 0.05", "examples:"]),
         (["tune"], ["task.model.kwargs.learning_rate: {float", "kronos_qlib.trial", "examples:"]),
+        (["ledger"], ["ledger update", "ledger show", "before the next session opened", "examples:"]),
+        (["ledger", "show"], ["its power is said", "KRONOS_LEDGER", "examples:"]),
         (["compare"], ["comparison.csv", "excess_return.png", "0.05 is 5 %", "examples:"]),
     ],
 )

@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 from textwrap import dedent
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kronos_qlib.cli.command import Commands, fail
 
@@ -53,7 +53,7 @@ _EXAMPLES = """\
 
 def add_command(commands: Commands) -> None:
     """Add the command to the parser of `kronos-qlib`."""
-    options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": dedent(_EXAMPLES)}
+    options: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": dedent(_EXAMPLES)}
     command = commands.add_parser(
         "ledger", help="what was forecast and what came", description=dedent(_DESCRIPTION), **options
     )

@@ -111,22 +111,22 @@ def compare_with_promise(rank_ics: pd.Series, promised: dict[str, Any], lag: int
     """Test whether the mean of daily rank ICs is below a promise: rank_ic, its mean; sd, of a day; days.
 
     The error of the difference is √(Newey–West's of the live mean up to `lag` days, squared, + sd² / days). With fewer
-    than 4 × `lag` days there is no p, and power is that of days with the promise's own deviation. The days needed are
-    those at which a difference of the promised size is 1.64 + 0.84 errors.
+    than 4 × `lag` days there is no p. Power and the days needed, those at which a difference of the promised size is
+    1.64 + 0.84 errors, are of the larger of two deviations of a live day: that which Newey–West's error implies, which
+    is too small as often as not, and the promise's.
     """
     values, mean = finite(rank_ics), float(promised["rank_ic"])
     days, deviation = len(values), float(promised["sd"])
     of_promise = deviation / np.sqrt(promised["days"])
     t, _ = newey_west(rank_ics - values.mean() + 1, lag) if days else (np.nan, np.nan)  # of a mean of 1: 1 / error
-    known = np.isfinite(t)
-    deviation = np.sqrt(days) / t if known else deviation
+    deviation = max(deviation, np.sqrt(days) / t) if np.isfinite(t) else deviation
     error = np.hypot(deviation / np.sqrt(days), of_promise) if days else np.inf
     critical = t_distribution.ppf(1 - LEVEL, days - 1) if days > 1 else np.inf
     left = (mean / (norm.ppf(1 - LEVEL) + norm.ppf(POWER))) ** 2 - of_promise**2
     return PromiseTest(
         promised=mean,
         difference=float(values.mean() - mean) if days else np.nan,
-        p=float(t_distribution.cdf((values.mean() - mean) / error, days - 1)) if known else np.nan,
+        p=float(t_distribution.cdf((values.mean() - mean) / np.hypot(1 / t, of_promise), days - 1)) if days else np.nan,
         power=float(norm.cdf(mean / error - critical)),
         days_needed=float(np.ceil(deviation**2 / left)) if left > 0 and mean > 0 else np.inf,
     )
@@ -186,7 +186,9 @@ def _kept(newest: pd.Series) -> bool:
 
 def _sentence(subject: str, figures: dict[str, float], test: PromiseTest | None) -> str:
     if not figures["days"]:
-        return f"{subject}: {figures['dates']:.0f} dates, of which no label has come yet, or scores that do not vary"
+        return (
+            f"{subject}: no rank IC yet: of {figures['dates']:.0f} dates no label has come, or the scores do not vary"
+        )
     begins = f"{subject} rank IC: {_signed(figures['rank_ic'])} over {figures['days']:.0f} days"
     if test is not None:
         return f"{begins}, promised {_signed(test.promised)}: {promise_sentence(test)}"

@@ -18,17 +18,18 @@ import numpy as np
 import pandas as pd
 from alembic import command
 from alembic.config import Config
+from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import (
     JSON,
     Double,
     ForeignKey,
     UniqueConstraint,
+    bindparam,
     create_engine,
     event,
     func,
     insert,
-    inspect,
     select,
     text,
     update,
@@ -174,13 +175,15 @@ class Ledger:
             "next_session_opens_at": opening.at,
             "opening_from": opening.source,
         }
-        for _ in range(_ATTEMPTS):
+        failed = 0
+        while True:
             try:
                 with self._one_line("; nothing was written"), self._transaction() as connection:
                     return _insert(connection, header, rows)
-            except IntegrityError:  # another writer took this version's number, or wrote this very set
-                continue
-        raise LedgerError(f"ledger {self.name}: {_ATTEMPTS} other writers were faster; nothing was written, try again")
+            except IntegrityError as error:  # another writer took this version's number, or wrote this very set
+                failed += 1
+                if failed == _ATTEMPTS:
+                    raise LedgerError(f"ledger {self.name}: {self._reason(error)}; nothing was written") from error
 
     def fill(self, set_id: int, outcomes: pd.DataFrame, filled_at: datetime | None = None) -> int:
         """Write outcomes of a set in one transaction, where there are none yet; what is filled never changes.
@@ -191,15 +194,14 @@ class Ledger:
         Returns:
             The number of values written.
         """
-        now, written = _utc(filled_at or datetime.now(timezone.utc)), 0
+        now, written, table = _utc(filled_at or datetime.now(timezone.utc)), 0, Forecast.__table__
         with self._one_line("; nothing was written"), self._transaction() as connection:
             for column in OUTCOME_COLUMNS:
                 known = outcomes[column][np.isfinite(outcomes[column].astype(float))]
-                unfilled = getattr(Forecast, column).is_(None)
-                for instrument, value in known.items():
-                    row = (Forecast.set_id == set_id, Forecast.instrument == instrument, unfilled)
-                    change = update(Forecast).where(*row).values({column: float(value), "filled_at": now})
-                    written += connection.execute(change).rowcount
+                own = [table.c.set_id == set_id, table.c.instrument == bindparam("name"), table.c[column].is_(None)]
+                change = update(table).where(*own).values({column: bindparam("value"), "filled_at": now})
+                values = [{"name": str(name), "value": float(value)} for name, value in known.items()]
+                written += connection.execute(change, values).rowcount if values else 0
         return written
 
     def read(self) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -234,7 +236,7 @@ class Ledger:
     @contextlib.contextmanager
     def _transaction(self, writes: bool = True) -> Iterator[Connection]:
         with self._engine.connect().execution_options(writes=writes) as connection, connection.begin():
-            if writes and connection.dialect.name == "postgresql":
+            if connection.dialect.name == "postgresql":
                 connection.execute(text(f"SET LOCAL lock_timeout = '{SECONDS_TO_WAIT}s'"))
             yield connection
 
@@ -273,8 +275,8 @@ class Ledger:
     def _is_of_today(self) -> bool:
         scripts = ScriptDirectory.from_config(_alembic())
         with self._transaction(writes=False) as connection:
-            there = inspect(connection).has_table(VERSION_TABLE)
-            found = connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar() if there else None
+            context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
+            found = context.get_current_revision()
         if found is not None and found not in {script.revision for script in scripts.walk_revisions()}:
             raise LedgerError(
                 f"ledger {self.name}: its schema, {found}, is newer than this kronos-qlib; update the package"

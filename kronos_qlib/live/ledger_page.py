@@ -1,7 +1,7 @@
 """The ledger's record as text for a terminal, as JSON, and as a section or a page like those of the comparison."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ def _share(name: str) -> Cell:
 
 SIGNAL: dict[str, Cell] = {
     "Dates": number("dates", "{:,.0f}"),
-    "with label": number("days", "{:,.0f}"),
+    "Days": number("days", "{:,.0f}"),
     "Rank IC": number("rank_ic", "{:+.4f}"),
     "t": number("t", "{:+.2f}"),
     "95 %": interval(""),
@@ -53,7 +53,7 @@ PAPER: dict[str, Cell] = {
 TITLES = {"Rank IC of a day": SIGNAL, "Forecast returns and what came": BANDS, "Paper portfolio": PAPER}
 NOTES = (
     "Live: the last version made before the next session opened; simulated: made later, the last version of a date. "
-    "t: Newey–West; 95 %: stationary block bootstrap.",
+    "Days: with labels. t: Newey–West; 95 %: stationary block bootstrap.",
     "p: one-sided, that the live rank IC is below the promised one; power: the probability that this test, at this "
     "number of days, finds a true live rank IC of 0 worse.",
     "CRPS: of the return over the horizon; last value: of the forecast that nothing changes. Bands: the share of "
@@ -91,9 +91,11 @@ def record_section(judgements: Sequence[Judgement], ledger: str) -> Section:
     """Make a section for the page of a comparison: verdicts, tables, figures; `ledger` is its name."""
     if not judgements:
         return Section("ledger", "Live record", f"The ledger {ledger} has no forecasts of these runs.", [])
-    text = f"Forecasts as the ledger {ledger} kept them when they were made, and what came. " + " ".join(NOTES)
-    verdict = Part(title=" ".join(f"{sentence}." for sentence in _sentences(judgements)))
-    return Section("ledger", "Live record", text, [verdict, *_parts(judgements)])
+    text = f"Forecasts as the ledger {ledger} kept them when they were made, and what came."
+    verdicts = [Part(text=f"{sentence}.") for sentence in _sentences(judgements)]
+    notes = [Part(text=note) for note in NOTES]
+    parts = [*verdicts, Part(tables=_tables(judgements)), *_figures(judgements), *notes]
+    return Section("ledger", "Live record", text, parts)
 
 
 def write_record_page(judgements: Sequence[Judgement], ledger: str, sets: pd.DataFrame, path: Path) -> Path:
@@ -124,7 +126,7 @@ def _table(judgements: Sequence[Judgement]) -> pd.DataFrame:
     return pd.DataFrame(rows, [judgement.name for judgement in judgements]).reindex(columns=columns).astype(float)
 
 
-def _blocks(table: pd.DataFrame) -> list[tuple[str, Mapping[str, Cell], pd.Series]]:
+def _blocks(table: pd.DataFrame) -> list[tuple[str, dict[str, Cell], pd.Series]]:
     """List the tables that have a row: title, columns, which rows."""
     rows = {"Rank IC of a day": table["dates"] > 0, "Forecast returns and what came": table["outcomes"] > 0}
     rows["Paper portfolio"] = table["paper_days"] > 0
@@ -133,11 +135,7 @@ def _blocks(table: pd.DataFrame) -> list[tuple[str, Mapping[str, Cell], pd.Serie
 
 def _tables(judgements: Sequence[Judgement]) -> list[Table]:
     table = _table(judgements)
-    return [make_table(title, table[rows], dict(columns)) for title, columns, rows in _blocks(table)]
-
-
-def _parts(judgements: Sequence[Judgement]) -> list[Part]:
-    return [Part(tables=_tables(judgements)), *_figures(judgements)]
+    return [make_table(title, table[rows], columns) for title, columns, rows in _blocks(table)]
 
 
 def _figures(judgements: Sequence[Judgement]) -> list[Part]:

@@ -24,32 +24,41 @@ def next_opening(date: pd.Timestamp, store: str, freq: str, region: str) -> Open
     """Find when the first bar after `date` begins, by the hours of the region's exchange.
 
     Where bars follow each other without a pause, round the clock or within a day, a forecast can only be made when the
-    next bar has begun: there it is the moment at which that bar is over. A store without a calendar file has no
-    sessions but the date. Without the package exchange_calendars a session opens at the usual hour of the next weekday:
-    earlier than in truth if that is a holiday, never later. A store that trades on weekends is on UTC.
+    next bar has begun: there it is the moment at which that bar is over. Without the package exchange_calendars a
+    session opens at the usual hour of the next weekday: earlier than in truth if that is a holiday, never later. A
+    store that trades on weekends is on UTC.
     """
-    calendar = _calendar(date, store, freq, region)
+    calendar = SessionCalendar(_sessions(date, store, freq), region=region, freq=freq)
     if calendar.exchange and not is_intraday(freq):
         after = date if freq != "1week" else date + pd.Timedelta(days=6)  # a week's bar has the date of its first day
         return _exchange_opening(after, calendar.exchange, region)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # weekdays without holidays: earlier than in truth, never later
         following = pd.Timestamp(calendar.sessions_after([date], 1)[0, 0])
-    step = pd.Timedelta(minutes=int(freq.removesuffix("min"))) if is_intraday(freq) else pd.Timedelta(days=1)
-    step = step * 7 if freq == "1week" else step
+    step = _step(freq)
     zone = HOURS[region][0] if calendar.exchange and region in HOURS else "UTC"
-    if following - date > step:
+    goes_on = is_intraday(freq) or (region in HOURS and calendar.exchange is None)
+    if following - date > step or not goes_on:
         return Opening(_to_utc(following, zone), f"the store's next bar begins, {zone}")
     return Opening(_to_utc(following + step, zone), f"the bar that follows without a pause is over, {zone}")
 
 
-def _calendar(date: pd.Timestamp, store: str, freq: str, region: str) -> SessionCalendar:
+def _sessions(date: pd.Timestamp, store: str, freq: str) -> pd.DatetimeIndex:
+    """Read the sessions of a store; of one that is not here, take weekdays, or of minutes the next bar alone."""
     try:
         lines = (Path(store).expanduser() / "calendars" / f"{freq}.txt").read_text().splitlines()
     except OSError:
-        lines = [str(date)]
-    sessions = pd.DatetimeIndex(lines)
-    return SessionCalendar(sessions, region=region, freq=freq)
+        if is_intraday(freq):
+            return pd.DatetimeIndex([date, date + _step(freq)])
+        return pd.bdate_range(end=date, periods=10).union([date])
+    return pd.DatetimeIndex(lines)
+
+
+def _step(freq: str) -> pd.Timedelta:
+    """Return the time from one bar to the next where they follow without a pause."""
+    if is_intraday(freq):
+        return pd.Timedelta(minutes=int(freq.removesuffix("min") or 1))
+    return pd.Timedelta(days=7 if freq == "1week" else 1)
 
 
 def _exchange_opening(date: pd.Timestamp, exchange: str, region: str) -> Opening:

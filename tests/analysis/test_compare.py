@@ -6,6 +6,7 @@ import sys
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pandas as pd
 import pytest
 import qlib
 from exchange_calendars import get_calendar
+from ledgers import signal_set
 from matplotlib.image import imread
 from mlflow.tracking import MlflowClient
 from qlib.contrib.evaluate import risk_analysis
@@ -32,6 +34,7 @@ from kronos_qlib.analysis.tables import WIDTH, terminal_text
 from kronos_qlib.analysis.verdicts import pair_verdict, residual_verdict, run_verdict, trials_verdicts
 from kronos_qlib.cli import main
 from kronos_qlib.data.demo_market import write_demo_market
+from kronos_qlib.live.ledger import Ledger
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Mean of empty slice")]  # Qlib's, of an exchange
 
@@ -408,6 +411,20 @@ def test_compare_prints_and_writes_table_and_picture(
     picture = imread(out / "excess_return.png")
     assert picture.shape[0] > 800
     assert picture[..., :3].std() > 0.02, "something is drawn"
+
+
+def test_a_ledger_adds_the_live_record_to_the_text_and_to_the_page(
+    recorded: Recorded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"sqlite:///{tmp_path}/ledger.db"
+    command = ["compare", "reversal", "--uri", recorded.uri, "--ledger", url]
+    assert main(command) == 2
+    assert "there is no ledger" in capsys.readouterr().err
+    Ledger(url).record(signal_set(experiment="reversal"), made_at=datetime(2024, 6, 3, 9), region="cn")
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    assert "reversal live: no rank IC yet" in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    assert '<section id="ledger">' in page and "reversal live: no rank IC yet" in page
 
 
 def test_picture_of_a_demo_market_differs_from_one_of_real_bars(recorded: Recorded, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def write_in_order(url: str, started: str, count: int) -> int:
     """Record sets of many rows one after the other."""
     ledger = Ledger(url)
     for number in range(count):
-        ledger.record(signal_set(table=signal_table(number, 400)), region="cn")
+        ledger.record(signal_set(table=signal_table(number, 300)), region="cn")
         Path(started).touch()
     return 0
 

@@ -54,6 +54,16 @@ def test_of_a_market_that_never_closes_the_bar_that_follows_must_not_be_over(tmp
     assert next_opening(pd.Timestamp("2024-06-08"), store, "day", "us").at == datetime(2024, 6, 10)
 
 
+def test_of_a_region_without_a_known_exchange_the_next_weekday_begins_in_utc():
+    found = next_opening(pd.Timestamp("2024-06-07"), "no/store", "day", "uk")
+    assert (found.at, found.source) == (datetime(2024, 6, 10), "the store's next bar begins, UTC")
+
+
+def test_of_minutes_without_the_store_it_is_when_the_next_bar_would_be_over():
+    found = next_opening(pd.Timestamp("2024-06-03 10:00"), "no/store", "30min", "cn")
+    assert found.at == datetime(2024, 6, 3, 3)  # 11:00 in Shanghai
+
+
 @pytest.mark.parametrize(
     ("bar", "until"),
     [("2024-06-03 09:30", "2024-06-03 02:30"), ("2024-06-03 14:30", "2024-06-04 01:30")],

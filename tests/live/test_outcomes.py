@@ -22,7 +22,15 @@ WEEK_TO_COME = "Mean(Ref($close, -5), 5)/$close - 1"  # whose mean Qlib takes of
 
 @pytest.fixture(scope="module")
 def market(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_demo_market(tmp_path_factory.mktemp("demo") / "market", instruments=12, days=DAYS, seed=5)
+    """A demo market in which one instrument is suspended for three sessions."""
+    folder = write_demo_market(tmp_path_factory.mktemp("demo") / "market", instruments=12, days=DAYS, seed=5)
+    for field, name in ((0.0, "volume"), (None, "close")):
+        file = folder / "features" / "demo0002" / f"{name}.day.bin"
+        content = np.fromfile(file, "<f4")
+        first = 1 + 75 - int(content[0])
+        content[first : first + 3] = content[first - 1] if field is None else field
+        content.tofile(file)
+    return folder
 
 
 @pytest.fixture
@@ -69,7 +77,7 @@ def bars_of(name: str) -> pd.Series:
 
 def test_outcomes_are_qlibs_labels_and_the_returns_over_an_instruments_own_bars(market: Path, ledger: Ledger):
     sessions = use(market)
-    dates = sessions[60:100]
+    dates = sessions[60:100:3]
     for date in dates:
         ledger.record(reversal(date), region="cn")
     done = fill(ledger)

@@ -79,7 +79,7 @@ def postgres() -> Iterator[str]:
         pg_ctl = (str(bin_ / "pg_ctl"), "-D", str(data), "-l", str(folder / "log"))
         run(*pg_ctl, "-w", "-o", options, "start")
         try:
-            yield f"postgresql://ledger:{SECRET}@/{{}}?host={folder}"
+            yield f"postgresql://ledger:{SECRET}@/postgres?host={folder}"
         finally:
             run(*pg_ctl, "-m", "immediate", "stop")
     finally:
@@ -110,9 +110,9 @@ def _call(said: Path, function: Callable[..., int], arguments: tuple[Any, ...]) 
 
 
 def new_database(server: str, name: str) -> str:
-    """Make an empty database on a server, and give its URL."""
-    engine = create_engine(server.format("postgres").replace("postgresql:", "postgresql+psycopg:"))
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.execute(text(f"CREATE DATABASE {name}"))
+    """Make an empty schema in the database of a server, and give the URL of a ledger in it."""
+    engine = create_engine(server.replace("postgresql:", "postgresql+psycopg:"))
+    with engine.begin() as connection:
+        connection.execute(text(f"CREATE SCHEMA {name}"))
     engine.dispose()
-    return server.format(name)
+    return f"{server}&options=-csearch_path%3D{name}"
