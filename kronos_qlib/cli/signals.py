@@ -10,6 +10,7 @@ from textwrap import dedent
 from typing import TYPE_CHECKING
 
 from kronos_qlib.cli.command import Commands, fail
+from kronos_qlib.cli.ledger import DEFAULT_LEDGER
 from kronos_qlib.text import printable
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def add_command(commands: Commands) -> None:
     command.add_argument(
         "--ledger",
         metavar="URL",
-        default=os.environ.get("KRONOS_LEDGER", "sqlite:///ledger.db"),
+        default=os.environ.get("KRONOS_LEDGER", DEFAULT_LEDGER),
         help="database that keeps the signals (default: $KRONOS_LEDGER, or sqlite:///ledger.db)",
     )
     command.add_argument("--no-ledger", action="store_true", help="do not keep them")

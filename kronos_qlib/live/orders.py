@@ -43,6 +43,7 @@ class _Evening(TradeCalendarManager):
     """Qlib's trade calendar of one step, on the last session of a store too, after which Qlib looks for the next."""
 
     def reset(self, freq: str, start_time: Any = None, end_time: Any = None) -> None:
+        self._calendar: np.ndarray
         super().reset(freq, start_time, end_time)
         if self.end_index + 1 >= len(self._calendar):
             self._calendar = np.append(self._calendar, self._calendar[-1] + pd.Timedelta(days=1))
