@@ -76,6 +76,7 @@ def test_these_are_all_the_notebooks():
         "3_reading_a_backtest",
         "4_your_own_data",
         "5_from_csv_to_fine_tuned_forecast",
+        "6_signals_and_ledger",
     ]
 
 
