@@ -15,6 +15,13 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        """Restore a pickle; a key that there was not yet when it was made gets its default."""
+        super().__setstate__(state)
+        for name, field in type(self).model_fields.items():
+            if not field.is_required():
+                self.__dict__.setdefault(name, field.get_default())
+
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
