@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from textwrap import dedent
 from typing import NoReturn
 
-from kronos_qlib.cli import check, compare, demo_data, factors, finetune, forecast, ingest, tune, workflow
+from kronos_qlib.cli import check, compare, demo_data, factors, finetune, forecast, ingest, roll, tune, workflow
 
 _EPILOG = """\
     With your own bars:
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (forecast, ingest, demo_data, workflow, check, tune, finetune, factors, compare):
+    for command in (forecast, ingest, demo_data, workflow, check, tune, finetune, roll, factors, compare):
         command.add_command(commands)
     return parser
 

@@ -32,8 +32,8 @@ def stage(**changes):
         (
             {"finetune": {"output_dir": "out", "epochs": 3}},
             "finetune.epochs",
-            "output_dir, start_from, checkpoint_every, tokenizer, predictor, processes, max_restarts, micro_batch_size, compile, "
-            "half_life_days, extra_data",
+            "output_dir, start_from, checkpoint_every, tokenizer, predictor, processes, max_restarts, "
+            "micro_batch_size, compile, half_life_days, extra_data",
         ),
         (
             stage(lr=1e-3),
