@@ -8,9 +8,10 @@ from kronos_qlib.cli.command import Commands, fail
 from kronos_qlib.text import printable
 
 _DESCRIPTION = """\
-    Walk-forward: train the model of a workflow, of any Qlib model, anew every N sessions and let each training score the
-    N sessions that follow it. The tasks divide the test segment; train, valid and test move on together. Between train
-    and valid, and valid and test, lies an embargo of as many sessions as a label looks ahead or a window has a horizon.
+    Walk-forward: train the model of a workflow, of any Qlib model, anew every N sessions and let each training score
+    the N sessions that follow it. The tasks divide the test segment; train, valid and test move on together. Between
+    train and valid, and valid and test, lies an embargo of as many sessions as a label looks ahead or a window has a
+    horizon.
 
     Each task is a run of the experiment NAME_rolling_tasks in the workflow's MLflow store. Their predictions, joined,
     are a run of NAME_rolling with the workflow's records but the forecasts' (IC, backtest), which `kronos-qlib compare`

@@ -269,18 +269,26 @@ class WalkForward:
             raise ValueError(f"{owner}: the embargo of {self.embargo} sessions leaves nothing to train on")
         if first - self.embargo <= int(sessions.searchsorted(known["valid"][0])):
             raise ValueError(f"{owner}: the embargo of {self.embargo} sessions leaves nothing to validate")
-        generator = RollingGen(self.step, rtype=self.window, ds_extra_mod_func=None, trunc_days=self.embargo + 1)
+        generator = RollingGen(self.step, rtype=self.window, ds_extra_mod_func=None)
         template = {"dataset": {"kwargs": {"segments": known}}}
         rolled = [task["dataset"]["kwargs"]["segments"] for task in generator.generate(template)]
         return [self._purged(segments, known["test"][1], sessions) for segments in rolled]
 
     def _purged(self, segments: Segments, last: pd.Timestamp, sessions: pd.DatetimeIndex) -> Segments:
-        start, end = segments["test"]
-        valid_start = int(sessions.searchsorted(segments["valid"][0]))
-        train_end = min(segments["train"][1], sessions[valid_start - self.embargo - 1])
-        ends = sessions[sessions <= last][-1]
-        test = start, ends if end is None else min(end, ends)  # the last one may be shorter
-        return {"train": (segments["train"][0], train_end), "valid": segments["valid"], "test": test}
+        """Shorten train and valid by the embargo before what follows them, and test to the workflow's.
+
+        Not by RollingGen's trunc_days, which leaves train as it is and fails where that starts with the calendar.
+        """
+
+        def before(name: str) -> pd.Timestamp:
+            return sessions[int(sessions.searchsorted(segments[name][0])) - self.embargo - 1]
+
+        (start, end), ends = segments["test"], sessions[sessions <= last][-1]
+        return {
+            "train": (segments["train"][0], min(segments["train"][1], before("valid"))),
+            "valid": (segments["valid"][0], min(segments["valid"][1], before("test"))),
+            "test": (start, ends if end is None else min(end, ends)),
+        }
 
     def _run_in_processes(self, tasks: list[RollingTask]) -> Iterator[TaskRun]:
         """As many threads in each process as here: where a batch is cut by them, the scores must not differ."""
