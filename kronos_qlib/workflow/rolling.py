@@ -7,7 +7,6 @@ recorder of its own, and its `RollingEnsemble` joins the predictions.
 import copy
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -38,7 +37,7 @@ from kronos_qlib.data.folds import Segments
 from kronos_qlib.forecast.ray_cluster import RETRIES, connect_to_cluster, require_ray
 from kronos_qlib.hardware.device import resolve_device
 from kronos_qlib.workflow.check import recorder_findings
-from kronos_qlib.workflow.recording import RECORD, package_versions
+from kronos_qlib.workflow.recording import RECORD, package_versions, record_json
 from kronos_qlib.workflow.rolling_task import (
     SECONDS_TAG,
     TASK_TAG,
@@ -65,6 +64,7 @@ Engine: TypeAlias = Literal["local", "ray"]
 ROLLING_TAG = "kronos_qlib.rolling"
 ROLLING_RECORD = "kronos_rolling.json"
 _SEGMENTS = "task.dataset.kwargs.segments"
+_RECORDS = "qlib.workflow.record_temp"
 
 
 @dataclass(frozen=True)
@@ -195,36 +195,23 @@ class WalkForward:
         known = finished_runs(self.experiment, ROLLING_TAG).get(digest)
         if known is not None:
             return R.get_recorder(recorder_id=known.info.run_id, experiment_name=self.experiment)
-        recorders = {
-            run: R.get_recorder(recorder_id=run.recorder_id, experiment_name=self.task_experiment) for run in runs
-        }
+        recorders = [R.get_recorder(recorder_id=run.recorder_id, experiment_name=self.task_experiment) for run in runs]
         joined = {
-            name: RollingEnsemble()(
-                {run.recorder_id: recorder.load_object(name) for run, recorder in recorders.items()}
-            )
+            name: RollingEnsemble()({recorder.id: recorder.load_object(name) for recorder in recorders})
             for name in ("pred.pkl", "label.pkl")
         }
-        config, provenance = self._joined_config(), self._provenance(runs)
+        provenance, kronos_run = self._provenance(runs), self._kronos_run(recorders[-1])
         with R.start(experiment_name=self.experiment):
             recorder = R.get_recorder()
-            R.set_tags(**{ROLLING_TAG: digest}, **_overlaps(recorders.values()))
+            R.set_tags(**{ROLLING_TAG: digest}, **_overlaps(recorders))
             R.log_params(step=self.step, window=self.window, start=self.start, tasks=len(runs))
-            R.save_objects(config=config, **joined)
-            with tempfile.TemporaryDirectory() as folder:
-                for name, values in {
-                    ROLLING_RECORD: provenance,
-                    RECORD: self._kronos_run(recorders[runs[-1]], provenance),
-                }.items():
-                    if values:
-                        path = Path(folder) / name
-                        path.write_text(json.dumps(values, indent=2, default=str) + "\n")
-                        recorder.save_objects(local_path=str(path))
+            R.save_objects(config=self._joined_config(), **joined)
+            record_json(ROLLING_RECORD, provenance)
+            if kronos_run:
+                record_json(RECORD, kronos_run | {"rolling": provenance})
             for record in _list(self.config["task"].get("record")):
-                if not issubclass(get_callable_kwargs(record, "qlib.workflow.record_temp")[0], SignalRecord):
-                    made = init_instance_by_config(
-                        record, recorder=recorder, default_module="qlib.workflow.record_temp"
-                    )
-                    made.generate()
+                if not issubclass(get_callable_kwargs(record, _RECORDS)[0], SignalRecord):
+                    init_instance_by_config(record, recorder=recorder, default_module=_RECORDS).generate()
         return recorder
 
     def _tasks(self, handler: Mapping[str, Any]) -> list[RollingTask]:
@@ -386,14 +373,14 @@ class WalkForward:
             "packages": package_versions(),
         }
 
-    def _kronos_run(self, recorder: Recorder, provenance: dict[str, Any]) -> dict[str, Any]:
+    def _kronos_run(self, recorder: Recorder) -> dict[str, Any]:
         """Return the last task's kronos_run.json, of the whole; nothing for other models."""
         client = MlflowClient(R.get_uri())
         if RECORD not in [file.path for file in client.list_artifacts(recorder.id)]:
             return {}
         values = json.loads(Path(client.download_artifacts(recorder.id, RECORD)).read_text())
         values["data"]["segments"] = self._whole_segments()
-        return values | {"rolling": provenance}
+        return values
 
 
 def _train_elsewhere(place: _Place, task: RollingTask) -> TaskRun:
