@@ -88,7 +88,7 @@ def kronos(market: Path, folder: Path, kind: str = "KronosModel", **changes: Any
     kwargs = {"tokenizer": TOKENIZER, "model": MODEL, "device": "cpu", "dtype": "float32", "seed": 1} | changes
     if kind == "KronosModel":
         kwargs["forecast"] = {"sample_count": 2, "temperature": 1.0}
-        kwargs.setdefault("finetune", {"output_dir": "out", "tokenizer": stage, "predictor": stage | {"epochs": 2}})
+        kwargs.setdefault("finetune", {"output_dir": "out", "predictor": stage | {"epochs": 2}})
     path = write(market, folder, {"class": kind, "module_path": "kronos_qlib", "kwargs": kwargs}, segments=DATES)
     base = yaml.safe_load((folder / "base.yaml").read_text())
     handler = {"class": "KLineHandler", "module_path": "kronos_qlib", "kwargs": {"instruments": "demo"}}
