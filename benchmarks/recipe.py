@@ -37,7 +37,17 @@ from kronos_qlib.workflow.workflow_file import read_workflow
 WORKFLOW = Path(__file__).resolve().parents[1] / "workflows" / "kronos_csi300_nano.yaml"
 FIVE_DAYS = 5
 HALF_LIFE = 500.0  # calendar days
-VARIANTS = ("as it is", "other seed", "batch ×1/2", "batch ×2", "rate ×1/2", "rate ×2", "half-life", "weekly", "sampled")
+VARIANTS = (
+    "as it is",
+    "other seed",
+    "batch ×1/2",
+    "batch ×2",
+    "rate ×1/2",
+    "rate ×2",
+    "half-life",
+    "weekly",
+    "sampled",
+)
 
 
 def main() -> None:
@@ -118,12 +128,22 @@ def add_bars(train: Windows, name: str, make_bars: Callable[[pd.DataFrame], list
     all_bars = Bars(values, bars.stamp[rows], bars.dates[rows], offsets, instruments)
     length = train.lookback + train.future
     starts = [np.arange(a, b - length + 1) for a, b in zip(offsets[:-1], offsets[1:])]
-    return join_windows([("", train), (name, replace(train, bars=all_bars, ends=np.concatenate(starts) + train.lookback - 1))])
+    return join_windows(
+        [("", train), (name, replace(train, bars=all_bars, ends=np.concatenate(starts) + train.lookback - 1))]
+    )
 
 
 def weekly_bars(table: pd.DataFrame) -> list[pd.DataFrame]:
     """Return the bars of an instrument's weeks, each at its last day."""
-    kinds = {"open": "first", "high": "max", "low": "min", "close": "last", "volume": "sum", "amount": "sum", "row": "last"}
+    kinds = {
+        "open": "first",
+        "high": "max",
+        "low": "min",
+        "close": "last",
+        "volume": "sum",
+        "amount": "sum",
+        "row": "last",
+    }
     return [table.groupby(table.index.to_period("W-FRI")).agg(kinds)]
 
 

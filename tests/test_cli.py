@@ -69,6 +69,7 @@ def test_wrong_usage_ends_with_status_2(arguments: list[str], capsys: pytest.Cap
         ([], ["demo-data", "compare", "qrun workflows/lightgbm_demo.yaml"]),
         (["demo-data"], ["SYNTHETIC.txt", "--signal", "default: 0.05", "examples:"]),
         (["tune"], ["task.model.kwargs.learning_rate: {float", "kronos_qlib.trial", "examples:"]),
+        (["roll"], ["NAME_rolling_tasks", "--from {scratch,previous}", "embargo", "examples:"]),
         (["compare"], ["comparison.csv", "excess_return.png", "0.05 is 5 %", "examples:"]),
     ],
 )

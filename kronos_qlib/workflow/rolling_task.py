@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from qlib.data.dataset.weight import Reweighter
 from qlib.model.trainer import _exe_task, _log_task_info
 from qlib.utils import get_callable_kwargs, init_instance_by_config
 from qlib.workflow import R
+from sqlalchemy.engine import make_url
 
 from kronos_qlib.data.folds import Segments
 from kronos_qlib.train.step import derive_seed
@@ -111,8 +113,14 @@ class BarDigests:
 
 
 def finished_runs(experiment: str, tag: str | None) -> dict[str, Run]:
-    """Find the finished runs of an experiment, the newest of each value of a tag, the newest first."""
-    client = MlflowClient(R.get_uri())
+    """Find the finished runs of an experiment, the newest of each value of a tag, the newest first.
+
+    An SQLite store that is not there yet is not made.
+    """
+    uri = R.get_uri()
+    if uri.startswith("sqlite:///") and not Path(make_url(uri).database or "").exists():
+        return {}
+    client = MlflowClient(uri)
     known = client.get_experiment_by_name(experiment)
     if known is None:
         return {}

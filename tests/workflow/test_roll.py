@@ -3,13 +3,16 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import yaml
+from forks import environment
 from linear import mlflow_uri, write
 from mlflow import MlflowClient
 from networks import MODEL, TOKENIZER
@@ -140,8 +143,12 @@ def test_segments_follow_each_other_with_an_embargo_and_cover_the_test_segment(m
     assert len(set(lengths)) == 1 and sliding.tasks[1].segments["train"][0] == sessions[7]
 
 
-def test_a_roll_is_one_run_beside_static_ones_and_a_second_one_trains_nothing(market, place, capsys):
+def test_a_roll_is_one_run_beside_static_ones_and_a_second_one_trains_nothing(market, place, database, capsys):
     path = linear(market, place / "folder", "Mortal")
+    Path("mlflow.db").unlink()
+    assert main(["roll", str(path), "--step", "7", "--dry-run"]) == 0
+    assert "not known before a task" in capsys.readouterr().out and not Path("mlflow.db").exists()
+    shutil.copy(database, place)
     assert main(["roll", str(path), "--step", "7"]) == 0
     told = capsys.readouterr().out
     assert "4/4  task 4: 2018-07-17 … 2018-07-24  rank IC " in told
@@ -200,13 +207,35 @@ def test_a_roll_that_is_killed_at_any_task_goes_on_from_the_next_one(market, pla
     assert same(found, whole.join(list(whole.run())).load_object("pred.pkl"))
 
 
-def test_processes_change_no_score(market, place):
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Ray cluster of one core on this machine."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    node = {"num_cpus": 1, "include_log_monitor": False, "include_dashboard": False, "no_monitor": True}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.mark.slow
+def test_neither_processes_nor_a_cluster_change_a_score(market, place, cluster):
     path = linear(market, place / "folder", "Drawn")
-    one, two = WalkForward(path, 12, experiment="one"), WalkForward(path, 12, processes=2, experiment="two")
-    found = [sorted(walk.run(), key=lambda run: run.task.number) for walk in (one, two)]
-    assert len(found[0]) == 3
-    assert all(same(scores(a, one), scores(b, two)) for a, b in zip(*found, strict=True))
-    assert not found[1][0].reused
+    walks = [
+        WalkForward(path, 18, experiment=name, **options)
+        for name, options in {"one": {}, "two": {"processes": 2}, "ray": {"engine": "ray"}}.items()
+    ]
+    found = [sorted(walk.run(), key=lambda run: run.task.number) for walk in walks]
+    one = [scores(run, walks[0]) for run in found[0]]
+    assert len(one) == 2
+    for walk, runs in zip(walks[1:], found[1:]):
+        assert all(same(a, scores(run, walk)) for a, run in zip(one, runs, strict=True))
+        assert not any(run.reused for run in runs)
 
 
 @pytest.mark.slow
