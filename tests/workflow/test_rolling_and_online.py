@@ -12,6 +12,7 @@ import yaml
 from qlib.contrib.rolling.base import Rolling
 from qlib.model.ens.ensemble import RollingEnsemble
 from qlib.model.trainer import TrainerR, task_train
+from qlib.utils import init_instance_by_config
 from qlib.workflow import R
 from qlib.workflow.online.manager import OnlineManager
 from qlib.workflow.online.strategy import RollingStrategy
@@ -117,6 +118,10 @@ def test_rolled_tasks_lie_side_by_side_and_start_from_the_one_before(
     assert len(known) == 3 and ends[former] == min(ends.values()) < ends[begun]
     epochs = {folder: values["settings.epochs"] for folder, values in known.items()}
     assert epochs.pop(begun) == 1 and set(epochs.values()) == {2}
+    options["start_from"] = str(begun)
+    early["model"]["kwargs"] |= settings
+    with pytest.raises(ValueError, match="holds no finished training of such networks whose dates end before"):
+        init_instance_by_config(early["model"]).job(init_instance_by_config(early["dataset"]))
     assert "goes into" not in warnings_logged.text
 
 
