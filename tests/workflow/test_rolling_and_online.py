@@ -18,7 +18,7 @@ from qlib.workflow.online.manager import OnlineManager
 from qlib.workflow.online.strategy import RollingStrategy
 from qlib.workflow.online.update import LabelUpdater, PredUpdater
 from qlib.workflow.online.utils import OnlineToolR
-from qlib.workflow.record_temp import MultiPassPortAnaRecord
+from qlib.workflow.record_temp import MultiPassPortAnaRecord, PortAnaRecord
 from qlib.workflow.task.collect import RecorderCollector
 from qlib.workflow.task.gen import RollingGen, task_generator
 from qlib.workflow.task.utils import list_recorders
@@ -206,16 +206,30 @@ def test_ties_are_shuffled_over_several_backtests(store, run):
 
 
 @pytest.mark.skipif(int(version("plotly").split(".")[0]) > 6, reason="qlib.contrib.report needs plotly 6 or older")
-def test_qlib_draws_its_report_figures_of_kronos_scores(run):
+def test_qlib_draws_its_report_figures_of_our_recorders(store, run):
     from qlib.contrib.report import analysis_model, analysis_position
 
-    labels = R.get_recorder(recorder_id=run.recorder.id, experiment_name="run")
-    assert labels.list_artifacts()
-    frame = run.scores.to_frame("score").join(
-        run.dataset.prepare("test", col_set="label").iloc[:, 0].rename("label"), how="inner"
+    with R.start(experiment_name="figures"):
+        recorder = R.get_recorder()
+        labels = run.dataset.prepare("test", col_set="label")
+        R.save_objects(**{"pred.pkl": run.scores.to_frame("score"), "label.pkl": labels})
+        PortAnaRecord(recorder, config=PORTFOLIO).generate()
+    report, positions, analysis = (
+        recorder.load_object(f"portfolio_analysis/{name}_1day.pkl")
+        for name in ("report_normal", "positions_normal", "port_analysis")
     )
-    figures = [
-        *analysis_model.model_performance_graph(frame, show_notebook=False),
-        *analysis_position.score_ic_graph(frame.swaplevel().sort_index(), show_notebook=False),
-    ]
-    assert len(figures) >= 5 and all(figure.data for figure in figures)
+    scores = recorder.load_object("pred.pkl")
+    frame = scores.join(recorder.load_object("label.pkl").iloc[:, 0].rename("label"), how="inner")
+    by_name = frame.swaplevel().sort_index()
+    labels = by_name[["label"]]
+    quiet = {"show_notebook": False}
+    figures = {
+        "model_performance": analysis_model.model_performance_graph(frame, **quiet),
+        "score_ic": analysis_position.score_ic_graph(by_name, **quiet),
+        "report": analysis_position.report_graph(report, **quiet),
+        "risk_analysis": analysis_position.risk_analysis_graph(analysis, report, **quiet),
+        "cumulative_return": analysis_position.cumulative_return_graph(positions, report, labels, **quiet),
+        "rank_label": analysis_position.rank_label_graph(positions, labels, **quiet),
+    }
+    assert all(figures.values())
+    assert all(figure.data for drawn in figures.values() for figure in drawn)
