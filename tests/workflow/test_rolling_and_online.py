@@ -203,6 +203,7 @@ def test_ties_are_shuffled_over_several_backtests(store, run):
         record.generate()
     table = recorder.load_object("portfolio_analysis/multi_pass_port_analysis_1day.pkl")
     assert np.isfinite(table[["mean", "std"]].to_numpy()).all() and len(table) == 4
+    assert (table["std"] > 0).all(), table
 
 
 @pytest.mark.skipif(int(version("plotly").split(".")[0]) > 6, reason="qlib.contrib.report needs plotly 6 or older")
