@@ -224,7 +224,8 @@ class WalkForward:
             config["dataset"]["kwargs"]["segments"] = segments
             if base is not None and self.start == "previous":
                 config["model"] = _with_start(config["model"], before, self.next_epochs)
-            digest = _digest(replaced(config, {"output_dir": ""}), bars.until(segments["test"][1]))
+            decisive = replaced(config, {"output_dir": None, "end_time": None})  # later bars decide no score
+            digest = _digest(decisive, bars.until(segments["test"][1]))
             if base is not None:
                 folder = f"{base}_rolling/{segments['test'][0].date()}_{digest}"
                 config["model"] = replaced(config["model"], {"output_dir": folder})

@@ -189,6 +189,16 @@ def test_a_joined_run_is_what_the_tasks_scored_and_no_score_sees_a_later_bar(mar
         assert not found[3].equals(again[3]), "the market does differ"
 
 
+def test_a_longer_test_segment_adds_tasks_and_leaves_those_of_before(market, place):
+    long = WalkForward(linear(market, place / "long"), 7)
+    path = write(market, place / "short", segments=DATES | {"test": ["2018-06-18", "2018-07-05"]}, records=RECORDS)
+    base = path.with_name("base.yaml")
+    base.write_text(base.read_text().replace("end_time: '2018-08-13'", "end_time: '2018-07-12'"))
+    short = WalkForward(path, 7)
+    assert short.config["task"]["dataset"]["kwargs"]["handler"]["kwargs"]["end_time"] == "2018-07-12"
+    assert [task.digest for task in short.tasks] == [task.digest for task in long.tasks[:2]]
+
+
 def test_a_roll_that_is_killed_at_any_task_goes_on_from_the_next_one(market, place):
     path = linear(market, place / "folder", "Mortal")
     arguments = str(path), "--step", "9"
