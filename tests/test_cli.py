@@ -72,6 +72,7 @@ def test_wrong_usage_ends_with_status_2(arguments: list[str], capsys: pytest.Cap
         (["tune"], ["task.model.kwargs.learning_rate: {float", "kronos_qlib.trial", "examples:"]),
         (["ledger"], ["ledger update", "ledger show", "before the next session opened", "examples:"]),
         (["ledger", "show"], ["its power is said", "KRONOS_LEDGER", "examples:"]),
+        (["roll"], ["NAME_rolling_tasks", "--from {scratch,previous}", "embargo", "examples:"]),
         (["compare"], ["comparison.csv", "excess_return.png", "0.05 is 5 %", "examples:"]),
     ],
 )

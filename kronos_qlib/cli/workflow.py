@@ -24,6 +24,10 @@ _EXAMPLES = """\
     those that come with the package:
       kronos-qlib workflow --copy kronos_csi300_nano      into workflows/, with its base
       kronos-qlib workflow --copy all
+
+    one file of plain YAML, for Qlib's Rolling and other readers that know neither a base nor templates:
+      kronos-qlib workflow --flat workflows/lightgbm_csi300.yaml --out flat.yaml
+      python -m qlib.contrib.rolling base --conf_path=flat.yaml --horizon=1 --step=60 run
 """
 
 
@@ -43,6 +47,7 @@ def add_command(commands: Commands) -> None:
     command.add_argument("--freq", help="which bars of the store, such as 5min (default: the finest there are)")
     command.add_argument("--benchmark", metavar="NAME", help="an instrument (default: the index, or the mean of all)")
     command.add_argument("--copy", nargs="+", metavar="NAME", help="copy workflows of the package instead, or all")
+    command.add_argument("--flat", metavar="WORKFLOW.yaml", type=Path, help="write this one without base and templates")
     command.add_argument(
         "--out", type=Path, help="the workflow's file (default: the store's name); with --copy a folder: workflows/"
     )
@@ -52,10 +57,15 @@ def add_command(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit status."""
     from kronos_qlib.workflow.new_workflow import copy_examples, example_names, write_workflow
+    from kronos_qlib.workflow.workflow_file import write_flat_workflow
 
     notes: list[str] = []
     try:
-        if options.copy:
+        if options.flat:
+            if options.store or options.copy:
+                raise ValueError("--flat takes a workflow; leave the store and --copy out")
+            files = [write_flat_workflow(options.flat, options.out or Path(f"{options.flat.stem}_flat.yaml"))]
+        elif options.copy:
             if options.store:
                 raise ValueError("--copy takes workflows of the package; leave the store out")
             files = copy_examples(options.copy, options.out or Path("workflows"))

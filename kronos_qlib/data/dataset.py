@@ -42,6 +42,8 @@ def _check_handler(value: Any) -> Any:
     """Check the setting `handler`. Raises ValueError."""
     if isinstance(value, (DataHandler, Mapping)):
         return check_configuration(value)
+    if isinstance(value, str) and value.startswith("file://"):
+        return value
     raise ValueError("should be a KLineHandler or its configuration")
 
 
@@ -70,7 +72,7 @@ class DatasetSettings(Settings):
     """The keyword arguments of `KLineDataset`."""
 
     handler: Annotated[Any, BeforeValidator(_check_handler)]
-    """A `KLineHandler` or its configuration."""
+    """A `KLineHandler`, its configuration, or `file://…`, a pickle of one, as Qlib's `Rolling` makes it."""
     segments: dict[str, Annotated[Any, BeforeValidator(check_segment)]] = Field(min_length=1)
     """Name → [first, last] score date, either may be null; the lookback may begin before the first."""
     lookback: int = Field(default=90, ge=2)

@@ -35,16 +35,7 @@ def compute_on_cluster(
         ModuleNotFoundError: the extra `ray` is not installed. ConnectionError: there is no cluster.
         RuntimeError: a chunk was lost too often, or the cluster has no core or GPU.
     """
-    ray = require_ray()
-    if not ray.is_initialized():
-        address = os.environ.get("RAY_ADDRESS", "auto")
-        try:
-            ray.init(address=address, log_to_driver=False)
-        except ConnectionError as error:
-            raise ConnectionError(
-                f"forecast.engine: ray found no cluster at {address!r}; start one (`ray start --head`), set "
-                "RAY_ADDRESS, or use engine: local"
-            ) from error
+    ray = connect_to_cluster()
     kind = "GPU" if task.device.type == "cuda" else "CPU"
     if not (slots := _slots(ray, kind)):
         raise RuntimeError(f"forecast.engine: ray: the cluster has no {kind}")
@@ -96,7 +87,29 @@ def _table(name: str, task: Task, rows: np.ndarray) -> pa.Table:
         return _FORECASTERS[name].table(rows)
 
 
-def require_ray() -> ModuleType:
+def connect_to_cluster(key: str = "forecast.engine") -> ModuleType:
+    """Connect Ray to the cluster of RAY_ADDRESS, or one on this machine, unless it is connected, and return it.
+
+    Args:
+        key: of the setting or option that asks for it, for errors.
+
+    Raises:
+        ModuleNotFoundError: the extra `ray` is not installed. ConnectionError: there is no cluster.
+    """
+    ray = require_ray(key)
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS", "auto")
+        try:
+            ray.init(address=address, log_to_driver=False)
+        except ConnectionError as error:
+            raise ConnectionError(
+                f"{key}: ray found no cluster at {address!r}; start one (`ray start --head`), set RAY_ADDRESS, or use "
+                "the engine local"
+            ) from error
+    return ray
+
+
+def require_ray(key: str = "forecast.engine") -> ModuleType:
     """Import Ray.
 
     Raises:
@@ -105,7 +118,5 @@ def require_ray() -> ModuleType:
     try:
         import ray
     except ImportError as error:
-        raise ModuleNotFoundError(
-            "forecast.engine: ray needs the extra: pip install -c constraints.txt -e '.[ray]'"
-        ) from error
+        raise ModuleNotFoundError(f"{key}: ray needs the extra: pip install -c constraints.txt -e '.[ray]'") from error
     return ray

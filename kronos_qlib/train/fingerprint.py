@@ -16,9 +16,12 @@ from kronos_qlib.train.stages import StageSpecification
 
 FILE = "identity.json"
 DATES = "dates"  # of the windows, for people and for `read_dates`: the digests below tell trainings apart
-NEEDLESS = ("settings.log_every", DATES)  # change no weight and no choice of weights
-# Of a ranker's settings: where, by how many and how safely it is trained, and how many others are.
+START = "start"  # the folder whose weights a training began with; the weights themselves are told by their digest
+NEEDLESS = ("settings.log_every", DATES, START)  # change no weight and no choice of weights
+# Of a ranker's settings: where, by how many and how safely it is trained, and how many others are. Of all: what is of
+# a training from former weights, whose own epochs and learning rate these are.
 EXECUTION = "output_dir", "processes", "max_restarts", "checkpoint_every", "ensemble"
+FROM_FORMER = "start_from", "next_epochs", "next_learning_rate"
 EPOCHS, VALID_WINDOWS = "settings.epochs", "settings.valid_windows"
 CONTINUED = "continued"  # of a training whose epochs were raised: those before, and the step at which it went on
 BARS_AT_ONCE = 65_536
@@ -31,7 +34,7 @@ def fingerprint(specification: StageSpecification) -> dict[str, object]:
     resumed. The device is left out: a training may go on elsewhere, where it rounds differently.
     """
     stage = specification.stage
-    settings = stage.settings.model_dump(exclude=set(EXECUTION))
+    settings = stage.settings.model_dump(exclude={*EXECUTION, *FROM_FORMER})
     if isinstance(settings.get("loss"), dict):  # a class of the user's own, wherever its file lies
         settings["loss"] = identity_of(settings["loss"])
     values: dict[str, object] = {f"settings.{key}": value for key, value in settings.items()}
@@ -48,6 +51,8 @@ def fingerprint(specification: StageSpecification) -> dict[str, object]:
     if specification.train.normalisation != "unit_free":
         values["normalisation"] = specification.train.normalisation_identity
     values[DATES] = describe_dates(specification.train, specification.valid)
+    if specification.start is not None:
+        values[START] = specification.start
     if specification.draw_weights is not None:
         digest = hashlib.blake2b(specification.draw_weights.tobytes(), digest_size=16)
         values["window weights (half_life_days, reweighter)"] = digest.hexdigest()
@@ -126,6 +131,11 @@ def describe_dates(train: Windows, valid: Windows) -> dict[str, list[str]]:
 def read_dates(folder: Path) -> dict[str, list[str]] | None:
     """Read the dates of the training whose checkpoints are in a stage's folder; None without one, or without dates."""
     return (_read(folder) or {}).get(DATES) if whole_checkpoints(folder / CHECKPOINTS) else None
+
+
+def read_finished(folder: Path) -> dict[str, Any] | None:
+    """Read the fingerprint of the training in a stage's folder if that has ended, else None."""
+    return _read(folder) if (folder / RESULT_FILE).exists() else None
 
 
 def _go_on(folder: Path, values: dict[str, object]) -> list[list[int]]:

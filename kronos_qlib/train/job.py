@@ -42,6 +42,7 @@ class Job:
     settings: what to do. folder: where to write, its `output_dir` or a folder in its place.
     draw_weights: how often each training window is to be drawn, or None: all alike.
     recorder: the MLflow store and run that get the metrics, or None.
+    start: the folder of the training whose weights the networks have, or None.
     """
 
     tokenizer: KronosTokenizer
@@ -55,6 +56,7 @@ class Job:
     dtype: torch.dtype
     draw_weights: np.ndarray | None = None
     recorder: dict[str, str] | None = None
+    start: str | None = None
     settings_kind: ClassVar[type[Settings]] = FinetuneSettings
 
     @property
@@ -88,6 +90,7 @@ class Job:
             compile=self.settings.compile,
             checkpoint_every=self.settings.checkpoint_every,
             draw_weights=self.draw_weights,
+            start=self.start,
         )
 
     def run(self, group: Group = SINGLE_PROCESS, launcher: int | None = None, log: Log | None = None) -> None:
@@ -155,6 +158,7 @@ class Job:
                 "dtype": str(self.dtype).removeprefix("torch."),
                 "draw_weights": self.draw_weights is not None,
                 "recorder": self.recorder,
+                "start": self.start,
                 "quantizer": self.tokenizer.own_quantizer,
             }
             self._save_own(folder)
@@ -199,6 +203,7 @@ class Job:
             dtype=getattr(torch, manifest["dtype"]),
             draw_weights=np.load(folder / DRAW_WEIGHTS, mmap_mode="r") if manifest["draw_weights"] else None,
             recorder=manifest["recorder"],
+            start=manifest["start"],
             **kind._load_own(folder),
         )
 
@@ -247,6 +252,7 @@ class RankerJob(Job):
                 checkpoint_every=self.settings.checkpoint_every,
                 train_targets=self.train_targets,
                 valid_targets=self.valid_targets,
+                start=self.start,
             )
 
     def _save_own(self, folder: Path) -> None:

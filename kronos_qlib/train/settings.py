@@ -1,8 +1,9 @@
 """The settings of two-stage fine-tuning, as a workflow file gives them; defaults are the published recipe."""
 
+from string import Formatter
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from kronos_qlib.extensions import identify
 from kronos_qlib.settings import Settings, check_configuration
@@ -10,6 +11,7 @@ from kronos_qlib.train.adapters import LoraSettings
 from kronos_qlib.train.losses import load_loss
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+PLACES = "task", "train_start", "train_end"  # of an output_dir, filled in for each training
 
 
 def _auto_or_count(value: Any) -> int | str:
@@ -19,6 +21,22 @@ def _auto_or_count(value: Any) -> int | str:
 
 
 AutoOrCount = Annotated[Any, BeforeValidator(_auto_or_count)]
+
+
+def _known_places(folder: str) -> str:
+    """Check the places in braces of an output_dir. Raises ValueError."""
+    known = " and ".join(f"{{{name}}}" for name in PLACES)
+    try:
+        parts = list(Formatter().parse(folder))
+    except ValueError:
+        parts = [("", "", "", None)]
+    if any(name is not None and (name not in PLACES or spec or conversion) for _, name, spec, conversion in parts):
+        raise ValueError(f"should have no other braces than {known}")
+    return folder
+
+
+OutputDir = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$"), AfterValidator(_known_places)]
+StartFrom = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
 
 
 def _own_loss(value: Any) -> Any:
@@ -51,6 +69,10 @@ class LearningSettings(Settings):
     """Train low-rank adapters instead of the weights (extra `lora`); they are merged into best/."""
     log_every: int = Field(default=20, ge=1)
     """Steps between two rows of history.csv."""
+    next_epochs: int | None = Field(default=None, ge=1)
+    """Epochs of a training that starts from the weights of a former one (`start_from`); null: as many as `epochs`."""
+    next_learning_rate: float | None = Field(default=None, gt=0)
+    """Likewise its peak learning rate; null: `learning_rate`."""
 
     @model_validator(mode="after")
     def _frozen_or_adapted(self) -> "LearningSettings":
@@ -104,8 +126,11 @@ class PredictorSettings(StageSettings):
 class RankerSettings(LearningSettings):
     """The `ranker` mapping of a KronosRanker: how a Kronos learns to rank the instruments of a day."""
 
-    output_dir: str = Field(min_length=1, pattern=r"^[^\x00]+$")
-    """Gets ranker/ (ranker_1/ … of an ensemble), each with history.csv, checkpoints/ and best/ (hub format)."""
+    output_dir: OutputDir
+    """Gets ranker/ (ranker_1/ … of an ensemble), each with history.csv, checkpoints/ and best/ (hub format). As of
+    `finetune`, with `{task}` and so on."""
+    start_from: StartFrom | None = None
+    """As of `finetune`."""
     epochs: int = Field(default=4, ge=1)
     days_per_epoch: int | None = Field(default=None, ge=1)
     """Training days of an epoch; null: all."""
@@ -145,8 +170,13 @@ class RankerSettings(LearningSettings):
 class FinetuneSettings(Settings):
     """The keys of a workflow's `finetune` mapping that a training knows; `extra_data` is the workflow's own."""
 
-    output_dir: str = Field(min_length=1, pattern=r"^[^\x00]+$")
-    """Gets tokenizer/ and predictor/, each with history.csv, checkpoints/ and best/ (hub format)."""
+    output_dir: OutputDir
+    """Gets tokenizer/ and predictor/, each with history.csv, checkpoints/ and best/ (hub format). `{task}` in it is
+    replaced by a digest of all that decides the training, `{train_start}` and `{train_end}` by its dates, so that the
+    trainings of rolling tasks lie side by side, see [Rolling](rolling.md)."""
+    start_from: StartFrom | None = None
+    """`previous` starts from the weights of the newest finished training beside this one whose dates end earlier, or,
+    if there is none, as `tokenizer` and `model` say; the folder of a finished training starts from that one."""
     checkpoint_every: int = Field(default=200, ge=1)
     """Steps between two checkpoints; the last two are kept."""
     tokenizer: Annotated[TokenizerSettings | None, Field(strict=False)] = None

@@ -257,6 +257,7 @@ class StageSpecification:
         windows; None: all alike.
     train_targets, valid_targets: labels of the windows, float32 `[W]`; with them batches are of whole days, by which
         the windows are sorted. None for stages that learn from bars alone.
+    start: the folder of the training whose weights this one begins with, to be recorded; None: of none.
     """
 
     stage: Stage
@@ -271,3 +272,4 @@ class StageSpecification:
     draw_weights: np.ndarray | None = None
     train_targets: np.ndarray | None = None
     valid_targets: np.ndarray | None = None
+    start: str | None = None

@@ -188,7 +188,7 @@ def ranker_findings(model: KronosRanker, dataset: Any) -> Iterator[Finding]:
     yield _folder_finding("ranker.output_dir", Path(settings.ranker.output_dir))
     if isinstance(dataset, KLineDataset):
         try:
-            job = model.job(dataset, Path(settings.ranker.output_dir))
+            job = model.job(dataset)
         except ValueError as error:
             yield Finding("error", "ranker", one_line(error))
             return

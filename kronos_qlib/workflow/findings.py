@@ -41,7 +41,7 @@ def segment_overlap(dataset: KLineDataset, earlier: str, later: str) -> str | No
 def record_findings(task: Mapping[str, Any]) -> Iterator[Finding]:
     """Find records, strategies and backtests of a task that cannot run; Qlib has to be initialised."""
     given = task.get("record") or []
-    records = given if isinstance(given, list) else [given]
+    records = [_configuration(record) for record in (given if isinstance(given, list) else [given])]
     names = [str(record.get("class")) for record in records]
     for record, name in zip(records, names):
         problem = _import_problem(record, _RECORDS)
@@ -54,6 +54,14 @@ def record_findings(task: Mapping[str, Any]) -> Iterator[Finding]:
             "record ForecastRecord",
             "stands after PortAnaRecord: a backtest that fails would leave the forecasts without their measures",
         )
+
+
+def _configuration(record: Any) -> Mapping[str, Any]:
+    """Return a record's configuration; Qlib takes the path of its class for one, too."""
+    if isinstance(record, Mapping):
+        return record
+    place, _, name = str(record).rpartition(".")
+    return {"class": name, "module_path": place} if place else {"class": name}
 
 
 def backtest_findings(config: Mapping[str, Any]) -> Iterator[Finding]:

@@ -42,7 +42,8 @@ from kronos_qlib.workflow.recording import (
     warn_of_pretraining_overlap,
 )
 from kronos_qlib.workflow.settings import known_dtype, known_network
-from kronos_qlib.workflow.training_job import folder_by_dates, run_job, warn_of_seen_dates
+from kronos_qlib.workflow.training_folder import load_former_weights, next_settings, training_folder
+from kronos_qlib.workflow.training_job import run_job, warn_of_seen_dates
 
 logger = get_module_logger("KronosRanker")
 SCORED_TOGETHER = 32  # windows in a forward pass, always: a score must not depend on how many there are
@@ -123,7 +124,7 @@ class KronosRanker(ModelFT):
             logger.warning(f"{finding.subject}: {finding.text}")
         if reweighter is not None:
             raise ValueError("KronosRanker: takes no reweighter: days are drawn alike")
-        self._train(dataset, Path(self.settings.ranker.output_dir))
+        self._train(self.job(dataset), dataset)
 
     def finetune(self, dataset: KLineDataset, output_dir: str | Path | None = None) -> None:
         """Train the present rankers further.
@@ -131,7 +132,8 @@ class KronosRanker(ModelFT):
         Args:
             output_dir: where to; by default the folder `finetune` in the settings' output_dir.
         """
-        self._train(dataset, Path(output_dir or Path(self.settings.ranker.output_dir) / "finetune"))
+        folder = Path(output_dir or Path(self.settings.ranker.output_dir) / "finetune")
+        self._train(self.job(dataset, folder), dataset)
 
     def predict(self, dataset: KLineDataset, segment: str | slice = "test") -> pd.Series:
         """Score every window of a segment.
@@ -155,15 +157,16 @@ class KronosRanker(ModelFT):
             scores = [own.groupby(level="datetime").rank(pct=True) for own in scores]
         return (sum(scores[1:], scores[0]) / len(scores)).rename("score")
 
-    def job(self, dataset: KLineDataset, output_dir: Path) -> RankerJob:
+    def job(self, dataset: KLineDataset, output_dir: Path | None = None) -> RankerJob:
         """Return what `fit` would train: networks, windows, labels and settings, ready to run.
 
         Args:
-            output_dir: where to. Where it holds a training on other dates, as when Qlib rolls a task on, a folder in it
-                that is named by these dates, with a warning.
+            output_dir: where to, from the present weights; by default the settings', from the weights that `start_from`
+                names. Which folder that is, `training_folder` decides.
 
         Raises:
-            ValueError: a segment has no day with two labels, or one reaches into the next.
+            ValueError: a segment has no day with two labels, one reaches into the next, or `start_from` names no
+                training to start from.
         """
         self._check(dataset)
         overlap = segment_overlap(dataset, "train", "valid")
@@ -171,7 +174,14 @@ class KronosRanker(ModelFT):
             raise ValueError(f"KronosRanker: {overlap}: the weights would be chosen on what they were trained on")
         train, train_targets = labelled_windows(dataset, "train")
         valid, valid_targets = labelled_windows(dataset, "valid")
-        folder = folder_by_dates("KronosRanker", output_dir, ranker_names(len(self.rankers)), train, valid)
+        settings, place, start = self.settings.ranker, output_dir or Path(self.settings.ranker.output_dir), None
+        learning = dict(zip(ranker_names(len(self.rankers)), self.rankers))
+        if output_dir is None:
+            start = load_former_weights("KronosRanker", settings.start_from, place, learning, train, valid)
+        if start is not None:
+            settings = next_settings(settings)
+        targets = train_targets, valid_targets
+        folder = training_folder("KronosRanker", place, settings, learning, train, valid, self.settings.seed, targets)
         for windows in (train, valid):
             dataset.warn_of_left_out(windows)
         if "test" in dataset.segments:
@@ -184,19 +194,19 @@ class KronosRanker(ModelFT):
             model=self.model,
             train=train,
             valid=valid,
-            settings=self.settings.ranker,
+            settings=settings,
             folder=folder,
             seed=self.settings.seed,
             device=device,
             dtype=resolve_dtype(self.settings.dtype, device),
             recorder=active_recorder(),
+            start=None if start is None else str(start),
             rankers=tuple(self.rankers),
             train_targets=train_targets,
             valid_targets=valid_targets,
         )
 
-    def _train(self, dataset: KLineDataset, output_dir: Path) -> None:
-        job = self.job(dataset, output_dir)
+    def _train(self, job: RankerJob, dataset: KLineDataset) -> None:
         record_run(self.settings, dataset)
         run_job(job)
         for stage, best in job.results().items():

@@ -96,13 +96,13 @@ def record_run(settings: Settings, dataset: KLineDataset, calibration: Calibrati
     }
     if calibration is not None:
         run["calibration"] = calibration.model_dump(exclude={"identity", "conformity"})
-    _save_json(RECORD, run)
+    record_json(RECORD, run)
 
 
 def record_factors(provenance: dict[str, Any]) -> None:
     """Save what factors are made of as kronos_factors.json in the active recorder, if any."""
     if _recording():
-        _save_json(FACTORS_RECORD, provenance)
+        record_json(FACTORS_RECORD, provenance)
 
 
 def package_versions() -> dict[str, str | None]:
@@ -110,8 +110,8 @@ def package_versions() -> dict[str, str | None]:
     return {name: _version(name) for name in PACKAGES}
 
 
-def _save_json(name: str, values: dict[str, Any]) -> None:
-    """Save values in the active recorder under a name, unless it holds the very same already."""
+def record_json(name: str, values: dict[str, Any]) -> None:
+    """Save values as a file of the active recorder, unless that holds the very same already."""
     recorder, content = R.get_recorder(), json.dumps(values, indent=2, default=str) + "\n"
     if _recorded.get((recorder.id, name)) == content:
         return

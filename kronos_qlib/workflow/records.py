@@ -52,6 +52,7 @@ from kronos_qlib.workflow.calibration_job import drawn_outcomes, fit_on_segment
 from kronos_qlib.workflow.model import KronosModel
 
 logger = get_module_logger("ForecastRecord")
+_NO_MODEL = "<MODEL>"  # what a workflow file says, where no model took its place
 FEW_SAMPLES = 20  # with fewer the 90 % band of the right forecast covers less than 81 %
 
 
@@ -107,7 +108,8 @@ class ForecastRecord(RecordTemp):
 
     Args:
         model, dataset: a fitted KronosModel and its KLineDataset (`<MODEL>` and `<DATASET>` in a workflow). For another
-            Qlib model it measures nothing and logs that: workflows of all models may share their records.
+            Qlib model it measures nothing and logs that: workflows of all models may share their records; likewise
+            for `<MODEL>` itself, as in a run that Qlib's `Rolling` has joined of several models' predictions.
         segment: whose forecasts are measured.
         calibrate_on: a segment that ends before `segment` starts. On its forecasts, those of which all bars lie within
             it, a calibration is fitted; what it would change on `segment` is recorded. It changes no score. It needs
@@ -171,7 +173,9 @@ class ForecastRecord(RecordTemp):
 
     @property
     def _has_forecasts(self) -> bool:
-        return isinstance(self.model, KronosModel) or not isinstance(self.model, BaseModel)
+        return self.model != _NO_MODEL and (
+            isinstance(self.model, KronosModel) or not isinstance(self.model, BaseModel)
+        )
 
     def generate(self, **kwargs: Any) -> None:
         """Measure the forecasts; save tables and figure.
@@ -181,7 +185,8 @@ class ForecastRecord(RecordTemp):
                 window of which all bars lie within it.
         """
         if not self._has_forecasts:
-            logger.info(f"ForecastRecord: {type(self.model).__name__} forecasts no bars: there is nothing to measure")
+            name = "a joined run" if self.model == _NO_MODEL else type(self.model).__name__
+            logger.info(f"ForecastRecord: {name} forecasts no bars: there is nothing to measure")
             return
         calibration = self._calibration()
         drawn = outcomes = segment_outcomes(self.model, self.dataset, self.settings.segment)

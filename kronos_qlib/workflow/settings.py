@@ -189,8 +189,7 @@ class ModelSettings(Settings):
         return self
 
     def __setstate__(self, state: dict[Any, Any]) -> None:
-        """Restore a pickle; in older ones `finetune` is the training's class, and there is no calibration."""
+        """Restore a pickle; in older ones `finetune` is the training's class."""
         super().__setstate__(state)
-        self.__dict__.setdefault("calibration", None)
         if type(self.finetune) is FinetuneSettings:
             self.finetune = WorkflowFinetuneSettings.model_construct(**vars(self.finetune))

@@ -1,6 +1,5 @@
 """Fine-tune as the settings of a KronosModel say: the job, its run, what the recorder gets of it."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.train import Job
 from kronos_qlib.train.adapters import check_freeze, require_peft
 from kronos_qlib.train.batches import recency_weights
-from kronos_qlib.train.fingerprint import describe_dates, read_dates
 from kronos_qlib.train.job import EXTRA_DATA, STAGES
 from kronos_qlib.train.launch import launch
 from kronos_qlib.train.loop import evenly_spaced
@@ -32,6 +30,7 @@ from kronos_qlib.workflow.recording import (
     warn_of_pretraining_overlap,
 )
 from kronos_qlib.workflow.settings import ModelSettings, WorkflowFinetuneSettings
+from kronos_qlib.workflow.training_folder import load_former_weights, next_settings, training_folder
 
 logger = get_module_logger("KronosModel")
 REPORT_WINDOWS = 1000  # of the validation segment, on which the report at the end of a training is made
@@ -80,18 +79,18 @@ def training_job(
     """Return the job of `finetune`: networks, windows and settings, ready to run.
 
     Args:
-        output_dir: where to; by default the settings'. Where it holds a training on other dates, as when Qlib rolls a
-            task on, a folder in it that is named by these dates, with a warning.
+        output_dir: where to, from the present weights; by default the settings', from the weights that `start_from`
+            names. Which folder that is, `training_folder` decides.
         extra_dir: where the windows of other stores are left; by default in `output_dir`.
 
     Raises:
-        ValueError: finetune is null, a segment has no window, or the reweighter gives no usable weights.
+        ValueError: finetune is null, a segment has no window, the reweighter gives no usable weights, or `start_from`
+            names no training to start from.
     """
     finetune, device = settings.finetune, resolve_device(settings.device)
     if finetune is None:
         raise ValueError("KronosModel: finetune is null in the settings: there is nothing to train")
     own, valid = dataset.training_windows("train"), dataset.training_windows("valid")
-    folder = folder_by_dates("KronosModel", output_dir or Path(finetune.output_dir), STAGES, own, valid)
     dataset.warn_of_left_out(own)
     dataset.warn_of_left_out(valid)
     overlap = segment_overlap(dataset, "train", "valid")
@@ -102,10 +101,18 @@ def training_job(
         dataset.warn_of_left_out(test)
         warn_of_seen_dates(test, train=own, valid=valid)
         warn_of_pretraining_overlap(tokenizer, model, test)
-    train = training_set(own, dataset, finetune.extra_data, (extra_dir or folder) / EXTRA_DATA)
-    check_groups("KronosModel", model, train.bars)
     if len(dataset.handler.columns) > len(COLUMNS) and finetune.tokenizer is not None:
         tokenizer.config["columns"] = list(dataset.handler.columns[len(COLUMNS) :])
+    learning = {"tokenizer": tokenizer, "predictor": model}
+    learning = {name: network for name, network in learning.items() if getattr(finetune, name) is not None}
+    place, start = output_dir or Path(finetune.output_dir), None
+    if output_dir is None:
+        start = load_former_weights("KronosModel", finetune.start_from, place, learning, own, valid)
+    if start is not None:
+        finetune = finetune.model_copy(update={name: next_settings(getattr(finetune, name)) for name in learning})
+    folder = training_folder("KronosModel", place, finetune, learning, own, valid, settings.seed)
+    train = training_set(own, dataset, finetune.extra_data, (extra_dir or folder) / EXTRA_DATA)
+    check_groups("KronosModel", model, train.bars)
     return Job(
         tokenizer=tokenizer,
         model=model,
@@ -118,25 +125,8 @@ def training_job(
         dtype=resolve_dtype(settings.dtype, device),
         draw_weights=_draw_weights(train, finetune, reweighter),
         recorder=active_recorder(),
+        start=None if start is None else str(start),
     )
-
-
-def folder_by_dates(owner: str, folder: Path, stages: Sequence[str], train: Windows, valid: Windows) -> Path:
-    """Return the folder, or one in it where it holds a training of a stage on other dates already.
-
-    As when Qlib rolls a task on; the folder in it is named by the training's dates, and a warning of the owner says so.
-    """
-    dates = describe_dates(train, valid)
-    for stage in stages:
-        theirs = read_dates(folder / stage)
-        if theirs is not None and theirs != dates:
-            own = folder / "_".join(dates["train"])
-            logger.warning(
-                f"{owner}: {folder} holds a training on {' … '.join(theirs['train'])}; this one, on "
-                f"{' … '.join(dates['train'])}, goes into {own}"
-            )
-            return own
-    return folder
 
 
 def run_job(job: Job) -> None:

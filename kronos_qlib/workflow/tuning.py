@@ -4,13 +4,11 @@ import contextlib
 import copy
 import io
 import json
-import random
 import shutil
 import time
 from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
-from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ import numpy as np
 import pandas as pd
 import qlib
 import statsmodels.api as sm
-import torch
 from filelock import FileLock, Timeout
 from lightgbm.basic import LightGBMError
 from qlib.config import C
@@ -28,7 +25,7 @@ from qlib.data.dataset import DatasetH
 from qlib.data.dataset.handler import DataHandlerLP
 from qlib.data.dataset.weight import Reweighter
 from qlib.log import get_module_logger
-from qlib.utils import auto_filter_kwargs, class_casting, get_callable_kwargs, init_instance_by_config
+from qlib.utils import auto_filter_kwargs, class_casting, init_instance_by_config
 from sqlalchemy.engine import make_url
 
 from kronos_qlib.data.calendar import is_intraday, range_end
@@ -39,6 +36,14 @@ from kronos_qlib.workflow.check import recorder_findings
 from kronos_qlib.workflow.findings import one_line
 from kronos_qlib.workflow.recording import PACKAGES
 from kronos_qlib.workflow.search_space import MARK, read_space, with_values, write_tuned
+from kronos_qlib.workflow.task_config import (
+    bar_freq,
+    horizon_of,
+    label_expressions,
+    output_dirs,
+    replaced,
+    seed_generators,
+)
 from kronos_qlib.workflow.trial_store import NoExpManager, Trial, TrialRuns, TrialStore
 from kronos_qlib.workflow.workflow_file import read_workflow
 
@@ -106,8 +111,8 @@ class Tuning:
         handler = task["dataset"].get("kwargs", {}).get("handler")
         if not isinstance(handler, Mapping):
             raise ValueError(f"{workflow}: {HANDLER} should be a configuration, whose data can be cut")
-        self._freq = _freq(handler)
-        labels = _labels(handler)
+        self._freq = bar_freq(handler)
+        labels = label_expressions(handler)
         if not labels:
             raise ValueError(f"{workflow}: {HANDLER}.kwargs.label should name the label, whose reach is the embargo")
         self.reach = max(sessions_ahead(label) for label in labels)
@@ -173,7 +178,7 @@ class Tuning:
             "# The best of many is too good by its choice; no bar after the valid segment was read.",
             "",
         ]
-        folders = {key: f"{folder}_tuned" for key, folder in _output_dirs(self.config["task"]["model"], "task.model")}
+        folders = {key: f"{folder}_tuned" for key, folder in output_dirs(self.config["task"]["model"], "task.model")}
         return write_tuned(self.workflow, self.out, name, folders | best.values, comment)
 
     def _run(self) -> Iterator[Trial]:
@@ -217,7 +222,7 @@ class Tuning:
         """Fit the task's model on a fold and return its daily rank ICs on the validation block."""
         model = init_instance_by_config(self._model(task, folder))
         dataset = self._dataset(task, fold)
-        _seed_generators(derive_seed(self.seed, "fold", position))
+        seed_generators(derive_seed(self.seed, "fold", position))
         with contextlib.redirect_stdout(io.StringIO()):  # LightGBM prints its rounds
             auto_filter_kwargs(model.fit)(dataset, reweighter=self._reweighter)
             scores = model.predict(dataset, segment="valid")
@@ -228,12 +233,12 @@ class Tuning:
 
     def _model(self, task: Mapping[str, Any], folder: Path) -> Any:
         """Return the model's configuration with a folder of the trial's own wherever it names an output_dir."""
-        return _replaced(task["model"], {"output_dir": str(folder)})
+        return replaced(task["model"], {"output_dir": str(folder)})
 
     def _dataset(self, task: Mapping[str, Any], fold: Segments) -> DatasetH:
         """Make a fold's dataset; a handler that was made before with the same settings is used again."""
         dates = {"fit_start_time": fold["train"][0], "fit_end_time": fold["train"][1]}
-        dataset = _replaced(task["dataset"], dates)
+        dataset = replaced(task["dataset"], dates)
         handler = dataset["kwargs"]["handler"]
         handler["kwargs"] = handler.get("kwargs", {}) | {"end_time": _exact(self.last, self._freq)}
         key = json.dumps(handler, sort_keys=True, default=str)
@@ -248,7 +253,7 @@ class Tuning:
     def _folds(self, task: Mapping[str, Any]) -> list[Segments]:
         """Return the folds within the train and valid segments, with an embargo of the label and the task's horizon."""
         (start, train_end), (valid_start, end) = self._train, self._valid
-        horizon = _horizon(task["dataset"])
+        horizon = horizon_of(task["dataset"])
         try:
             sessions = pd.DatetimeIndex(Cal.calendar(start, end, freq=self._freq))
             if self.number_of_folds > 1:
@@ -345,61 +350,6 @@ def _label(dataset: DatasetH, segment: str | slice) -> pd.Series:
     return labels.iloc[:, 0]
 
 
-def _labels(handler: Mapping[str, Any]) -> list[str] | None:
-    """Return the label expressions of a handler's configuration or of its class; None if it tells none."""
-    kwargs = handler.get("kwargs") or {}
-    loader = kwargs.get("data_loader")
-    kind, _ = get_callable_kwargs(handler)
-    default = signature(kind).parameters.get("label")
-    if "label" in kwargs:
-        labels = kwargs["label"]
-    elif isinstance(loader, Mapping):
-        config = (loader.get("kwargs") or {}).get("config")
-        labels = config.get("label") if isinstance(config, Mapping) else None
-    elif hasattr(kind, "get_label_config"):
-        labels = kind.get_label_config(object.__new__(kind))
-    else:
-        labels = None if default is None or default.default is Parameter.empty else default.default
-    if isinstance(labels, (list, tuple)) and labels and isinstance(labels[0], (list, tuple)):
-        labels = labels[0]  # expressions and names
-    return [labels] if isinstance(labels, str) else list(labels) if labels else None
-
-
-def _freq(handler: Mapping[str, Any]) -> str:
-    kwargs = handler.get("kwargs") or {}
-    loader = kwargs.get("data_loader")
-    within = (loader.get("kwargs") or {}).get("freq") if isinstance(loader, Mapping) else None
-    return kwargs.get("freq") or within or "day"
-
-
-def _horizon(dataset: Mapping[str, Any]) -> int:
-    """Return how many bars a dataset's training windows have ahead of them; 0 for a dataset without a horizon."""
-    kind, kwargs = get_callable_kwargs(dataset)
-    default = signature(kind).parameters.get("horizon")
-    return int(kwargs.get("horizon", 0 if default is None else default.default))
-
-
-def _replaced(configuration: Any, values: Mapping[str, Any]) -> Any:
-    """Copy a configuration, with other values wherever one of these keys is set; null stays null."""
-    if isinstance(configuration, Mapping):
-        return {
-            key: values[key] if key in values and value is not None else _replaced(value, values)
-            for key, value in configuration.items()
-        }
-    if isinstance(configuration, (list, tuple)):
-        return [_replaced(value, values) for value in configuration]
-    return configuration
-
-
-def _output_dirs(configuration: Any, key: str) -> list[tuple[str, str]]:
-    """Find the output_dir settings of a configuration, by dotted key: a workflow of other settings needs others."""
-    if not isinstance(configuration, Mapping):
-        return []
-    found = [pair for name, value in configuration.items() for pair in _output_dirs(value, f"{key}.{name}")]
-    own = configuration.get("output_dir")
-    return [*found, (f"{key}.output_dir", own)] if isinstance(own, str) else found
-
-
 def _exact(end: pd.Timestamp, freq: str) -> pd.Timestamp:
     """Return an end that stands for this bar alone: a date without a time is a whole day of bars within days."""
     return end + pd.Timedelta(1, "ns") if is_intraday(freq) and end == end.normalize() else end
@@ -411,13 +361,6 @@ def _standard_error(daily: pd.Series, lag: int) -> float | None:
         return None
     fit = sm.OLS(daily.to_numpy(), np.ones(len(daily))).fit(cov_type="HAC", cov_kwds={"maxlags": lag})
     return float(fit.bse[0])
-
-
-def _seed_generators(seed: int) -> None:
-    """Seed the global generators, for models that draw from them: a trial must not depend on those before it."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    torch.manual_seed(seed)
 
 
 def _beside(uri: str) -> Path:

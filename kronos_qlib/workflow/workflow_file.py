@@ -8,6 +8,7 @@ from qlib.cli.run import render_template, sys_config
 from qlib.utils.data import update_config
 from ruamel.yaml import YAML, YAMLError
 
+from kronos_qlib.files import whole_file
 from kronos_qlib.settings import Settings, check_configuration, read_settings
 
 
@@ -89,6 +90,27 @@ def read_workflow(path: Path) -> dict[str, Any]:
     read_settings(Workflow, str(path), config)
     sys_config(config, str(path))
     return config
+
+
+def write_flat_workflow(path: Path, out: Path) -> Path:
+    """Write a workflow with its base laid under it and its templates filled in, as one file of plain YAML.
+
+    Qlib's `Rolling` and other readers of a workflow file know neither a base nor templates.
+    """
+    config = read_workflow(path)
+    config.pop("BASE_CONFIG_PATH", None)
+    folders = (config.get("sys") or {}).get("rel_path")
+    if folders:
+        folders = [folders] if isinstance(folders, str) else folders
+        config["sys"]["rel_path"] = [str(path.absolute().parent / each) for each in folders]
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style, yaml.width = False, 120
+    with whole_file(out) as draft, draft.open("w", encoding="utf-8") as file:
+        file.write(
+            f"# {path.name} with its base and its templates filled in; written by kronos-qlib workflow --flat.\n"
+        )
+        yaml.dump(config, file)
+    return out
 
 
 def _render(path: Path) -> str:

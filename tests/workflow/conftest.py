@@ -30,6 +30,14 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, database: Path) -> Path:
 
 
 @pytest.fixture
+def place(tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with an empty MLflow database."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(database, tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
 def store(market: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(workplace)
     use_market(market)

@@ -33,14 +33,14 @@ def stage(**changes):
         (
             {"finetune": {"output_dir": "out", "epochs": 3}},
             "finetune.epochs",
-            "output_dir, checkpoint_every, tokenizer, predictor, processes, max_restarts, micro_batch_size, compile, "
-            "half_life_days, extra_data",
+            "output_dir, start_from, checkpoint_every, tokenizer, predictor, processes, max_restarts, "
+            "micro_batch_size, compile, half_life_days, extra_data",
         ),
         (
             stage(lr=1e-3),
             "finetune.tokenizer.lr",
             "epochs, learning_rate, weight_decay, clip_norm, betas, patience, freeze_blocks, lora, log_every, "
-            "windows_per_epoch, batch_size, valid_windows",
+            "next_epochs, next_learning_rate, windows_per_epoch, batch_size, valid_windows",
         ),
         (
             {"finetune": {"output_dir": "out", "predictor": {"epochs": 1, "query": "sampled"}}},
@@ -137,6 +137,12 @@ def test_return_to_risk_needs_a_spread_of_samples():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"output_dir": "out/{digest}"},
+            "finetune.output_dir: should have no other braces than {task} and {train_start}",
+        ),
+        ({"output_dir": "out/{task"}, "finetune.output_dir: should have no other braces than {task} and"),
+        ({"start_from": ""}, "finetune.start_from: String should have at least 1 character"),
         ({"processes": 0}, "finetune.processes: should be auto or a whole number from 1, not 0"),
         ({"max_restarts": -1}, "finetune.max_restarts: Input should be greater than or equal to 0, not -1"),
         ({"micro_batch_size": "all"}, "finetune.micro_batch_size: should be auto or a whole number from 1, not 'all'"),

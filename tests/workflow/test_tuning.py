@@ -1,7 +1,6 @@
 """Tuning: what a trial is worth, that it goes on where it was stopped, and that no bar after valid decides anything."""
 
 import math
-import shutil
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from linear import FEATURES, LABEL, SEGMENTS, mlflow_uri
+from linear import write as write_linear
 from mlflow import MlflowClient
 from networks import MODEL, TOKENIZER
 from qlib.cli.run import workflow as qrun
@@ -25,13 +26,6 @@ from kronos_qlib.workflow.trial_store import Trial
 from kronos_qlib.workflow.tuning import Tuning, daily_rank_ic, results_text
 from kronos_qlib.workflow.workflow_file import read_workflow
 
-LABEL = "Ref($close, -2)/Ref($close, -1) - 1"
-FEATURES = ["$close/Ref($close, 5) - 1", "$close/Ref($close, 20) - 1", "$volume/Mean($volume, 10)"]
-SEGMENTS = {
-    "train": ["2018-01-02", "2018-05-04"],
-    "valid": ["2018-05-07", LAST_DAY],
-    "test": ["2018-07-11", "2018-07-31"],
-}
 SPACE = {
     "task.model.kwargs.alpha": {"float": [1e-4, 10.0], "log": True},
     "task.model.kwargs.fit_intercept": {"choice": [True, False]},
@@ -47,69 +41,11 @@ class Stoppable(LinearModel):
         return super().fit(dataset, reweighter)
 
 
-@pytest.fixture
-def place(tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with an empty MLflow database."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(database, tmp_path)
-    return tmp_path
-
-
-def mlflow_uri() -> str:
-    """The working directory's database by its whole path, by which MLflow keeps what it has opened."""
-    return f"sqlite:///{Path.cwd() / 'mlflow.db'}"
-
-
 def write(market: Path, folder: Path, model: dict[str, Any] | None = None, space: dict[str, Any] | None = None) -> Path:
     """Write base.yaml, linear.yaml above it, and space.yaml into a folder; return linear.yaml."""
-    folder.mkdir(exist_ok=True)
-    loader = {
-        "class": "QlibDataLoader",
-        "module_path": "qlib.data.dataset.loader",
-        "kwargs": {"config": {"feature": [FEATURES, ["A", "B", "C"]], "label": [[LABEL], ["LABEL0"]]}},
-    }
-    handler = {
-        "class": "DataHandlerLP",
-        "module_path": "qlib.data.dataset.handler",
-        "kwargs": {
-            "instruments": "demo",
-            "start_time": "2018-01-02",
-            "end_time": "2018-08-13",
-            "data_loader": loader,
-            "infer_processors": [
-                {
-                    "class": "RobustZScoreNorm",
-                    "kwargs": {
-                        "fields_group": "feature",
-                        "fit_start_time": SEGMENTS["train"][0],
-                        "fit_end_time": SEGMENTS["train"][1],
-                    },
-                },
-                {"class": "Fillna", "kwargs": {"fields_group": "feature"}},
-            ],
-        },
-    }
-    manager = {"class": "MLflowExpManager", "module_path": "qlib.workflow.expm"}
-    manager["kwargs"] = {"uri": mlflow_uri(), "default_exp_name": "Experiment"}
-    dataset = {"class": "DatasetH", "module_path": "qlib.data.dataset"}
-    record = {"class": "SignalRecord", "module_path": "qlib.workflow.record_temp"}
-    record["kwargs"] = {"model": "<MODEL>", "dataset": "<DATASET>"}
-    base = {
-        "qlib_init": {"region": "cn", "kernels": 1, "logging_level": 30, "exp_manager": manager},
-        "task": {
-            "dataset": dataset | {"kwargs": {"handler": handler, "segments": SEGMENTS}},
-            "record": [record],
-        },
-    }
-    (folder / "base.yaml").write_text(yaml.safe_dump(base))
-    own = {"class": "LinearModel", "module_path": "qlib.contrib.model.linear"}
-    own["kwargs"] = {"estimator": "ridge", "alpha": 1.0, "fit_intercept": True}
-    config = {"BASE_CONFIG_PATH": "base.yaml", "experiment_name": "linear", "task": {"model": own | (model or {})}}
-    text = "# A comment that stays.\n" + yaml.safe_dump(config)
-    text += f"qlib_init: {{provider_uri: '{{{{ NOWHERE | default(\"{market}\", true) }}}}'}}\n"
-    (folder / "linear.yaml").write_text(text)
+    path = write_linear(market, folder, model)
     (folder / "space.yaml").write_text(yaml.safe_dump(space or SPACE))
-    return folder / "linear.yaml"
+    return path
 
 
 def tune(path: Path, trials: int = 4, **options: Any) -> list[Trial]:
