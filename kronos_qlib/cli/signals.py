@@ -103,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
             holdings = read_holdings(options.holdings)
         now = _read_time(options.now)
         ledger = None if options.no_ledger else Ledger(options.ledger)
-        live = open_run(options.source, options.uri, options.store)
+        live = open_run(options.source, options.uri, options.store, options.date)
         for noisy in ("qlib.data", "qlib.Data"):  # warns twice of a calendar that need not be there
             logging.getLogger(noisy).setLevel(logging.ERROR)
         logging.getLogger("qlib.signals").setLevel(logging.INFO)

@@ -15,6 +15,7 @@ from qlib.workflow.recorder import Recorder
 
 from kronos_qlib.analysis import DEFAULT_URI
 from kronos_qlib.analysis.results import FoundRun, ResultsError, find_run
+from kronos_qlib.workflow.recording import ROLLING_RECORD
 from kronos_qlib.workflow.workflow_file import read_workflow
 
 logger = logging.getLogger("qlib.signals")
@@ -25,11 +26,13 @@ WORKFLOWS = (".yaml", ".yml")
 class LiveRun:
     """A finished run, with Qlib initialised on its store.
 
-    found: the run. recorder: Qlib's. task: model, dataset and records as the workflow had them, plain data.
+    found: the run. trained: the run that has the model: another one if this joins those of `kronos-qlib roll`.
+    recorder: Qlib's, of the model. task: model, dataset and records as the workflow had them, plain data.
     store: the folder of the bars. freq: of them. versions: of the packages that it was run with; empty if not recorded.
     """
 
     found: FoundRun
+    trained: FoundRun
     recorder: Recorder
     task: dict[str, Any]
     store: Path
@@ -65,7 +68,7 @@ class LiveRun:
         except Exception as error:  # a pickle of another version may raise anything
             others = [f"{name} {then}, here {now}" for name, then, now in self.changed_versions()]
             raise ResultsError(
-                f"{artifact} of recorder {self.found.run_id} cannot be loaded ({type(error).__name__}: {error}); "
+                f"{artifact} of recorder {self.trained.run_id} cannot be loaded ({type(error).__name__}: {error}); "
                 f"the run had {', '.join(others) or 'the same versions of its packages'}"
             ) from error
 
@@ -78,13 +81,16 @@ class LiveRun:
         ]
 
 
-def open_run(source: str, uri: str | None = None, store: Path | None = None) -> LiveRun:
+def open_run(source: str, uri: str | None = None, store: Path | None = None, date: str | None = None) -> LiveRun:
     """Find the newest finished run of a workflow file or an experiment, or a recorder, and initialise Qlib for it.
+
+    Of a run that joins those of `kronos-qlib roll`, the model is the last task's, or the one's that scored the date.
 
     Args:
         source: a workflow's file, an experiment's name, or a recorder id.
         uri: the MLflow store; by default the workflow's, or mlflow.db in the working directory.
         store: the Qlib store; by default the run's.
+        date: of the scores that are wanted; None or no date: later than all tasks.
 
     Raises:
         ResultsError: no such run, or its store of bars is not found. FileNotFoundError, ValueError: the workflow's.
@@ -115,8 +121,24 @@ def open_run(source: str, uri: str | None = None, store: Path | None = None) -> 
     }
     options = {"region": settings.get("region", "cn"), "exp_manager": manager, "logging_level": logging.WARNING}
     qlib.init(provider_uri=str(places[0].resolve()), **options)
-    recorder = R.get_recorder(recorder_id=found.run_id, experiment_name=found.experiment)
-    return LiveRun(found, recorder, task, places[0].resolve(), freq, recorded.get("packages") or {})
+    rolled = found.read(ROLLING_RECORD)
+    trained = found if rolled is None else find_run(_task_of(rolled["tasks"], date), uri or DEFAULT_URI)
+    recorder = R.get_recorder(recorder_id=trained.run_id, experiment_name=trained.experiment)
+    versions = (rolled or recorded).get("packages") or {}
+    return LiveRun(found, trained, recorder, task, places[0].resolve(), freq, versions)
+
+
+def _task_of(tasks: list[dict[str, Any]], date: str | None) -> str:
+    """Return the recorder of the task that scored a date, or of the last one."""
+    try:
+        wanted = pd.Timestamp(date).normalize()
+    except (ValueError, TypeError):
+        wanted = pd.NaT
+    for task in tasks:
+        start, end = map(pd.Timestamp, task["segments"]["test"])
+        if start <= wanted <= end:
+            return str(task["recorder"])
+    return str(tasks[-1]["recorder"])
 
 
 def _freq(task: dict[str, Any], recorded: dict[str, Any]) -> str:

@@ -123,7 +123,7 @@ def make_signals(run: LiveRun, date: pd.Timestamp, allow_missing: int = 0) -> Si
     before, labels = (run.found.read(name) for name in ("pred.pkl", "label.pkl"))
     _compare_with_backtest(table["score"], before, date)
     _warn_of_changed_universe(run, dataset, before, date)
-    weights = run.found.digest("params.pkl")
+    weights = run.trained.digest("params.pkl")
     kwargs = {"model": run.task["model"], "dataset": run.task["dataset"], "portfolio": run.portfolio}
     return SignalSet(
         date=date,

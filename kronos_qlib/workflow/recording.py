@@ -28,6 +28,7 @@ from kronos_qlib.workflow.findings import Finding, record_findings
 
 PACKAGES = ("kronos-qlib", "pyqlib", "torch", "numpy", "pandas", "mlflow", "safetensors", "huggingface_hub")
 RECORD, FACTORS_RECORD = "kronos_run.json", "kronos_factors.json"
+ROLLING_RECORD = "kronos_rolling.json"
 logger = get_module_logger("KronosModel")
 _recorded: dict[tuple[str, str], str] = {}  # by recorder id and file name, what was saved; of this process
 

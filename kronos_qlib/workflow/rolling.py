@@ -37,7 +37,7 @@ from kronos_qlib.data.folds import Segments
 from kronos_qlib.forecast.ray_cluster import RETRIES, connect_to_cluster, require_ray
 from kronos_qlib.hardware.device import resolve_device
 from kronos_qlib.workflow.check import recorder_findings
-from kronos_qlib.workflow.recording import RECORD, package_versions, record_json
+from kronos_qlib.workflow.recording import RECORD, ROLLING_RECORD, package_versions, record_json
 from kronos_qlib.workflow.rolling_task import (
     SECONDS_TAG,
     TASK_TAG,
@@ -62,7 +62,6 @@ Window: TypeAlias = Literal["expanding", "sliding"]
 Start: TypeAlias = Literal["scratch", "previous"]
 Engine: TypeAlias = Literal["local", "ray"]
 ROLLING_TAG = "kronos_qlib.rolling"
-ROLLING_RECORD = "kronos_rolling.json"
 _SEGMENTS = "task.dataset.kwargs.segments"
 _RECORDS = "qlib.workflow.record_temp"
 

@@ -24,6 +24,8 @@ from tiny import STAGE
 
 from kronos_qlib.analysis.results import load_runs
 from kronos_qlib.cli import main
+from kronos_qlib.live.run import open_run
+from kronos_qlib.live.signals import make_signals
 from kronos_qlib.workflow.rolling import WalkForward
 from kronos_qlib.workflow.rolling_task import TaskRun
 
@@ -215,6 +217,20 @@ def test_a_roll_that_is_killed_at_any_task_goes_on_from_the_next_one(market, pla
     found = walk.join(runs).load_object("pred.pkl")
     whole = WalkForward(linear(market, place / "other"), 9, experiment="whole")
     assert same(found, whole.join(list(whole.run())).load_object("pred.pkl"))
+
+
+def test_signals_of_a_joined_run_are_those_of_the_task_that_scored_the_date(market, place):
+    walk = WalkForward(linear(market, place / "folder"), 14)
+    runs = list(walk.run())
+    joined = walk.join(runs).load_object("pred.pkl")["score"]
+    for date, task in (("2018-06-20", runs[0]), ("2018-07-20", runs[1]), ("2018-07-30", runs[1])):
+        run = open_run(walk.experiment, mlflow_uri(), market, date)
+        assert run.trained.run_id == task.recorder_id and run.portfolio["strategy"]["kwargs"]["topk"] == 3
+        found = make_signals(run, pd.Timestamp(date))
+        assert found.experiment == walk.experiment and found.promised["days"] > 20
+        if pd.Timestamp(date) <= pd.Timestamp(DATES["test"][1]):
+            expected = joined.xs(pd.Timestamp(date), level="datetime").sort_index().astype(float)
+            pd.testing.assert_series_equal(found.table["score"], expected, check_exact=True)
 
 
 @pytest.fixture
