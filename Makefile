@@ -12,11 +12,12 @@ DEMO := runs/demo
 MARKET := $(DEMO)/market
 MARKET_MADE := $(MARKET)/SYNTHETIC.txt
 
-.PHONY: help demo test test-newest check docs container lint clean
+.PHONY: help demo test test-long test-newest check docs container lint clean
 
 help:
 	@echo "make demo    install, make a synthetic market, run Kronos, LightGBM and a simple rule on it, compare them in $(DEMO)/"
 	@echo "make test    install and run the test suite"
+	@echo "make test-long  run the tests that take most of a minute or more each"
 	@echo "make check   install, check style and run the short tests: before each commit"
 	@echo "make test-newest  the same with the newest pandas and plotly that setup.cfg allows, in .venv-newest"
 	@echo "make docs    install and build the site, without a network; open build/site/index.html"
@@ -49,10 +50,14 @@ demo: $(INSTALLED) $(MARKET_MADE)
 # other's way (tests of threads ask for theirs); and bytecode is kept whatever the shell says, as many processes import
 # the package.
 PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
-test test-newest check: export OMP_NUM_THREADS := 1
-test test-newest check: export PYTHONDONTWRITEBYTECODE :=
+test test-long test-newest check: export OMP_NUM_THREADS := 1
+test test-long test-newest check: export PYTHONDONTWRITEBYTECODE :=
 test: $(INSTALLED)
 	$(PYTEST)
+
+# What takes most of a minute or more each, before a release.
+test-long: $(INSTALLED)
+	KRONOS_SLOW=1 $(PYTEST) -m long
 
 # What constraints.txt holds back for the rest of Qlib, let go.
 NEWEST := .venv-newest

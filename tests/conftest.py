@@ -25,6 +25,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: (item.path.stem not in LONG, -slow[item.path]))
+    if "KRONOS_SLOW" not in os.environ:
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip("takes most of a minute or more; make test-long, or set KRONOS_SLOW"))
 
 
 def pytest_collection_finish() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 from functools import cache
 from pathlib import Path
@@ -83,11 +82,7 @@ def test_these_are_all_the_notebooks():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
-    [
-        pytest.param(path, marks=[pytest.mark.skipif(skipped, reason="takes half a minute; set KRONOS_SLOW")])
-        for path in NOTEBOOKS
-        for skipped in [path.stem != SHORT and "KRONOS_SLOW" not in os.environ]
-    ],
+    [pytest.param(path, marks=[] if path.stem == SHORT else [pytest.mark.long]) for path in NOTEBOOKS],
     ids=lambda path: path.stem,
 )
 def test_a_notebook_runs_and_shows_what_its_committed_outputs_show(path, market, tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Evenings in a row, append → signals → ledger, killed at random moments: the ledger is that of evenings undisturbed.
 
-The issue's month: `EVENINGS=30 KILLS=5 pytest tests/live/test_evenings.py`.
+A month: `KRONOS_SLOW=1 EVENINGS=30 KILLS=5 pytest tests/live/test_evenings.py`.
 """
 
 import multiprocessing
@@ -21,7 +21,7 @@ from tiny import HORIZON, LOOKBACK, MODEL, TOKENIZER, use_market
 from kronos_qlib.cli import main
 from kronos_qlib.live.ledger import Ledger
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 EVENINGS, KILLS = int(os.environ.get("EVENINGS", 4)), int(os.environ.get("KILLS", 2))
 HISTORY = 60
 INSTRUMENTS = [f"SH60000{number}" for number in range(6)]

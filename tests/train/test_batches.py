@@ -1,6 +1,5 @@
 """What a step adds up from its micro-batches, how often windows are drawn, and trainings of a part of a network."""
 
-import os
 import shutil
 
 import numpy as np
@@ -179,7 +178,7 @@ def test_adapters_train_are_merged_into_best_and_resume_bitwise(make, tmp_path):
     assert changed and all(name.split(".")[-2] in layers for name in changed)
 
 
-@pytest.mark.skipif("KRONOS_SLOW" not in os.environ, reason="compiling takes most of a minute; set KRONOS_SLOW")
+@pytest.mark.long
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 def test_a_compiled_training_agrees_within_rounding(tmp_path):
     settings = {"epochs": 1, "windows_per_epoch": 96, "s1_query": "teacher_forced", "log_every": 1}

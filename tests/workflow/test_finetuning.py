@@ -212,6 +212,7 @@ def test_a_dry_run_says_that_a_folder_would_be_refused_or_gone_on_with(workflow,
         assert said in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_torchrun_leaves_what_the_recorder_and_a_later_run_need(workflow, run, database, tmp_path):
     shutil.copy(database, tmp_path)
     torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "-m", "kronos_qlib", "finetune", str(workflow)]

@@ -62,8 +62,8 @@ def american_store(folder: Path) -> None:
     ("market", "options", "freq", "year"),
     [
         ("5min", ["--freq", "5min"], "5min", None),
-        ("crypto_1h", ["--freq", "60min", "--market", "crypto"], "60min", 365.25),
-        ("us_day", None, "day", 261),  # weekdays without holidays
+        pytest.param("crypto_1h", ["--freq", "60min", "--market", "crypto"], "60min", 365.25, marks=pytest.mark.long),
+        pytest.param("us_day", None, "day", 261, marks=pytest.mark.long),  # weekdays without holidays
     ],
 )
 def test_three_workflows_of_a_market_run_and_are_compared(market, options, freq, year, monkeypatch, capsys):

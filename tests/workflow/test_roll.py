@@ -250,6 +250,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_neither_processes_nor_a_cluster_change_a_score(market, place, cluster):
     path = linear(market, place / "folder", "Drawn")
     walks = [
