@@ -1,6 +1,7 @@
 """`kronos-qlib signals`: the signals of the latest bar, and what the run's strategy would trade on them."""
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -88,10 +89,16 @@ def add_command(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit status."""
     warnings.filterwarnings("ignore")  # what matters is logged
-    from kronos_qlib.analysis.results import ResultsError
-    from kronos_qlib.live.ledger import Ledger, LedgerError
-    from kronos_qlib.live.run import open_run
-    from kronos_qlib.live.signals import StoreLacksBars, latest_complete, make_signals, named_date
+    collected = gc.isenabled()
+    gc.disable()  # half a second of the imports: there is no garbage among them
+    try:
+        from kronos_qlib.analysis.results import ResultsError
+        from kronos_qlib.live.ledger import Ledger, LedgerError
+        from kronos_qlib.live.run import open_run
+        from kronos_qlib.live.signals import StoreLacksBars, latest_complete, make_signals, named_date
+    finally:
+        if collected:
+            gc.enable()
 
     try:
         if options.out is not None and options.out.suffix not in (".csv", ".parquet"):
