@@ -62,7 +62,7 @@ def american_store(folder: Path) -> None:
     ("market", "options", "freq", "year"),
     [
         ("5min", ["--freq", "5min"], "5min", None),
-        pytest.param("crypto_1h", ["--freq", "60min", "--market", "crypto"], "60min", 365.25, marks=pytest.mark.long),
+        ("crypto_1h", ["--freq", "60min", "--market", "crypto"], "60min", 365.25),
         pytest.param("us_day", None, "day", 261, marks=pytest.mark.long),  # weekdays without holidays
     ],
 )
