@@ -4,9 +4,9 @@
     QLIB_DATA=/path/to/cn_data python benchmarks/recipe.py --stages predictor --windows 4000
 
 The networks, segments and settings are those of workflows/kronos_csi300_nano.yaml, but one epoch of --windows windows,
-so differences are those of a short training. docs/nano.md has the figures. The predictor learns from the codes of the tokenizer in the package.
-The row "other seed" shows what chance does. More bars: windows of weekly bars, and of every fifth day's bar, beside
-those of days; validated on days alone.
+so differences are those of a short training. docs/nano.md has the figures. The predictor learns from the codes of the
+tokenizer in the package. The row "other seed" shows what chance does. More bars: windows of weekly bars, and of every
+fifth day's bar, beside those of days; validated on days alone.
 """
 
 import argparse
