@@ -24,8 +24,8 @@ def run_paper_portfolio(config: Mapping[str, Any] | None, scores: pd.Series, fre
         Qlib's report, a row a day: return, cost, bench, turnover, account and others; ratios.
 
     Raises:
-        PaperError: fewer than two dates can be traded; no configuration, or one that names classes outside Qlib, which
-            are not loaded because a database says so; or the backtest fails.
+        PaperError: fewer than two dates can be traded; the benchmark lacks a bar; no configuration, or one that names
+            classes outside Qlib, which are not loaded because a database says so; or the backtest fails.
     """
     if not config:
         raise PaperError("the run has no PortAnaRecord")
@@ -40,6 +40,7 @@ def run_paper_portfolio(config: Mapping[str, Any] | None, scores: pd.Series, fre
     known = known[: known.searchsorted(last, side="right") + 1]
     if len(known) < 2 or scores.index.unique("datetime").size < 2:
         raise PaperError("it needs two dates, and a session of the store after them")
+    _require_benchmark(record.backtest_config.get("benchmark"), known, freq)
     strategy = {**strategy, "kwargs": {**strategy["kwargs"], "signal": scores.to_frame("score")}}
     settings = {**record.backtest_config, "start_time": known[0], "end_time": known[-1]}
     try:
@@ -48,8 +49,20 @@ def run_paper_portfolio(config: Mapping[str, Any] | None, scores: pd.Series, fre
             portfolios, _ = backtest(executor=record.executor_config, strategy=strategy, **settings)
     except Exception as error:  # a strategy, an exchange, a store without a benchmark: anything may be raised
         raise PaperError(f"the backtest fails ({type(error).__name__}: {' '.join(str(error).split())})") from error
-    report = next(iter(portfolios.values()))[0]
-    return report.assign(bench=report["bench"].fillna(0.0))
+    report: pd.DataFrame = next(iter(portfolios.values()))[0]
+    return report
+
+
+def _require_benchmark(benchmark: Any, sessions: pd.DatetimeIndex, freq: str) -> None:
+    """Raise PaperError if a benchmark lacks a session's bar, whose return Qlib takes for 0."""
+    if freq != "day" or not isinstance(benchmark, str):
+        return
+    closes = D.features([benchmark], ["$close"], sessions[0], sessions[-1], freq=freq)["$close"].dropna()
+    lacking = sessions.difference(closes.index.get_level_values("datetime"))
+    if len(lacking):
+        raise PaperError(
+            f"its benchmark {benchmark} has no bar on {lacking[0].date()} ({len(lacking)} of {len(sessions)} sessions)"
+        )
 
 
 def _check_stock(config: Any) -> None:

@@ -222,7 +222,7 @@ def test_the_paper_portfolio_is_that_of_qlibs_own_record(scores: pd.Series, monk
         (CONFIG | {"strategy": "file:///tmp/evil.pkl"}, "not described but named"),
         (CONFIG | {"strategy": CONFIG["strategy"] | {"kwargs": {"topk": 3}}}, "takes no signal"),
         (CONFIG | {"backtest": CONFIG["backtest"] | {"exchange_kwargs": {"exchange": "x"}}}, "not described but named"),
-        (CONFIG | {"backtest": CONFIG["backtest"] | {"benchmark": "NONE"}}, "the backtest fails"),
+        (CONFIG | {"backtest": CONFIG["backtest"] | {"benchmark": "NONE"}}, "its benchmark NONE has no bar on "),
     ],
 )
 def test_without_a_stock_configuration_there_is_a_reason_instead(scores: pd.Series, config: Any, reason: str):
