@@ -1,3 +1,5 @@
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -127,10 +129,29 @@ def test_commands_run_in_order_up_to_the_first_that_fails(tmp_path: Path, capsys
 
 
 def test_a_mistake_in_a_later_command_is_said_before_the_first_runs(tmp_path: Path) -> None:
+    before = ["--log", str(tmp_path / "log"), "--notify", write_notifier(tmp_path)]
     with pytest.raises(SystemExit) as ended:
-        main(["demo-data", str(tmp_path / "market"), "--then", "compare"])
+        main([*before, "demo-data", str(tmp_path / "market"), "--then", "compare"])
     assert ended.value.code == 2
     assert not (tmp_path / "market").exists()
+    assert "compare status 2" in (tmp_path / "log").read_text() and "compare" in (tmp_path / "told.txt").read_text()
+
+
+def test_of_a_failure_is_told_though_the_log_cannot_be_written(tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").touch()
+    before = ["--log", str(tmp_path / "file" / "log"), "--notify", write_notifier(tmp_path)]
+    assert main([*before, "demo-data", str(tmp_path / "market"), "--days", "3"]) == 2
+    assert "days must be" in (tmp_path / "told.txt").read_text() and "--log: " in capsys.readouterr().err
+
+
+def test_a_run_that_is_terminated_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As systemd ends one."""
+    monkeypatch.setattr("kronos_qlib.cli.demo_data.run", lambda options: os.kill(os.getpid(), signal.SIGTERM))
+    before = ["--log", str(tmp_path / "log"), "--notify", write_notifier(tmp_path)]
+    with pytest.raises(SystemExit) as ended:
+        main([*before, "demo-data", str(tmp_path / "market")])
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert "demo-data status 143" in (tmp_path / "told.txt").read_text()
 
 
 def test_two_runs_do_not_hold_a_lock_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ from kronos_qlib.cli import (
     tune,
     workflow,
 )
-from kronos_qlib.cli.unattended import add_options, run_commands, split_commands
+from kronos_qlib.cli.unattended import THEN, add_options, report, run_commands, split_commands
 
 _EPILOG = """\
     With your own bars:
@@ -50,8 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done. 2: an error of the caller, printed in one line. 3: a store lacks the bars asked for. 4: another run holds
     the lock. A training that a signal ended: 128 + the signal's number.
     """
-    parser = _parser()
-    return run_commands([parser.parse_args(part) for part in split_commands(sys.argv[1:] if argv is None else argv)])
+    parser, commands = _parser(), []
+    for part in split_commands(sys.argv[1:] if argv is None else argv):
+        try:
+            commands.append(parser.parse_args(part))
+        except SystemExit as end:
+            if commands and end.code:
+                report(commands[0], part[0] if part else THEN, int(end.code), 0.0)
+            raise
+    return run_commands(commands)
 
 
 def run_and_exit() -> NoReturn:

@@ -28,6 +28,7 @@ _EXAMPLES = """\
       kronos-qlib check my.yaml && qrun my.yaml
       kronos-qlib check ~/.qlib/qlib_data/cn_data --html store.html
       kronos-qlib check store --freq 5min --json > store.json
+      kronos-qlib check store --recent 5                      every evening: what arrived lately must be sane
 """
 _MARKS = {"ok": "✓", "warning": "!", "error": "✗"}
 
@@ -43,6 +44,13 @@ def add_command(commands: Commands) -> None:
     )
     command.add_argument("source", metavar="WORKFLOW.yaml|STORE", type=Path, help="a file for qrun, or a Qlib store")
     command.add_argument("--freq", help="of a store: which bars (default: the finest there are)")
+    command.add_argument(
+        "--recent",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of a store: jumps, stale prices and steps of a unit in the last N sessions are errors",
+    )
     command.add_argument("--json", action="store_true", help="of a store: print JSON, with a row for each instrument")
     command.add_argument("--html", type=Path, metavar="PAGE", help="of a store: write a page, too")
     command.set_defaults(run=run)
@@ -62,7 +70,9 @@ def _check_store(options: argparse.Namespace) -> int:
         return iter(tqdm(names, "checking", unit="instrument", disable=None, leave=False))
 
     try:
-        report = check_store(options.source, options.freq, progress)
+        if options.recent < 0:
+            raise ValueError(f"--recent is {options.recent}; it should be 0 or more")
+        report = check_store(options.source, options.freq, progress, options.recent)
         if options.html:
             from kronos_qlib.analysis.pages import write_store_page
 
@@ -82,10 +92,9 @@ def _check_store(options: argparse.Namespace) -> int:
 
 
 def _check_workflow(options: argparse.Namespace) -> int:
-    if options.freq or options.json or options.html:
-        return fail(
-            "check", ValueError(f"{options.source}: --freq, --json and --html are of a store, which is a folder")
-        )
+    if options.freq or options.json or options.html or options.recent:
+        of_stores = "--freq, --recent, --json and --html are of a store, which is a folder"
+        return fail("check", ValueError(f"{options.source}: {of_stores}"))
     from kronos_qlib.workflow.check import WorkflowCheck
 
     counts = dict.fromkeys(_MARKS, 0)

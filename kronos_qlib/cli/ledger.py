@@ -67,7 +67,9 @@ def add_command(commands: Commands) -> None:
             default=os.environ.get("KRONOS_LEDGER", DEFAULT_LEDGER),
             help=f"SQLite or PostgreSQL, or a file (default: KRONOS_LEDGER of the environment, or {DEFAULT_LEDGER})",
         )
-        action.add_argument("--store", type=Path, metavar="DIR", help="Qlib store of all sets (default: as recorded)")
+        action.add_argument(
+            "--store", type=Path, metavar="DIR", help="Qlib store of sets whose own is not there any more"
+        )
         action.add_argument("--json", action="store_true", help="print JSON instead of text")
         action.set_defaults(run=run)
     show.add_argument("--out", type=Path, metavar="DIR", help="also write ledger.html to DIR")
@@ -82,8 +84,10 @@ def run_update(options: argparse.Namespace) -> int:
     try:
         ledger = Ledger(options.ledger, must_exist=True)
         sets, rows = ledger.read()
-        if options.store is not None:
-            sets["store"] = str(options.store)
+        if options.store is not None:  # those whose own is there keep it: it may be another market's
+            check_store(options.store)
+            moved = [not (Path(store) / "calendars").is_dir() for store in sets["store"]]
+            sets.loc[moved, "store"] = str(options.store)
         for (store, region), own in sets.groupby(["store", "region"]):
             use_store(Path(store), region)
             done += fill_outcomes(ledger, own, rows)
@@ -114,6 +118,8 @@ def run_show(options: argparse.Namespace) -> int:
     try:
         ledger = Ledger(options.ledger, must_exist=True)
         sets, rows = ledger.read()
+        if options.store is not None:
+            check_store(options.store)
         if sets.empty:
             raise ValueError(f"ledger {ledger.name} is empty; kronos-qlib signals writes to it")
         judgements = judge(sets, rows, paper_maker(options.store))
@@ -127,12 +133,17 @@ def run_show(options: argparse.Namespace) -> int:
     return 0
 
 
+def check_store(store: Path) -> None:
+    """Raise FileNotFoundError if a folder is no Qlib store."""
+    if not (store.expanduser() / "calendars").is_dir():
+        raise FileNotFoundError(f"there is no Qlib store {store}; name it by --store")
+
+
 def use_store(store: Path, region: str) -> None:
     """Point Qlib at a store. Raises FileNotFoundError if it is none."""
     import qlib
 
-    if not (store.expanduser() / "calendars").is_dir():
-        raise FileNotFoundError(f"there is no Qlib store {store}; name it by --store")
+    check_store(store)
     qlib.init(
         provider_uri=str(store.expanduser().resolve()), region=region, kernels=1, logging_level=50, clear_mem_cache=True
     )
@@ -145,7 +156,8 @@ def paper_maker(store: Path | None) -> "Paper":
 
     def paper(newest: "pd.Series", scores: "pd.Series") -> "pd.DataFrame":
         try:
-            use_store(store or Path(newest["store"]), newest["region"])
+            own = Path(newest["store"])
+            use_store(own if store is None or (own / "calendars").is_dir() else store, newest["region"])
         except OSError as error:
             raise PaperError(str(error)) from None
         return run_paper_portfolio(newest["settings"].get("portfolio"), scores, newest["freq"])

@@ -1,14 +1,18 @@
 """`kronos-qlib signals`: the signals of the latest bar, and what the run's strategy would trade on them."""
 
 import argparse
+import contextlib
 import gc
+import io
 import json
 import logging
 import os
+import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from textwrap import dedent
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kronos_qlib.cli.command import Commands, fail
 from kronos_qlib.cli.ledger import DEFAULT_LEDGER
@@ -17,6 +21,7 @@ from kronos_qlib.text import printable
 if TYPE_CHECKING:
     import pandas as pd
 
+    from kronos_qlib.live.ledger import Recorded
     from kronos_qlib.live.signal_set import SignalSet
 
 _DESCRIPTION = """\
@@ -42,8 +47,8 @@ _EXAMPLES = """\
       kronos-qlib signals lightgbm_csi300 --date 2025-06-05 --out signals.csv
       kronos-qlib signals mine.yaml --holdings account.csv --out signals.csv      orders go to signals_orders.csv
 
-    account.csv: what is held, in shares as the broker counts them; CASH is the account's cash; bars_held, if known, is
-    compared with the strategy's hold_thresh:
+    account.csv: what is held, in shares as the broker counts them; CASH is the account's cash; bars_held, if known, 1 for
+    what was bought today, is compared with the strategy's hold_thresh:
       instrument,shares,bars_held
       CASH,250000,
       SH600519,100,7
@@ -101,38 +106,42 @@ def run(options: argparse.Namespace) -> int:
             gc.enable()
 
     try:
-        if options.out is not None and options.out.suffix not in (".csv", ".parquet"):
-            raise ValueError(f"--out {options.out} should end in .csv or .parquet")
-        holdings = None
-        if options.holdings is not None:
-            from kronos_qlib.live.orders import make_orders, read_holdings
-
-            holdings = read_holdings(options.holdings)
-        now = _read_time(options.now)
-        ledger = None if options.no_ledger else Ledger(options.ledger)
-        live = open_run(options.source, options.uri, options.store, options.date)
-        for noisy in ("qlib.data", "qlib.Data"):  # warns twice of a calendar that need not be there
-            logging.getLogger(noisy).setLevel(logging.ERROR)
-        logging.getLogger("qlib.signals").setLevel(logging.INFO)
-        dataset = live.load_dataset()
-        latest = options.date == "latest"
-        date = latest_complete(live, dataset, now) if latest else named_date(live, dataset, options.date)
-        signals = make_signals(live, date, options.allow_missing)
-        orders = None if holdings is None else make_orders(live, signals, holdings)
-        written = _write(options.out, signals, orders)
-        if ledger is not None:
-            recorded = ledger.record(signals)
-            kind = "live" if recorded.live else "simulated, as the next session has opened"
-            kept = "" if recorded.new else ", as before"
-            written.append(f"{ledger.name} set {recorded.id}, version {recorded.version}{kept} ({kind})")
+        with contextlib.redirect_stdout(sys.stderr):  # Qlib's models print about others that are not installed
+            if options.out is not None and options.out.suffix not in (".csv", ".parquet"):
+                raise ValueError(f"--out {options.out} should end in .csv or .parquet")
+            holdings = None
+            if options.holdings is not None:
+                with contextlib.redirect_stderr(io.StringIO()):  # gym, which Qlib imports, prints a notice
+                    from kronos_qlib.live.orders import make_orders, read_holdings
+                holdings = read_holdings(options.holdings)
+            now = _read_time(options.now)
+            ledger = None if options.no_ledger else Ledger(options.ledger)
+            live = open_run(options.source, options.uri, options.store, options.date)
+            logging.getLogger("qlib.signals").setLevel(logging.INFO)
+            dataset, latest = live.load_dataset(), options.date == "latest"
+            date = latest_complete(live, dataset, now) if latest else named_date(live, dataset, options.date, now)
+            signals = make_signals(live, date, options.allow_missing)
+            orders = None if holdings is None else make_orders(live, signals, holdings)
+            with _drafts(options.out, signals, orders) as written:
+                recorded = None if ledger is None else ledger.record(signals)
     except StoreLacksBars as error:
         return fail("signals", error, _LACKS_BARS)
     except (ResultsError, LedgerError, ValueError, OSError) as error:
         return fail("signals", error)
-    print(_as_json(signals, orders) if options.json else printable(_as_text(signals, orders)))
-    if written and not options.json:
-        print(f"\nwritten: {', '.join(written)}")
+    place = None if recorded is None or ledger is None else {"ledger": ledger.name, **_place(recorded)}
+    print(_as_json(signals, orders, place) if options.json else printable(_as_text(signals, orders)))
+    if not options.json:
+        if place is not None:
+            kind = "live" if place["live"] else "simulated, as the next session has opened"
+            kept = "" if place["new"] else ", as before"
+            written.append(f"{place['ledger']} set {place['set']}, version {place['version']}{kept} ({kind})")
+        if written:
+            print(f"\nwritten: {', '.join(written)}")
     return 0
+
+
+def _place(recorded: "Recorded") -> dict[str, Any]:
+    return {"set": recorded.id, "version": recorded.version, "new": recorded.new, "live": recorded.live}
 
 
 def _read_time(text: str | None) -> "pd.Timestamp":
@@ -149,25 +158,26 @@ def _read_time(text: str | None) -> "pd.Timestamp":
     return time
 
 
-def _write(out: Path | None, signals: "SignalSet", orders: "pd.DataFrame | None") -> list[str]:
-    """Write the tables whole, orders first: where the signals are, all is."""
-    if out is None:
-        return []
+@contextlib.contextmanager
+def _drafts(out: Path | None, signals: "SignalSet", orders: "pd.DataFrame | None") -> Iterator[list[str]]:
+    """Write the tables aside, and move them into place if the block ends without an error; give their paths."""
     from kronos_qlib.files import whole_file
 
-    table = signals.table.reset_index()
-    table.insert(0, "date", signals.date)
-    tables = {out: table}
-    if orders is not None:
-        tables = {out.with_name(f"{out.stem}_orders{out.suffix}"): orders, **tables}
-    for path, rows in tables.items():
-        with whole_file(path) as draft:
+    tables = {}
+    if out is not None:
+        tables[out] = signals.table.reset_index()
+        tables[out].insert(0, "date", signals.date)
+        if orders is not None:
+            tables[out.with_name(f"{out.stem}_orders{out.suffix}")] = orders
+    with contextlib.ExitStack() as stack:
+        for path, rows in tables.items():
+            draft = stack.enter_context(whole_file(path))
             rows.to_csv(draft, index=False) if path.suffix == ".csv" else rows.to_parquet(draft, index=False)
-    return [str(path) for path in tables]
+        yield [str(path) for path in tables]
 
 
-def _as_json(signals: "SignalSet", orders: "pd.DataFrame | None") -> str:
-    found = {
+def _as_json(signals: "SignalSet", orders: "pd.DataFrame | None", place: dict[str, Any] | None) -> str:
+    found: dict[str, Any] = {
         "date": str(signals.date),
         "experiment": signals.experiment,
         "recorder": signals.recorder,
@@ -178,7 +188,9 @@ def _as_json(signals: "SignalSet", orders: "pd.DataFrame | None") -> str:
         "signals": json.loads(signals.table.reset_index().to_json(orient="records", double_precision=15)),
     }
     if orders is not None:
-        found["orders"] = json.loads(orders.to_json(orient="records", double_precision=15))
+        found["orders"] = json.loads(orders.to_json(orient="records", date_format="iso", double_precision=15))
+    if place is not None:
+        found["ledger"] = place
     return json.dumps(found, indent=2)
 
 

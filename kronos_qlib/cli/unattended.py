@@ -2,10 +2,13 @@
 
 import argparse
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -60,7 +63,7 @@ def run_commands(commands: Sequence[argparse.Namespace]) -> int:
         held = isinstance(error, Timeout)
         text = f"another run holds {first.lock}; nothing was done" if held else f"--lock: {error}"
         status = fail(first.command, ValueError(text), LOCKED if held else 2)
-        _report(first, first.command, status, 0.0)
+        report(first, first.command, status, 0.0)
         return status
     with lock:
         return _run_in_order(commands)
@@ -70,7 +73,8 @@ def _run_in_order(commands: Sequence[argparse.Namespace]) -> int:
     for options in commands:
         started, status, failures[:] = time.monotonic(), 1, []
         try:
-            status = options.run(options)
+            with _ending_by_sigterm():
+                status = options.run(options)
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else 1
             raise
@@ -78,14 +82,27 @@ def _run_in_order(commands: Sequence[argparse.Namespace]) -> int:
             failures.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
             raise
         finally:
-            _report(commands[0], options.command, status, time.monotonic() - started)
+            report(commands[0], options.command, status, time.monotonic() - started)
         if status:
             return status
     return 0
 
 
-def _report(options: argparse.Namespace, command: str, status: int, seconds: float) -> None:
-    """Append a command's line to the log, and notify of a failure; a log that cannot be written changes no status."""
+@contextmanager
+def _ending_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the block by SystemExit, so that it is reported; a training has a handler of its own."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def report(options: argparse.Namespace, command: str, status: int, seconds: float) -> None:
+    """Append a command's line to the log, and notify of a failure; what goes wrong with either changes no status."""
     moment = datetime.now(timezone.utc).isoformat(timespec="seconds")
     said = failures[-1] if failures else "see its output" if status else "done"
     line = f"{moment} {command} status {status} {seconds:.1f} s: {said}"
@@ -94,8 +111,11 @@ def _report(options: argparse.Namespace, command: str, status: int, seconds: flo
             options.log.parent.mkdir(parents=True, exist_ok=True)
             with options.log.open("a", encoding="utf-8") as file:
                 file.write(f"{line}\n")
+    except OSError as error:
+        print(f"kronos-qlib: --log: {error}", file=sys.stderr)
+    try:
         if options.notify and status:
             program = [*shlex.split(options.notify), line]
             subprocess.run(program, check=True, timeout=_SECONDS_TO_NOTIFY, stdin=subprocess.DEVNULL)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        print(f"kronos-qlib: --log or --notify failed: {error}", file=sys.stderr)
+        print(f"kronos-qlib: --notify: {error}", file=sys.stderr)

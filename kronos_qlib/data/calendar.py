@@ -66,7 +66,8 @@ class SessionCalendar:
         """Return when bars are complete, in UTC: those of days at the exchange's close, of minutes after so many.
 
         Days on which the exchange is closed, and all of a store without an exchange, end at midnight of its clock, UTC
-        where it has none; a week ends with its Sunday, or with its own day if that is no Monday.
+        where it has none; a week ends with its Sunday, or with its own day if that is no Monday. Days that
+        `exchange_calendars` does not know yet end at the usual close, with a warning.
 
         Args:
             times: sorted.
@@ -75,15 +76,24 @@ class SessionCalendar:
             ValueError: the exchange's hours are not known, for want of `exchange_calendars`.
         """
         starts = pd.DatetimeIndex(np.asarray(times, "datetime64[ns]"))
-        zone, closes = _closes(self.exchange, starts[0], starts[-1])
+        zone, closes, bound = _closes(self.exchange, starts[0], starts[-1])
         if is_intraday(self.freq):
             local = starts + pd.Timedelta(minutes=int(self.freq.removesuffix("min") or 1))
             return local.tz_localize(zone, ambiguous=True, nonexistent="shift_forward").tz_convert("UTC")
         weeks = self.freq == "1week"
         days = starts + pd.to_timedelta(np.where(weeks & (starts.dayofweek == 0), 6, 0), "D")
         midnight = (days + pd.Timedelta(days=1)).tz_localize(zone).tz_convert("UTC")
-        known = closes.reindex(days)
-        return pd.DatetimeIndex(known.where(known.notna(), midnight))
+        ends = closes.reindex(days)
+        ends = ends.where(ends.notna(), midnight)
+        unknown = np.zeros(len(days), bool) if bound is None else days > bound
+        if unknown.any() and len(closes):
+            usual = closes.iloc[-1].tz_convert(zone).tz_localize(None) - closes.index[-1]
+            ends[unknown] = (days[unknown] + usual).tz_localize(zone).tz_convert("UTC")
+            logger.warning(
+                f"exchange_calendars knows {self.exchange} to {bound:%Y-%m-%d} only: later days are taken to end at "
+                "the usual time, holidays too; bring the package up to date"
+            )
+        return pd.DatetimeIndex(ends)
 
     def _positions_after(self, dates: np.ndarray | pd.DatetimeIndex, horizon: int) -> np.ndarray:
         """Return the sessions' positions `[B, P]` in `_times`, which is first extended as far as needed."""
@@ -257,10 +267,15 @@ def store_calendar(freq: str, exchange: str | None = None) -> SessionCalendar:
     return SessionCalendar(sessions, exchange, C["region"], freq, source)
 
 
-def _closes(exchange: str | None, first: pd.Timestamp, last: pd.Timestamp) -> tuple[str, pd.Series]:
-    """Return an exchange's time zone and its closes in UTC by session; UTC and none without an exchange."""
+def _closes(
+    exchange: str | None, first: pd.Timestamp, last: pd.Timestamp
+) -> tuple[str, pd.Series, pd.Timestamp | None]:
+    """Return an exchange's time zone, its closes in UTC by session, and the last day that is known of it, if any is.
+
+    Without an exchange: UTC and no closes.
+    """
     if exchange is None:
-        return "UTC", pd.Series(dtype="datetime64[ns, UTC]")
+        return "UTC", pd.Series(dtype="datetime64[ns, UTC]"), None
     try:
         from exchange_calendars import get_calendar
     except ImportError:
@@ -269,9 +284,10 @@ def _closes(exchange: str | None, first: pd.Timestamp, last: pd.Timestamp) -> tu
         ) from None
     # a month to either side, because the package refuses a range without a session
     bound, month = type(get_calendar(exchange)).bound_max(), pd.Timedelta(days=31)
-    end = last.normalize() + month if bound is None else min(last.normalize() + month, bound.tz_localize(None))
-    calendar = get_calendar(exchange, start=str((first - month).date()), end=str(end.date()))
-    return str(calendar.tz), calendar.closes
+    bound = None if bound is None else bound.tz_localize(None)
+    end = last.normalize() + month if bound is None else min(last.normalize() + month, bound)
+    calendar = get_calendar(exchange, start=str((min(first, end) - month).date()), end=str(end.date()))
+    return str(calendar.tz), calendar.closes, bound
 
 
 def _exchange_days(

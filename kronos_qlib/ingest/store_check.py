@@ -64,12 +64,17 @@ class StoreReport:
 
 
 def check_store(
-    folder: Path, freq: str | None = None, progress: Callable[[list[str]], Iterator[str]] = iter
+    folder: Path,
+    freq: str | None = None,
+    progress: Callable[[list[str]], Iterator[str]] = iter,
+    recent: int = 0,
 ) -> StoreReport:
     """Look at every bar of a store.
 
     Args:
         freq: which bars; by default the finest there are.
+        recent: last sessions in which jumps, stale prices and steps of a unit are errors: what arrived lately is
+            mended before it is used.
         progress: wraps the list of instruments, to show how far it is.
 
     Raises:
@@ -80,6 +85,8 @@ def check_store(
     if freq not in store.freqs:
         raise SourceError(f"{folder}: no calendar of {freq}; it has {', '.join(store.freqs)}")
     calendar = store.calendar(freq)
+    since = calendar[-recent] if 0 < recent <= len(calendar) else calendar[0] if recent else None
+    late: dict[str, list[str]] = {subject: [] for subject in _SUSPICIOUS}
     counts: dict[str, dict[str, Any]] = {}
     seen: dict[str, list[tuple[float, str]]] = {subject: [] for subject, _, _ in _SUBJECTS}
     damaged: list[str] = []
@@ -100,7 +107,7 @@ def check_store(
         if len(times) < len(bars):
             damaged.append(f"{name}: {len(bars) - len(times)} bars lie beyond the end of the calendar, Qlib reads none")
             bars = bars.iloc[: len(times)]
-        counts[name] = _count(name, bars, times, seen, positive)
+        counts[name] = _count(name, bars, times, seen, positive, late, since)
         coverage.iloc[first : first + len(bars)] += bars["close"].notna().to_numpy(int)
     table = pd.DataFrame.from_dict(counts, orient="index").rename_axis("instrument")
     findings = [
@@ -109,12 +116,18 @@ def check_store(
         if damaged
         else StoreFinding("ok", "damaged files", "none"),
         *(_finding(subject, level, text, table, seen[subject]) for subject, level, text in _SUBJECTS),
+        *(
+            StoreFinding("error", f"recent {subject}", f"{len(found)} since {since}", len(found), found[:NAMED])
+            for subject, found in late.items()
+            if found
+        ),
         *_benchmark_findings(folder, table, len(calendar)),
         *_universe_findings(store, table, calendar),
     ]
     return StoreReport(str(folder), freq, findings, table, coverage)
 
 
+_SUSPICIOUS = ("jumps", "stale prices", "unit changes")  # warnings of a history, errors of what arrived lately
 # subject, level, what it is
 _SUBJECTS: tuple[tuple[str, Literal["warning", "error"], str], ...] = (
     ("impossible bars", "error", "prices of zero or less, infinite, or open or close outside low … high"),
@@ -136,8 +149,10 @@ def _count(
     times: pd.DatetimeIndex,
     seen: dict[str, list[tuple[float, str]]],
     positive: bool,
+    late: dict[str, list[str]],
+    since: pd.Timestamp | None,
 ) -> dict[str, Any]:
-    """Count what is odd in the bars of an instrument, and keep the worst of each kind."""
+    """Count what is odd in the bars of an instrument, keep the worst of each kind, and what is late of some."""
     prices = bars[PRICES].to_numpy(float)
     there = ~np.isnan(prices).any(axis=1)
     rows = np.flatnonzero(there)
@@ -152,6 +167,8 @@ def _count(
     def note(subject: str, at: np.ndarray, size: np.ndarray, text: Callable[[int], str]) -> int:
         for place in at[np.argsort(-size[at], kind="stable")][:NAMED]:
             seen[subject].append((float(size[place]), f"{name} {own[place].strftime(form)}{text(int(place))}"))
+        if subject in late and since is not None:
+            late[subject] += [f"{name} {own[place].strftime(form)}{text(int(place))}" for place in at[own[at] >= since]]
         return len(at)
 
     finite = np.isfinite(prices).all(axis=1)

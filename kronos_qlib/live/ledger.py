@@ -79,6 +79,7 @@ class ForecastSet(_Base):
     opening_from: Mapped[str]
     store: Mapped[str]
     region: Mapped[str]
+    exchange: Mapped[str | None]
     freq: Mapped[str]
     label: Mapped[str | None]
     horizon: Mapped[int | None]
@@ -167,7 +168,7 @@ class Ledger:
         made = _utc(made_at or datetime.now(timezone.utc))
         region = region or _qlib_region()
         header, rows = _header(signals), _rows(signals.table)
-        opening = next_opening(signals.date, signals.store, signals.freq, region)
+        opening = next_opening(signals.date, signals.store, signals.freq, region, signals.exchange)
         header |= {
             "made_at": made,
             "region": region,
@@ -327,7 +328,10 @@ def _header(signals: SignalSet) -> dict[str, Any]:
         "settings_digest": digest_of_settings(signals),
         "content_digest": digest_of_content(signals),
         "instruments": len(signals.table),
-        **{name: getattr(signals, name) for name in ("experiment", "recorder", "store", "freq", "label", "horizon")},
+        **{
+            name: getattr(signals, name)
+            for name in ("experiment", "recorder", "store", "exchange", "freq", "label", "horizon")
+        },
         **{name: getattr(signals, name) for name in ("weights_digest", "data_digest")},
     }
 

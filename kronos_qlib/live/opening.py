@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from kronos_qlib.data.calendar import SessionCalendar, is_intraday
+from kronos_qlib.data.calendar import EXCHANGES, SessionCalendar, is_intraday
 
+ROUND_THE_CLOCK = "24/7"
 HOURS = {"cn": ("Asia/Shanghai", "09:30"), "us": ("America/New_York", "09:30"), "tw": ("Asia/Taipei", "09:00")}
 
 
@@ -20,24 +21,25 @@ class Opening:
     source: str
 
 
-def next_opening(date: pd.Timestamp, store: str, freq: str, region: str) -> Opening:
-    """Find when the first bar after `date` begins, by the hours of the region's exchange.
+def next_opening(date: pd.Timestamp, store: str, freq: str, region: str, exchange: str | None = None) -> Opening:
+    """Find when the first bar after `date` begins, by the hours of an exchange, by default the region's.
 
     Where bars follow each other without a pause, round the clock or within a day, a forecast can only be made when the
     next bar has begun: there it is the moment at which that bar is over. Without the package exchange_calendars a
     session opens at the usual hour of the next weekday: earlier than in truth if that is a holiday, never later. A
     store that trades on weekends is on UTC.
     """
-    calendar = SessionCalendar(_sessions(date, store, freq), region=region, freq=freq)
-    if calendar.exchange and not is_intraday(freq):
+    calendar = SessionCalendar(_sessions(date, store, freq), exchange, region, freq)
+    pauses = calendar.exchange not in (None, ROUND_THE_CLOCK)
+    if calendar.exchange and pauses and not is_intraday(freq):
         after = date if freq != "1week" else date + pd.Timedelta(days=6)  # a week's bar has the date of its first day
         return _exchange_opening(after, calendar.exchange, region)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # weekdays without holidays: earlier than in truth, never later
         following = pd.Timestamp(calendar.sessions_after([date], 1)[0, 0])
     step = _step(freq)
-    zone = HOURS[region][0] if calendar.exchange and region in HOURS else "UTC"
-    goes_on = is_intraday(freq) or (region in HOURS and calendar.exchange is None)
+    zone = _zone(exchange) if exchange else HOURS[region][0] if pauses and region in HOURS else "UTC"
+    goes_on = is_intraday(freq) or (not pauses and (region in HOURS or exchange is not None))
     if following - date > step or not goes_on:
         return Opening(_to_utc(following, zone), f"the store's next bar begins, {zone}")
     return Opening(_to_utc(following + step, zone), f"the bar that follows without a pause is over, {zone}")
@@ -52,6 +54,15 @@ def _sessions(date: pd.Timestamp, store: str, freq: str) -> pd.DatetimeIndex:
             return pd.DatetimeIndex([date, date + _step(freq)])
         return pd.bdate_range(end=date, periods=10).union([date])
     return pd.DatetimeIndex(lines)
+
+
+def _zone(exchange: str) -> str:
+    """Return an exchange's time zone; UTC where the package that knows it is not installed."""
+    try:
+        from exchange_calendars import get_calendar
+    except ImportError:
+        return "UTC"
+    return str(get_calendar(exchange).tz)
 
 
 def _step(freq: str) -> pd.Timedelta:
@@ -73,7 +84,7 @@ def _exchange_opening(date: pd.Timestamp, exchange: str, region: str) -> Opening
             opens = calendar.session_open(session).tz_localize(None)
             return Opening(opens.to_pydatetime(), f"{exchange} opens")
         problem = f"exchange_calendars does not know {exchange} on that day"
-    zone, hour = HOURS[region]
+    zone, hour = HOURS[region] if EXCHANGES.get(region) == exchange else (_zone(exchange), "00:00")
     day = date.normalize() + pd.offsets.BDay(1)
     opens = _to_utc(day + pd.Timedelta(f"{hour}:00"), zone)
     return Opening(opens, f"the next weekday, {hour} {zone}: {problem}")

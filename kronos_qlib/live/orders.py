@@ -1,7 +1,9 @@
 """The orders that a run's own strategy would place on a date's signals: Qlib's strategy on Qlib's exchange."""
 
 import copy
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from qlib.backtest import Account, get_exchange
 from qlib.backtest.decision import BaseTradeDecision, Order
 from qlib.backtest.exchange import Exchange
 from qlib.backtest.utils import CommonInfrastructure, LevelInfrastructure, TradeCalendarManager
+from qlib.config import C
 from qlib.data import D
 from qlib.strategy.base import BaseStrategy
 from qlib.utils import init_instance_by_config
@@ -20,10 +23,11 @@ from kronos_qlib.live.run import LiveRun
 from kronos_qlib.live.signal_set import SignalSet
 from kronos_qlib.live.signals import shown
 
+logger = logging.getLogger("qlib.signals")
 CASH = "CASH"  # the row of a holdings file that has the cash
 PRICE_DAYS = 60  # sessions back in which a holding that does not trade has its last close
 HELD_FOR_LONG = 1_000_000  # trading steps
-COLUMNS = ("instrument", "side", "shares", "reference_price", "value", "expected_cost", "rank", "why")
+COLUMNS = ("date", "instrument", "side", "shares", "reference_price", "value", "expected_cost", "rank", "why")
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Holdings:
     """What an account holds.
 
     cash: in the market's currency. shares: by instrument, as the broker counts them, not adjusted.
-    bars_held: trading steps since an instrument was bought; what is not in it counts as held for long.
+    bars_held: trading steps that an instrument was held, 1 for what was bought today; what is not in it counts as held
+        for long.
     """
 
     cash: float
@@ -61,6 +66,9 @@ def read_holdings(path: Path) -> Holdings:
     except (ValueError, pd.errors.ParserError) as error:
         raise ValueError(f"{path}: no CSV file of holdings: {' '.join(str(error).split())}") from None
     table.columns = [str(name).strip().lower() for name in table.columns]
+    repeated = pd.Index(table.columns)[pd.Index(table.columns).duplicated()]
+    if len(repeated):
+        raise ValueError(f"{path}: has the column {repeated[0]} twice")
     lacking = [name for name in ("instrument", "shares") if name not in table]
     if lacking:
         raise ValueError(f"{path}: has no column {lacking[0]}; it needs instrument and shares, and may have bars_held")
@@ -101,7 +109,8 @@ def make_orders(run: LiveRun, signals: SignalSet, holdings: Holdings) -> pd.Data
         market's currency, not adjusted.
 
     Raises:
-        ValueError: the run has no PortAnaRecord, its strategy does not trade on signals, or a holding has no price.
+        ValueError: the run has no PortAnaRecord, its strategy does not trade on signals or cannot decide, a holding has
+            no price, or some instruments have no factor, by which shares are counted.
     """
     config = run.portfolio
     if config is None or not config.get("strategy"):
@@ -109,17 +118,19 @@ def make_orders(run: LiveRun, signals: SignalSet, holdings: Holdings) -> pd.Data
     executor = (config.get("executor") or {}).get("kwargs") or {}
     step = str(executor.get("time_per_step", "day"))
     date = signals.date if step == signals.freq else signals.date.normalize()
-    evening = _Evening(step, date, date)
+    with _without_word_of_a_calendar():
+        evening = _Evening(step, date, date)
     if evening.start_index < 1:
         raise ValueError(f"{shown(date)} is the store's first session: no strategy acts on it")
     names, backtest = sorted({*signals.table.index, *holdings.shares}), config.get("backtest") or {}
-    exchange = _exchange(backtest, names, date, step)
-    account = Account(holdings.cash, _positions(holdings, exchange, date, step), step, port_metr_enabled=False)
+    exchange = _exchange(backtest, names, signals)
+    positions = _positions(holdings, exchange, signals.date, signals.freq)
+    account = Account(holdings.cash, positions, step, port_metr_enabled=False)
     for name in holdings.shares:
         account.current_position.update_stock_count(name, step, holdings.bars_held.get(name, HELD_FOR_LONG))
     orders = _decide(config["strategy"], signals, account, exchange, evening)
     rows = _describe(orders, account, exchange, signals)
-    without_limits = _exchange(backtest | {"exchange_kwargs": _without_limits(backtest)}, names, date, step)
+    without_limits = _exchange(backtest | {"exchange_kwargs": _without_limits(backtest)}, names, signals)
     wanted = _decide(config["strategy"], signals, account, without_limits, evening)
     placed = {order.stock_id for order in orders}
     for order in wanted:
@@ -130,7 +141,7 @@ def make_orders(run: LiveRun, signals: SignalSet, holdings: Holdings) -> pd.Data
     for name in holdings.shares:
         if exchange.check_stock_suspended(name, *evening.get_step_time()):
             rows.append(_not_traded(name, signals, f"held, suspended on {shown(date)}"))
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    return pd.DataFrame([{"date": signals.date, **row} for row in rows], columns=list(COLUMNS))
 
 
 def _decide(
@@ -143,9 +154,14 @@ def _decide(
     configuration["kwargs"] = dict(configuration.get("kwargs") or {}) | {"signal": pd.Series(scores.to_numpy(), index)}
     common, level = CommonInfrastructure(trade_account=account, trade_exchange=exchange), LevelInfrastructure()
     level.reset_infra(trade_calendar=evening, common_infra=common)
-    trader = init_instance_by_config(configuration, accept_types=BaseStrategy)
-    trader.reset(level_infra=level, common_infra=common)
-    decision = trader.generate_trade_decision()
+    try:
+        trader = init_instance_by_config(configuration, accept_types=BaseStrategy)
+        trader.reset(level_infra=level, common_infra=common)
+        decision = trader.generate_trade_decision()
+    except Exception as error:  # a strategy of the user's, or one that needs more than signals, may raise anything
+        raise ValueError(
+            f"the strategy {configuration.get('class')} cannot decide on signals ({type(error).__name__}: {error})"
+        ) from error
     if not isinstance(decision, BaseTradeDecision):
         raise ValueError(f"{type(trader).__name__} decides within a step: its orders are not known in the evening")
     return list(decision.get_decision())
@@ -156,14 +172,40 @@ def _without_limits(backtest: Mapping[str, Any]) -> dict[str, Any]:
     return dict(backtest.get("exchange_kwargs") or {}) | {"limit_threshold": ("$close < 0", "$close < 0")}
 
 
-def _exchange(backtest: Mapping[str, Any], names: list[str], date: pd.Timestamp, step: str) -> Exchange:
-    """Return Qlib's exchange at a date, with the run's costs and limits, that trades at the close."""
+def _exchange(backtest: Mapping[str, Any], names: list[str], signals: SignalSet) -> Exchange:
+    """Return Qlib's exchange, with the run's costs and limits, that knows the signals' own bar alone and its close.
+
+    Raises ValueError if some instruments lack a factor: Qlib would trade all of them in adjusted shares then.
+    """
     options = dict(backtest.get("exchange_kwargs") or {}) | {"deal_price": "close", "codes": names}
-    end = date if step != "day" else date + pd.Timedelta(days=1) - pd.Timedelta(1, "s")
-    return get_exchange(**options | {"start_time": date, "end_time": end})
+    options |= {"freq": signals.freq, "start_time": signals.date, "end_time": signals.date}
+    try:
+        exchange = get_exchange(**options)
+    except Exception as error:  # an exchange of the user's own may raise anything
+        raise ValueError(f"the run's exchange cannot be made ({type(error).__name__}: {error})") from error
+    quotes = exchange.quote_df[exchange.quote_df["$close"].notna()]
+    lacking = quotes.index[quotes["$factor"].isna()].get_level_values("instrument")
+    if len(lacking) and len(lacking) < len(quotes):
+        raise ValueError(
+            f"{len(lacking)} instruments have no factor on {shown(signals.date)}, {', '.join(lacking[:5])}: shares "
+            "cannot be counted; bring their bars up to date"
+        )
+    if len(lacking):
+        logger.warning("the store has no $factor: shares, lots and prices are those of adjusted prices")
+    return exchange
 
 
-def _positions(holdings: Holdings, exchange: Exchange, date: pd.Timestamp, step: str) -> dict[str, dict[str, float]]:
+@contextmanager
+def _without_word_of_a_calendar() -> Iterator[None]:
+    """Keep Qlib, which asks for a calendar of the future, from warning twice that there is none: none is needed."""
+    level, C["logging_level"] = C["logging_level"], logging.ERROR
+    try:
+        yield
+    finally:
+        C["logging_level"] = level
+
+
+def _positions(holdings: Holdings, exchange: Exchange, date: pd.Timestamp, freq: str) -> dict[str, dict[str, float]]:
     """Return holdings as Qlib's positions: amounts and prices are those of adjusted prices.
 
     Raises ValueError for an instrument without a bar in the sessions before.
@@ -171,9 +213,9 @@ def _positions(holdings: Holdings, exchange: Exchange, date: pd.Timestamp, step:
     names = sorted(holdings.shares)
     if not names:
         return {}
-    sessions = pd.DatetimeIndex(D.calendar(freq=step))
+    sessions = pd.DatetimeIndex(D.calendar(freq=freq))
     first = sessions[max(0, sessions.searchsorted(date) - PRICE_DAYS)]
-    bars = D.features(names, ["$close", "$factor"], first, date, freq=step).set_axis(["close", "factor"], axis=1)
+    bars = D.features(names, ["$close", "$factor"], first, date, freq=freq).set_axis(["close", "factor"], axis=1)
     last = bars.dropna(subset="close").groupby("instrument").last()
     absent = sorted(set(names) - set(last.index))
     if absent:

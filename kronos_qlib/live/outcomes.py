@@ -7,10 +7,12 @@ import numpy as np
 import pandas as pd
 from qlib.data import D
 
+from kronos_qlib.data.calendar import store_calendar
 from kronos_qlib.data.expressions import check_expression, sessions_ahead
 from kronos_qlib.live.ledger import OUTCOME_COLUMNS, Ledger
 
 _ARITHMETIC = re.compile(r"(?!.*(__|\.\s*[A-Za-z_]))[\w$\s.,+\-*/()<>=&|~^%]+")  # neither text nor attributes
+RECENT_SESSIONS = 1000  # of a store, among which are all that may still be open
 _RETURN_TOLERANCE, _PRICE_TOLERANCE = 1e-5, 1e-5  # above the rounding of a store, which keeps float32
 
 
@@ -38,33 +40,47 @@ class Filled:
         return Filled(**counts, last_bar=max(bars, default=None))
 
 
-def fill_outcomes(ledger: Ledger, sets: pd.DataFrame, rows: pd.DataFrame) -> Filled:
+def fill_outcomes(ledger: Ledger, sets: pd.DataFrame, rows: pd.DataFrame, now: pd.Timestamp | None = None) -> Filled:
     """Fill the labels and returns of sets whose bars have come, one transaction a set, from the store Qlib is using.
+
+    Bars of a session that is still open do not count, as what is filled never changes.
 
     Args:
         sets, rows: as `Ledger.read` gives them, those of this store.
+        now: with a time zone; by default the time of the clock.
 
     Raises:
-        ValueError: a label is no Qlib expression of fields, numbers and operators.
+        ValueError: a label is no Qlib expression of fields, numbers and operators, or hours are not known.
     """
-    done = Filled()
-    for (freq, label, horizon), group in sets.groupby(["freq", "label", "horizon"], dropna=False):
+    done, now = Filled(), pd.Timestamp.now("UTC") if now is None else now
+    for key, group in sets.groupby(["freq", "label", "horizon", "exchange"], dropna=False):
+        freq, (label, horizon, exchange) = str(key[0]), (None if pd.isna(part) else part for part in key[1:])
         own = rows[rows.index.get_level_values("id").isin(group.index)]
-        columns = [name for name, known in zip(OUTCOME_COLUMNS, (label, horizon)) if not pd.isna(known)]
+        columns = [name for name, known in zip(OUTCOME_COLUMNS, (label, horizon)) if known is not None]
+        sessions = complete_sessions(freq, exchange, now)
         came = read_outcomes(
             sorted(own.index.unique("instrument")),
             group["date"].min(),
             group["date"].max(),
-            None if pd.isna(label) else label,
-            None if pd.isna(horizon) else int(horizon),
+            label,
+            None if horizon is None else int(horizon),
             freq,
+            sessions,
         )
         for set_id, date in group["date"].items():
             recorded = own.loc[set_id]
             store = came.reindex(pd.MultiIndex.from_product([[date], recorded.index])).droplevel(0)
             done += _fill(ledger, int(set_id), recorded, store, columns)
-        done += Filled(last_bar=pd.Timestamp(D.calendar(freq=freq)[-1]))
+        done += Filled(last_bar=sessions[-1] if len(sessions) else None)
     return done
+
+
+def complete_sessions(freq: str, exchange: str | None, now: pd.Timestamp) -> pd.DatetimeIndex:
+    """Return the store's sessions whose bars are complete at a time. Raises ValueError for unknown hours."""
+    sessions = pd.DatetimeIndex(D.calendar(freq=freq))
+    recent = sessions[-RECENT_SESSIONS:]
+    open_ = int((store_calendar(freq, exchange).ends(recent) > now).sum())
+    return sessions[: len(sessions) - open_]
 
 
 def read_outcomes(
@@ -74,8 +90,12 @@ def read_outcomes(
     label: str | None,
     horizon: int | None,
     freq: str = "day",
+    sessions: pd.DatetimeIndex | None = None,
 ) -> pd.DataFrame:
     """Read what came after each date, as far as the bars are there, from the store Qlib is using.
+
+    Args:
+        sessions: those whose bars count, from the store's first on; by default all of its calendar.
 
     Returns:
         Index (datetime, instrument), of `first` to `last`. close; label: the expression's value, NaN until the store
@@ -83,11 +103,12 @@ def read_outcomes(
         `horizon`-th bar after it, NaN until that is there. Bars are those that a forecast counts: a suspended
         session, without volume, is none, unless the date's own bar has no volume either (instruments without volumes).
     """
-    sessions = pd.DatetimeIndex(D.calendar(freq=freq))
+    sessions = pd.DatetimeIndex(D.calendar(freq=freq)) if sessions is None else sessions
     fields = ["$close", "$volume"] + ([label] if label else [])
     if label:
         _check_label(label)
-    bars = D.features(instruments, fields, start_time=first, freq=freq).swaplevel().sort_index().astype(float)
+    end = sessions[-1] if len(sessions) else first
+    bars = D.features(instruments, fields, first, end, freq=freq).swaplevel().sort_index().astype(float)
     bars.columns = ["close", "volume", "label"][: len(fields)]
     bars.index = bars.index.set_names(["datetime", "instrument"])
     traded = bars["volume"] > 0

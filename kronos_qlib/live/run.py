@@ -9,13 +9,17 @@ from typing import Any
 
 import pandas as pd
 import qlib
+from qlib.data import D
 from qlib.data.dataset import DatasetH
+from qlib.utils import get_callable_kwargs
 from qlib.workflow import R
+from qlib.workflow.record_temp import PortAnaRecord
 from qlib.workflow.recorder import Recorder
 
 from kronos_qlib.analysis import DEFAULT_URI
 from kronos_qlib.analysis.results import FoundRun, ResultsError, find_run
 from kronos_qlib.workflow.recording import ROLLING_RECORD
+from kronos_qlib.workflow.task_config import bar_freq
 from kronos_qlib.workflow.workflow_file import read_workflow
 
 logger = logging.getLogger("qlib.signals")
@@ -44,9 +48,14 @@ class LiveRun:
         """Return the configuration of the run's PortAnaRecord; None of a run without a backtest."""
         records = self.task.get("record") or []
         for record in records if isinstance(records, list) else [records]:
-            if str(record.get("class")).startswith("PortAnaRecord"):
-                config = record.get("kwargs", {}).get("config")
-                return config if isinstance(config, dict) else None
+            try:
+                kind, kwargs = get_callable_kwargs(record, "qlib.workflow.record_temp")
+            except (ImportError, AttributeError, TypeError, KeyError):
+                continue  # it could not run either
+            if isinstance(kind, type) and issubclass(kind, PortAnaRecord):
+                complete = PortAnaRecord(None, config=kwargs.get("config"))  # with Qlib's defaults
+                parts = ("strategy", "executor", "backtest")
+                return {name: getattr(complete, f"{name}_config") for name in parts}
         return None
 
     def load_model(self) -> Any:
@@ -108,7 +117,8 @@ def open_run(source: str, uri: str | None = None, store: Path | None = None, dat
         raise ResultsError(f"{name}: recorder {found.run_id} has no task: it is not a run of Qlib's task_train or qrun")
     recorded = found.read("kronos_run.json") or {}
     settings = config.get("qlib_init", {}) | settings
-    freq = _freq(task, recorded)
+    handler = (task["dataset"].get("kwargs") or {}).get("handler")
+    freq = recorded.get("data", {}).get("freq") or (bar_freq(handler) if isinstance(handler, dict) else "day")
     named = settings.get("provider_uri") or recorded.get("data", {}).get("provider_uri")
     places = found.stores(str(store.absolute()) if store else named, freq) if store or named else []
     if not places:
@@ -131,7 +141,7 @@ def open_run(source: str, uri: str | None = None, store: Path | None = None, dat
 def _task_of(tasks: list[dict[str, Any]], date: str | None) -> str:
     """Return the recorder of the task that scored a date, or of the last one."""
     try:
-        wanted = pd.Timestamp(date).normalize()
+        wanted = pd.Timestamp(date).tz_localize(None).normalize()
     except (ValueError, TypeError):
         wanted = pd.NaT
     for task in tasks:
@@ -139,13 +149,6 @@ def _task_of(tasks: list[dict[str, Any]], date: str | None) -> str:
         if start <= wanted <= end:
             return str(task["recorder"])
     return str(tasks[-1]["recorder"])
-
-
-def _freq(task: dict[str, Any], recorded: dict[str, Any]) -> str:
-    """Return the frequency of the bars that a run scores."""
-    handler = task["dataset"].get("kwargs", {}).get("handler", {})
-    configured = handler.get("kwargs", {}).get("freq") if isinstance(handler, dict) else None
-    return str(recorded.get("data", {}).get("freq") or configured or "day")
 
 
 def _installed(package: str) -> str:
@@ -157,7 +160,7 @@ def _installed(package: str) -> str:
 
 def label_expression(dataset: DatasetH) -> str | None:
     """Return the Qlib expression of a dataset's first label; None where its loader does not tell."""
-    loader = dataset.handler.data_loader
+    loader = getattr(dataset.handler, "data_loader", None)
     labels = getattr(loader, "label", None)
     if labels is None:
         fields = getattr(loader, "fields", {})
@@ -165,11 +168,12 @@ def label_expression(dataset: DatasetH) -> str | None:
     return str(labels[0]) if labels else None
 
 
-def instruments_of(dataset: DatasetH, date: pd.Timestamp, freq: str) -> list[str]:
-    """List the members of a dataset's universe on a date, sorted."""
-    from qlib.data import D
-
-    universe = dataset.handler.instruments
+def instruments_of(dataset: DatasetH, date: pd.Timestamp, freq: str) -> list[str] | None:
+    """List the members of a dataset's universe on a date, sorted; None where its handler names none."""
+    universe = getattr(dataset.handler, "instruments", None)
+    if universe is None:
+        return None
     if isinstance(universe, str):
         universe = D.instruments(universe)
-    return sorted(D.list_instruments(universe, start_time=date, end_time=date, freq=freq, as_list=True))
+    day = date.normalize()  # as spans name days
+    return sorted(D.list_instruments(universe, start_time=day, end_time=date, freq=freq, as_list=True))

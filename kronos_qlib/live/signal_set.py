@@ -15,7 +15,8 @@ class SignalSet:
         last_close, in the store's units, prob_up, and q05, q10, q25, q50, q75, q90, q95: quantiles of the return from
         the date's close to that of `horizon` bars later, as ratios.
     experiment, recorder: the run, its experiment's name and its recorder id.
-    store: the folder of the Qlib store. freq: of its bars: day, 1week, 5min.
+    store: the folder of the Qlib store. freq: of its bars: day, 1week, 5min. exchange: whose hours these keep, a name
+        of exchange_calendars; None: the region's.
     label: the Qlib expression of the run's label, None if it is not known.
     horizon: bars forecast, None of another model than KronosModel.
     settings: of model and dataset, and of the portfolio: the run's PortAnaRecord, under the key portfolio; plain data.
@@ -38,3 +39,4 @@ class SignalSet:
     data_digest: str
     versions: dict[str, str | None]
     promised: dict[str, Any] | None = None
+    exchange: str | None = None

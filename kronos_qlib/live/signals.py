@@ -62,8 +62,15 @@ def latest_complete(run: LiveRun, dataset: DatasetH, now: pd.Timestamp) -> pd.Ti
     return at_score_time(dataset, complete)
 
 
-def named_date(run: LiveRun, dataset: DatasetH, text: str) -> pd.Timestamp:
-    """Return the last score date of a day, or that of a time. Raises ValueError for what is none of the store's."""
+def named_date(run: LiveRun, dataset: DatasetH, text: str, now: pd.Timestamp) -> pd.Timestamp:
+    """Return the last score date of a day, or that of a time.
+
+    Args:
+        now: with a time zone.
+
+    Raises:
+        ValueError: it is none of the store's. StoreLacksBars: its bar is not complete yet.
+    """
     sessions = pd.DatetimeIndex(Cal.calendar(freq=run.freq))
     try:
         start = pd.Timestamp(text)
@@ -74,7 +81,11 @@ def named_date(run: LiveRun, dataset: DatasetH, text: str) -> pd.Timestamp:
         raise ValueError(
             f"--date {text} is no session of the store {run.store}, {shown(sessions[0])} … {shown(sessions[-1])}"
         )
-    return at_score_time(dataset, found)
+    date = at_score_time(dataset, found)
+    end = store_calendar(run.freq, getattr(dataset, "exchange", None)).ends(pd.DatetimeIndex([date]))[0]
+    if end > now:
+        raise StoreLacksBars(f"the bar of {shown(date)} is complete at {end:%Y-%m-%d %H:%M} UTC only")
+    return date
 
 
 def at_score_time(dataset: DatasetH, sessions: pd.DatetimeIndex) -> pd.Timestamp:
@@ -134,6 +145,7 @@ def make_signals(run: LiveRun, date: pd.Timestamp, allow_missing: int = 0) -> Si
         freq=run.freq,
         label=label_expression(dataset),
         horizon=dataset.horizon if isinstance(model, KronosModel) else None,
+        exchange=getattr(dataset, "exchange", None),
         settings=json.loads(json.dumps(kwargs, default=str)),
         weights_digest=weights,
         data_digest=_data_digest(dataset),
@@ -147,6 +159,8 @@ def _require_bars(run: LiveRun, dataset: DatasetH, date: pd.Timestamp, allow_mis
     sessions = pd.DatetimeIndex(Cal.calendar(freq=run.freq))
     place = sessions.get_loc(date)
     members = instruments_of(dataset, date, run.freq)
+    if members is None:
+        return
     if not members:
         raise StoreLacksBars(
             f"the universe {_universe(dataset)} of {run.store} has no member on {shown(date)}: "
@@ -183,7 +197,8 @@ def _load_lookbacks(dataset: KLineDataset, date: pd.Timestamp, sessions: pd.Date
     """Load no more bars up to a date than give every member its lookback of valid bars, suspended or not."""
     handler, own = dataset.handler, dataset.handler.start_time
     near = sessions[max(0, sessions.get_loc(date) - dataset.lookback - SLACK)]
-    if own is not None and near <= own:
+    remembers = any(not isinstance(column, str) for column in handler.data_loader.columns.values())
+    if remembers or (own is not None and near <= own):  # a user's column may be a function of all bars before
         handler.config(end_time=date)
         return
     handler.config(start_time=near, end_time=date)
@@ -256,7 +271,8 @@ def _warn_of_changed_universe(run: LiveRun, dataset: DatasetH, before: pd.Series
     if not (dates <= date).any():
         return
     last = dates[dates <= date].max()
-    gone = sorted(set(_of_date(before, last).index) - set(instruments_of(dataset, last, run.freq)))
+    members = instruments_of(dataset, last, run.freq)
+    gone = sorted(set(_of_date(before, last).index) - set(members)) if members is not None else []
     if gone:
         logger.warning(
             f"the universe {_universe(dataset)} changed since the run: {len(gone)} instruments that it scored on "
@@ -296,7 +312,7 @@ def _data_digest(dataset: DatasetH) -> str:
 
 
 def _universe(dataset: DatasetH) -> str:
-    universe = dataset.handler.instruments
+    universe = getattr(dataset.handler, "instruments", None)
     return universe if isinstance(universe, str) else "the universe"
 
 

@@ -89,8 +89,11 @@ def task_dataset(task: RollingTask) -> Dataset:
     return init_instance_by_config(dataset | {"kwargs": dataset["kwargs"] | {"handler": _handlers[key]}})
 
 
+_FIELDS = ("$open", "$high", "$low", "$close", "$volume", "$amount", "$vwap", "$factor", "$change")
+
+
 class BarDigests:
-    """Digests of a universe's closes and volumes up to a day, so that tasks on other bars are other tasks."""
+    """Digests of a universe's bars up to a day, so that tasks on other bars are other tasks."""
 
     def __init__(self, handler: Mapping[str, Any], reach: int) -> None:
         kind, kwargs = get_callable_kwargs(handler)
@@ -101,7 +104,7 @@ class BarDigests:
             self._rows = pd.Series(dtype=np.uint64, index=pd.DatetimeIndex([]))
             return
         instruments = D.instruments(universe) if isinstance(universe, str) else universe
-        bars = D.features(instruments, ["$close", "$volume"], kwargs.get("start_time"), kwargs.get("end_time"))
+        bars = D.features(instruments, list(_FIELDS), kwargs.get("start_time"), kwargs.get("end_time"))
         rows = pd.util.hash_pandas_object(bars)
         self._rows = pd.Series(rows.to_numpy(), bars.index.get_level_values("datetime")).sort_index(kind="stable")
 

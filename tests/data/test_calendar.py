@@ -245,3 +245,15 @@ def test_a_bar_is_complete_at_its_exchange_s_close(exchange, freq, time, end):
 def test_a_store_that_no_exchange_keeps_ends_its_days_in_utc():
     calendar = SessionCalendar(pd.date_range("2024-01-01", periods=40), None, "us")
     assert list(calendar.ends(pd.DatetimeIndex(["2024-02-03"]))) == [pd.Timestamp("2024-02-04", tz="UTC")]
+
+
+def test_days_that_the_exchange_has_not_announced_end_at_the_usual_close(caplog):
+    bound = type(__import__("exchange_calendars").get_calendar("XSHG")).bound_max().tz_localize(None)
+    later = pd.bdate_range(bound + pd.Timedelta(days=1), periods=3)
+    calendar = SessionCalendar(pd.bdate_range(later[0] - pd.Timedelta(days=60), later[-1]), None, "cn")
+    logger = logging.getLogger("qlib.SessionCalendar")
+    logger.addHandler(caplog.handler)
+    ends = calendar.ends(later)
+    logger.removeHandler(caplog.handler)
+    assert list(ends) == [day.tz_localize("UTC") + pd.Timedelta(hours=7) for day in later]
+    assert f"exchange_calendars knows XSHG to {bound.date()} only" in caplog.text

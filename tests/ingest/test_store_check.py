@@ -133,3 +133,14 @@ def test_options_of_a_store_and_a_folder_that_is_none(tmp_path, capsys):
     assert "which is a folder" in capsys.readouterr().err
     assert main(["check", str(tmp_path)]) == 2
     assert "no Qlib store, which has calendars/" in capsys.readouterr().err
+
+
+def test_what_is_odd_in_the_last_sessions_is_an_error_where_that_is_asked(store, capsys):
+    for field in ("open", "high", "low", "close"):
+        change(store, "SH600000", field, lambda values: values.__setitem__(slice(-3, None), values[-3:] / 2))
+    assert main(["check", str(store)]) == 0
+    assert main(["check", str(store), "--recent", "2"]) == 0
+    assert main(["check", str(store), "--recent", "3"]) == 2
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"recent jumps 1 since {DAYS[-3]} SH600000 {DAYS[-3].date()}: -" in printed
+    assert main(["check", str(store), "--recent", "-1"]) == 2

@@ -70,8 +70,8 @@ def run_evenings(folder: Path, uri: str, first: int) -> None:
     os.chdir(folder)
     for evening in range(first, EVENINGS):
         now = f"{SESSIONS[HISTORY + evening]:%Y-%m-%d}T20:00+08:00"
-        line = f"--lock lock --log log ingest ../files/{evening}.csv store --append --then check store --then signals"
-        line += f" evenings --uri {uri} --store store --now {now} --out {evening}.csv --ledger sqlite:///ledger.db"
+        line = f"--lock lock --log log ingest ../files/{evening}.csv store --append --then check store --recent 5"
+        line += f" --then signals evenings --uri {uri} --store store --now {now} --out {evening}.csv --ledger sqlite:///ledger.db"
         line += " --then ledger update --ledger sqlite:///ledger.db"
         assert main(line.split()) == 0
         Path("done").write_text(str(evening + 1))

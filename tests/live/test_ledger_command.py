@@ -104,9 +104,16 @@ def test_show_as_json_has_the_figures_of_both_kinds(updated: Path, capsys: pytes
 
 
 def test_without_the_store_all_but_the_paper_portfolio_is_shown(updated: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["ledger", "show", "--store", "nowhere"]) == 0
-    told = capsys.readouterr().out
-    assert "no paper portfolio: there is no Qlib store nowhere" in " ".join(told.split())
+    (store,) = set(Ledger(f"sqlite:///{updated / 'ledger.db'}").read()[0]["store"])
+    away = Path(store).rename(f"{store}_away")
+    try:
+        assert main(["ledger", "show"]) == 0
+        told = capsys.readouterr().out
+        assert main(["ledger", "show", "--store", str(away), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)[0]["paper_days"] == 26
+    finally:
+        away.rename(store)
+    assert f"no paper portfolio: there is no Qlib store {store}" in " ".join(told.split())
     assert "Forecast returns and what came" in told
 
 

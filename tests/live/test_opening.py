@@ -86,3 +86,19 @@ def test_a_set_is_live_before_that_moment_and_simulated_from_it_on(tmp_path: Pat
     assert placed.live is live
     assert bool(ledger.read()[0].loc[placed.id, "live"]) is live
     assert placed.next_session_opens_at == pd.Timestamp("2024-06-04 01:30", tz="UTC")
+
+
+def test_a_named_exchange_opens_by_its_own_hours_whatever_the_region(tmp_path: Path):
+    found = next_opening(pd.Timestamp("2024-04-30"), "no/store", "day", "cn", "XTKS")
+    assert (found.at, found.source) == (datetime(2024, 5, 1), "XTKS opens")  # Shanghai's holiday goes on to 6 May
+    store = store_of(tmp_path, pd.date_range("2024-01-01", "2024-06-08"), "day")
+    assert next_opening(pd.Timestamp("2024-06-08"), store, "day", "cn", "24/7").at == datetime(2024, 6, 10)
+
+
+def test_the_ledger_takes_the_exchange_of_the_signals(tmp_path: Path):
+    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
+    for seed, (exchange, live) in enumerate(((None, True), ("XTKS", False))):
+        made_at = datetime(2024, 5, 1, 12)
+        found = ledger.record(signal_set("2024-04-30", seed=seed, exchange=exchange), made_at, "cn")
+        assert found.live is live
+    assert list(ledger.read()[0]["exchange"]) == [None, "XTKS"]

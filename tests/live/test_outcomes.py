@@ -11,6 +11,7 @@ import qlib
 from ledgers import LABEL, QUANTILES, signal_set
 from qlib.data import D
 
+from kronos_qlib.data.calendar import store_calendar
 from kronos_qlib.data.demo_market import write_demo_market
 from kronos_qlib.live.ledger import Ledger, digest_of_content
 from kronos_qlib.live.outcomes import fill_outcomes, read_outcomes
@@ -179,3 +180,14 @@ def test_a_label_of_the_database_that_is_more_than_arithmetic_is_refused(market:
     use(market)
     with pytest.raises(ValueError, match="is no Qlib expression of fields, numbers and operators"):
         read_outcomes(["DEMO0001"], pd.Timestamp("2018-02-01"), pd.Timestamp("2018-02-02"), label, None)
+
+
+def test_a_bar_whose_session_is_still_open_fills_nothing(market: Path, ledger: Ledger):
+    sessions = use(market)
+    date = sessions[-3]
+    ledger.record(signal_set(date, table=reversal(date).table, label=LABEL, horizon=2))
+    end = store_calendar("day").ends(sessions[-1:])[0]
+    for before, filled in ((1, 0), (0, 1)):
+        done = fill_outcomes(ledger, *ledger.read(), now=end - pd.Timedelta(minutes=before))
+        assert (done.labels > 0, done.returns > 0) == (bool(filled), bool(filled))
+        assert done.last_bar == sessions[-2 + filled]

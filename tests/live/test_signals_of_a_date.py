@@ -5,7 +5,11 @@ import json
 import logging
 import resource
 import shutil
+import sqlite3
+import subprocess
+import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +22,16 @@ from qlib.model.trainer import task_train
 from qlib.workflow import R
 from tiny import HORIZON, LOOKBACK, MODEL, SEGMENTS, TOKENIZER, use_market
 
+from kronos_qlib import KLineDataset, KLineHandler
 from kronos_qlib.cli import main
 from kronos_qlib.data.demo_market import write_demo_market
+from kronos_qlib.live.ledger import Ledger
 from kronos_qlib.live.orders import Holdings, make_orders, read_holdings
 from kronos_qlib.live.run import LiveRun, open_run
 from kronos_qlib.live.signal_set import SignalSet
-from kronos_qlib.live.signals import StoreLacksBars, latest_complete, make_signals
+from kronos_qlib.live.signals import StoreLacksBars, _load_lookbacks, latest_complete, make_signals
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 DATE = pd.Timestamp("2018-07-18")
 STRATEGY = {
     "class": "TopkDropoutStrategy",
@@ -273,13 +280,14 @@ def test_members_without_the_bar_are_named_and_nothing_is_written(place, capsys)
     [
         (["--date", "soon"], "--date 'soon' is no date"),
         (["--date", "2018-07-21"], "2018-07-21 is no session of the store"),
+        (["--date", "2018-08-13", "--now", "2018-08-13T14:59+08:00"], "is complete at 2018-08-13 07:00 UTC only"),
         (["--out", "signals.txt"], "should end in .csv or .parquet"),
         (["--now", "2018-08-10 18:00"], "has no time zone"),
         (["--store", "nowhere"], "nowhere"),
     ],
 )
 def test_mistakes_are_one_line(place, capsys, change, message):
-    assert main([*arguments(place, "--no-ledger"), *change]) == 2
+    assert main([*arguments(place, "--no-ledger"), *change]) == (3 if "complete" in message else 2)
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 
@@ -443,3 +451,115 @@ def test_the_clock_of_the_machine_decides_nothing(place, monkeypatch):
     monkeypatch.delenv("TZ")
     time.tzset()
     assert found == [pd.Timestamp("2018-08-09")] * 3
+
+
+def test_a_ledger_that_is_locked_leaves_no_file(place, capsys, monkeypatch):
+    monkeypatch.setattr("kronos_qlib.live.ledger.SECONDS_TO_WAIT", 0.2)
+    url = f"sqlite:///{Path.cwd() / 'ledger.db'}"
+    Ledger(url)
+    with closing(sqlite3.connect("ledger.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert main(arguments(place, "--date", "2018-07-18", "--out", "out/signals.csv", "--ledger", url)) == 2
+    assert "locked" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(Path("out").iterdir())
+    assert main(arguments(place, "--date", "2018-07-18", "--out", "out/signals.csv", "--ledger", url, "--json")) == 0
+    assert json.loads(capsys.readouterr().out)["ledger"] | {"ledger": ""} == {
+        "ledger": "",
+        "set": 1,
+        "version": 1,
+        "new": True,
+        "live": False,
+    }
+
+
+@pytest.mark.slow
+def test_json_is_all_that_is_printed_whatever_a_model_prints_of_its_neighbours(place):
+    """In a process of its own, where qlib.contrib.model is imported by the pickle."""
+    line = ["signals", "lightgbm", "--uri", place.uri, "--store", str(place.store), "--date", "2018-07-18", "--json"]
+    ran = subprocess.run([sys.executable, "-m", "kronos_qlib", *line, "--no-ledger"], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["experiment"] == "lightgbm" and "CatBoost" in ran.stderr
+
+
+@pytest.mark.parametrize("records", ["dotted", "several passes", "without kwargs", "none"])
+def test_the_portfolio_is_that_of_any_of_qlibs_records_of_one(place, records):
+    run, kwargs = place.open("kronos"), RECORDS[1]["kwargs"]
+    record = {
+        "dotted": {"class": "qlib.workflow.record_temp.PortAnaRecord", "kwargs": kwargs},
+        "several passes": {"class": "MultiPassPortAnaRecord", "kwargs": kwargs | {"pass_num": 2}},
+        "without kwargs": {"class": "PortAnaRecord"},
+        "none": {"class": "SigAnaRecord"},
+    }[records]
+    run.task["record"] = [RECORDS[0], record]
+    if records == "none":
+        assert run.portfolio is None
+    else:
+        topk = 50 if records == "without kwargs" else 3  # Qlib's default
+        assert run.portfolio["strategy"]["kwargs"]["topk"] == topk
+        assert run.portfolio["executor"]["kwargs"]["time_per_step"] == "day"
+
+
+def with_strategy(run: LiveRun, strategy: dict) -> LiveRun:
+    config = {"strategy": strategy, "backtest": BACKTEST}
+    run.task["record"] = [{"class": "PortAnaRecord", "kwargs": {"config": config}}]
+    return run
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {"class": "TWAPStrategy", "module_path": "qlib.contrib.strategy", "kwargs": {}},
+        {"class": "NoSuch", "module_path": "qlib.contrib.strategy", "kwargs": {}},
+        STRATEGY | {"kwargs": {"signal": "<PRED>"}},
+    ],
+)
+def test_a_strategy_that_cannot_decide_is_one_line(place, strategy):
+    run, signals = signals_of(place, {"DEMO0000": 1.0, "DEMO0001": 2.0})
+    with pytest.raises(ValueError, match=f"the strategy {strategy['class']} cannot decide on signals"):
+        make_orders(with_strategy(run, strategy), signals, Holdings(1e6, {}, {}))
+
+
+def test_some_instruments_without_a_factor_are_named_as_shares_cannot_be_counted(place):
+    path = bars_file(place.store, "DEMO0005", "factor")
+    content, calendar = np.fromfile(path, "<f4"), (place.store / "calendars/day.txt").read_text().split()
+    content[1 + calendar.index(str(DATE.date())) - int(content[0])] = np.nan
+    content.tofile(path)
+    run, signals = signals_of(place, {f"DEMO000{number}": float(number) for number in range(6)})
+    with pytest.raises(ValueError, match="1 instruments have no factor on 2018-07-18, DEMO0005"):
+        make_orders(run, signals, Holdings(1e6, {"DEMO0001": 100.0}, {}))
+
+
+def test_orders_on_a_bar_within_the_day_see_no_bar_after_it(place, tmp_path):
+    """A strategy of days on a signal of 13:00: prices, limits and lots are those of that bar."""
+    store, found = write_demo_market(tmp_path / "hours", instruments=5, days=30, freq="60min"), []
+    bar = pd.Timestamp("2018-02-01 13:00")
+    for later in (1.0, 1.5):
+        for folder in (store / "features").iterdir():
+            for freq, first in (("60min", bar + pd.Timedelta(hours=1)), ("day", bar.normalize())):
+                path, calendar = folder / f"close.{freq}.bin", store / "calendars" / f"{freq}.txt"
+                sessions = pd.DatetimeIndex(calendar.read_text().splitlines())
+                content = np.fromfile(path, "<f4")
+                content[1 + sessions.get_loc(first) - int(content[0]) :] *= later
+                content.tofile(path)
+        use_market({"60min": str(store), "day": str(store)})
+        names = ["DEMO0000", "DEMO0001", "DEMO0002", "DEMO0003"]
+        table = pd.DataFrame({"score": [4.0, 3.0, 2.0, 1.0], "rank": [1, 2, 3, 4]}, pd.Index(names, name="instrument"))
+        run, signals = signals_of(place, dict(zip(names, table["score"])))
+        use_market({"60min": str(store), "day": str(store)})
+        signals = SignalSet(**vars(signals) | {"table": table, "date": bar, "freq": "60min"})
+        found.append(make_orders(run, signals, Holdings(1e6, {"DEMO0003": 100.0}, {})))
+    pd.testing.assert_frame_equal(*found)
+    bars = D.features(["DEMO0000"], ["$close/$factor"], bar, bar, freq="60min")
+    price = found[0].set_index("instrument").loc["DEMO0000", "reference_price"]
+    assert price == pytest.approx(bars.iloc[0, 0], rel=1e-5)
+
+
+def test_a_column_with_a_memory_is_computed_from_the_whole_history(place):
+    place.open("kronos")
+    column = {"class": "SmoothedRange", "module_path": str(EXAMPLES / "range_column.py"), "kwargs": {"half_life": 30}}
+    options = {"lookback": LOOKBACK, "horizon": HORIZON, "segments": SEGMENTS | {"test": [DATE, DATE]}}
+    datasets = [KLineDataset(KLineHandler("demo", columns={"range": column}), **options) for _ in range(2)]
+    _load_lookbacks(datasets[0], DATE, pd.DatetimeIndex(D.calendar()))
+    ours, whole = (dataset.score_windows("test") for dataset in datasets)
+    rows = np.arange(len(whole))
+    assert len(ours) == len(whole) and np.array_equal(ours.values(rows), whole.values(rows))

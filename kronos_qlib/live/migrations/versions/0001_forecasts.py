@@ -23,6 +23,7 @@ def upgrade() -> None:
         sa.Column("opening_from", sa.String, nullable=False),
         sa.Column("store", sa.String, nullable=False),
         sa.Column("region", sa.String, nullable=False),
+        sa.Column("exchange", sa.String),
         sa.Column("freq", sa.String, nullable=False),
         sa.Column("label", sa.String),
         sa.Column("horizon", sa.Integer),
