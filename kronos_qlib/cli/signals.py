@@ -47,8 +47,8 @@ _EXAMPLES = """\
       kronos-qlib signals lightgbm_csi300 --date 2025-06-05 --out signals.csv
       kronos-qlib signals mine.yaml --holdings account.csv --out signals.csv      orders go to signals_orders.csv
 
-    account.csv: what is held, in shares as the broker counts them; CASH is the account's cash; bars_held, if known, 1 for
-    what was bought today, is compared with the strategy's hold_thresh:
+    account.csv: what is held, in shares as the broker counts them; CASH is the account's cash; bars_held, if known, is
+    compared with the strategy's hold_thresh (1: bought today):
       instrument,shares,bars_held
       CASH,250000,
       SH600519,100,7
