@@ -20,6 +20,7 @@ from kronos_qlib.cli import (
     ingest,
     ledger,
     roll,
+    serve,
     signals,
     tune,
     workflow,
@@ -82,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     add_options(parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    every = (forecast, ingest, demo_data, workflow, check, tune, finetune, roll, factors, compare, signals, ledger)
+    every = (forecast, ingest, demo_data, workflow, check, tune, finetune, roll, factors, compare, signals, ledger, serve)
     for command in every:
         command.add_command(commands)
     return parser
