@@ -83,7 +83,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     add_options(parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    every = (forecast, ingest, demo_data, workflow, check, tune, finetune, roll, factors, compare, signals, ledger, serve)
+    every = (
+        forecast,
+        ingest,
+        demo_data,
+        workflow,
+        check,
+        tune,
+        finetune,
+        roll,
+        factors,
+        compare,
+        signals,
+        ledger,
+        serve,
+    )
     for command in every:
         command.add_command(commands)
     return parser

@@ -45,7 +45,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
         metavar="NAME|DIR",
         help="nano, mini, small, base, or a folder, as in forecast; may stand several times (default: nano)",
     )
-    command.add_argument("--uploads", type=Path, metavar="DIR", help="folder for users' files (default: none are taken)")
+    command.add_argument(
+        "--uploads", type=Path, metavar="DIR", help="folder for users' files (default: none are taken)"
+    )
     command.add_argument(
         "--ledger",
         metavar="URL",

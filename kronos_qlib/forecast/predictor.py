@@ -224,20 +224,19 @@ class KronosPredictor:
         top_p: float = 0.9,
         sample_count: int = 1,
         seed: int = 0,
+        batch_size: int = 1,
         report_step: Callable[[], None] = lambda: None,
     ) -> np.ndarray:
         """Return the sample paths of several series of equal length: float64 [B, sample_count, pred_len, D].
 
-        Series go through the networks one by one, side by side on the cores, so that the paths of each are the same,
-        to the last bit, alone and in any batch, on one core and on many.
-
         Args:
-            report_step: called after each step of each series, B · pred_len times, in any thread. An error that it
-                raises ends the forecast.
+            batch_size: series that go through the networks together; such batches go side by side on the cores. With 1
+                the paths of a series are the same, to the last bit, alone and among others, on one core and on many.
+            report_step: called after each step of each batch, in any thread. An error that it raises ends the forecast.
         """
         sampling = Sampling(sample_count, T, top_k, top_p, seed, self.s2_rotation, anchor=self.anchor)
         paths, _ = self._paths(
-            df_list, x_timestamp_list, y_timestamp_list, pred_len, sampling, progress=False, report_step=report_step
+            df_list, x_timestamp_list, y_timestamp_list, pred_len, sampling, False, batch_size, report_step
         )
         return paths
 
@@ -360,12 +359,10 @@ class KronosPredictor:
         pred_len: int,
         sampling: Sampling,
         progress: bool,
+        batch_size: int | None = None,
         report_step: Callable[[], None] | None = None,
     ) -> tuple[np.ndarray, list[pd.DatetimeIndex]]:
-        """Return paths [B, S, pred_len, D] in price units and the times of each series' forecast.
-
-        With `report_step` each series is a window batch of its own.
-        """
+        """Return paths [B, S, pred_len, D] in price units and the times of each series' forecast."""
         for name, values in (("df_list", frames), ("x_timestamp_list", x_times), ("y_timestamp_list", y_times)):
             if not isinstance(values, (list, tuple)) or not values or len(values) != len(frames):
                 raise ValueError(f"KronosPredictor: {name} should be a list with one entry for each df, at least one")
@@ -392,9 +389,8 @@ class KronosPredictor:
         x, mean, scale = normalise(rows, rows.shape[1], self.clip, self.normalisation)
         x_stamp, y_stamp = (torch.from_numpy(np.stack([stamps(index) for index in side])) for side in zip(*clocks))
         weights = self._prepare_weights(rows.shape[1])
-        options: dict[str, Any] = {"progress": progress}
-        if report_step is not None:
-            options |= {"batch_size": 1, "draw_paths": path_drawer(weights, sampling, report_step)}
+        drawer = None if report_step is None else path_drawer(weights, sampling, report_step)
+        options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "draw_paths": drawer}
         paths = generate(weights, torch.from_numpy(x), x_stamp, y_stamp, sampling, keys, **options)
         bars = denormalise(paths.cpu().double().numpy(), mean[:, None], scale[:, None])
         if self.calibration is not None:

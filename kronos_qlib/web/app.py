@@ -254,6 +254,8 @@ async def _events(service: Service, job: Job) -> AsyncIterator[bytes]:
             names = {"queued": "queued", "running": "progress", "done": "result"}
             status = service.status(job)
             name = names.get(status["state"], status["state"])
+            if name in ("queued", "progress"):
+                del status["question"], status["result"], status["problem"]
             yield f"event: {name}\ndata: {json.dumps(status, ensure_ascii=False)}\n\n".encode()
 
 

@@ -128,7 +128,8 @@ class Forecasts:
     def answer(self, asked: Sequence[Prepared], report: Report) -> list[dict[str, Any]]:
         """Answer questions of one group, in one call of the engine."""
         first = asked[0]
-        paths = draw_paths(first.network.predictor, [each.bars for each in asked], first, asked, report)
+        frames, times = [each.bars for each in asked], [each.times for each in asked]
+        paths = draw_paths(first.network.predictor, frames, times, first.question, report)
         return [self._describe(each, own) for each, own in zip(asked, paths)]
 
     def _describe(self, asked: Prepared, paths: np.ndarray) -> dict[str, Any]:
@@ -163,10 +164,15 @@ class Forecasts:
 
 
 def draw_paths(
-    predictor: KronosPredictor, frames: Sequence[pd.DataFrame], first: Any, asked: Sequence[Any], report: Report
+    predictor: KronosPredictor,
+    frames: Sequence[pd.DataFrame],
+    times: Sequence[pd.DatetimeIndex],
+    draws: Draws,
+    report: Report,
+    batch_size: int = 1,
 ) -> np.ndarray:
-    """Draw possible paths [B, S, P, D] of frames of one length by the settings of the first question."""
-    question, steps, done = first.question, len(frames) * len(first.times), 0
+    """Draw possible paths [B, S, P, D] of frames of one length, at these times."""
+    steps, done = -(-len(frames) // batch_size) * len(times[0]), 0
 
     def report_step() -> None:
         nonlocal done
@@ -177,13 +183,14 @@ def draw_paths(
     paths = predictor.predict_paths_batch(
         list(frames),
         [pd.DatetimeIndex(frame.index) for frame in frames],
-        [each.times for each in asked],
-        len(first.times),
-        T=question.temperature,
-        top_k=question.top_k,
-        top_p=question.top_p,
-        sample_count=question.samples,
-        seed=question.seed,
+        list(times),
+        len(times[0]),
+        T=draws.temperature,
+        top_k=draws.top_k,
+        top_p=draws.top_p,
+        sample_count=draws.samples,
+        seed=draws.seed,
+        batch_size=batch_size,
         report_step=report_step,
     )
     return possible_bars(paths)

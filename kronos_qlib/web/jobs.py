@@ -18,6 +18,7 @@ logger = logging.getLogger("qlib.KronosWeb")
 ENDED = ("done", "failed", "cancelled")
 BATCH = 16  # jobs that are answered together
 KEPT_JOBS = 1024
+SHORTEST = 0.05  # seconds between two changes that a listener is told of
 
 
 class Cancelled(Exception):
@@ -153,6 +154,7 @@ class JobQueue:
                 yield changed
                 if ended:
                     return
+                await asyncio.sleep(SHORTEST)
                 if job.version == seen:
                     with suppress(asyncio.TimeoutError):
                         await asyncio.wait_for(event.wait(), seconds)

@@ -1,4 +1,4 @@
-"""A universe → its instruments, ranked by their forecasts of one date: a job in parts, between which others go first."""
+"""A universe → its instruments, ranked by their forecasts of one date: a job in parts, so that others may go first."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +20,8 @@ from kronos_qlib.web.settings import Limits
 from kronos_qlib.web.sources import Sources
 from kronos_qlib.workflow.named_predictor import most_lookback
 
-PART = 16  # instruments that are forecast together
+PART = 16  # instruments that are forecast before others may go first
+TOGETHER = 8  # of them that go through the networks at once
 SPARKLINE = 40  # closes
 
 
@@ -43,12 +44,6 @@ class PreparedMarket:
         asked = self.question.model_dump(exclude={"top"})
         known = ("market", asked, self.network.digest, str(self.date), str(self.calendar[-1]), changed)
         return blake2b(repr(known).encode(), digest_size=16).hexdigest()
-
-
-@dataclass(frozen=True)
-class _Part:
-    question: MarketQuestion
-    times: pd.DatetimeIndex
 
 
 def prepare(question: MarketQuestion, sources: Sources, networks: Networks, limits: Limits) -> PreparedMarket:
@@ -141,10 +136,11 @@ def _rows(
 ) -> list[dict[str, Any]]:
     total, share = len(asked.instruments), len(part) / len(asked.instruments)
     frames = [bars for _, bars in part]
-    questions = [_Part(asked.question, times)] * len(part)
-    paths = draw_paths(
-        asked.network.predictor, frames, questions[0], questions, lambda own: report(done / total + own * share)
-    )
+
+    def report_part(own: float) -> None:
+        report(done / total + own * share)
+
+    paths = draw_paths(asked.network.predictor, frames, [times] * len(part), asked.question, report_part, TOGETHER)
     close = paths[..., CLOSE]
     last = np.array([float(bars["close"].iloc[-1]) for bars in frames])
     ends = close[:, :, -1] / last[:, None] - 1

@@ -9,7 +9,6 @@ from kronos_qlib.web.problems import Problem
 from kronos_qlib.workflow.named_predictor import load_predictor
 
 
-
 @dataclass(frozen=True)
 class NamedNetwork:
     """A predictor, the name or folder that it was loaded from, what is said of it, and a digest of its weights."""

@@ -75,9 +75,7 @@ class Service:
     def ask_forecast(self, prepared: Prepared) -> Job:
         """Ask for a forecast. Raises Problem if too many jobs wait."""
         question = prepared.question.model_dump()
-        task = Task(
-            "forecast", prepared.digest, prepared.group, prepared, self.forecasts.answer, question
-        )
+        task = Task("forecast", prepared.digest, prepared.group, prepared, self.forecasts.answer, question)
         return self._for_networks.submit(task)
 
     def ask_market(self, question: MarketQuestion) -> Job:
