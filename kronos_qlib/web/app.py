@@ -66,6 +66,7 @@ def make_app(settings: ServerSettings) -> Callable[..., Any]:
     app.add_exception_handler(Problem, _problem)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_problem)
+    app.add_exception_handler(Exception, _failure)
     _add_offers(app, service)
     _add_uploads(app, service)
     _add_jobs(app, service)
@@ -139,14 +140,11 @@ def _add_uploads(app: FastAPI, service: Service) -> None:
     async def upload(request: Request, name: Annotated[str, Query(min_length=1, max_length=255)]) -> Any:
         """Take a file of bars: the request's body is the file, CSV, Parquet, zip or gz."""
         kept = service.uploads()
-        draft = kept.draft(name)
-        try:
+        with kept.draft(name) as draft:
             with draft.open("xb") as file:
                 async for piece in request.stream():
                     file.write(piece)
             return vars(await asyncio.to_thread(kept.keep, draft, name))
-        finally:
-            draft.unlink(missing_ok=True)
 
     @app.delete("/api/uploads/{upload_id}", status_code=204)
     def remove(upload_id: str) -> Response:
@@ -279,6 +277,10 @@ async def _http_problem(_: Request, error: Exception) -> Response:
     details = {404: "There is no such address here.", 405: "This address does not answer such a request."}
     headers = dict(error.headers or {})
     return await _problem(_, Problem(error.status_code, details.get(error.status_code, str(error.detail)), headers))
+
+
+async def _failure(_: Request, __: Exception) -> Response:
+    return await _problem(_, Problem(500, "Something failed here; the server's log says what."))
 
 
 def _version() -> str:

@@ -4,16 +4,21 @@ import gzip
 import json
 import re
 import secrets
+import shutil
 import threading
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kronos_qlib.files import digest_of_file, whole_file
+from kronos_qlib.files import digest_of_file
 from kronos_qlib.ingest.bars import SourceBars, read_bars
 from kronos_qlib.ingest.tables import SourceError
 from kronos_qlib.text import printable
@@ -22,6 +27,9 @@ from kronos_qlib.web.settings import Limits
 
 KINDS = (".csv", ".txt", ".tsv", ".parquet", ".zip", ".gz")
 _ID = re.compile(r"upload-[0-9a-f]{16}")
+_FOREIGN = re.compile(r"[^\w.-]+")
+_ABOUT = "about.json"
+_DRAFT = ".draft-"
 _NAMED = 20  # rejected rows that are shown
 _LONGEST_NAME = 120
 
@@ -47,50 +55,64 @@ class Upload:
 
 
 class Uploads:
-    """Keeps uploads in a folder."""
+    """Keeps uploads in a folder, each in a folder of its own: the name of a file without a symbol is its instrument."""
 
     def __init__(self, folder: Path, limits: Limits) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.limits = folder.resolve(), limits
         self._lock = threading.Lock()
-        for draft in self.folder.glob(".draft-*"):  # of a process that was killed
-            draft.unlink(missing_ok=True)
+        for draft in self.folder.glob(f"{_DRAFT}*"):  # of a process that was killed
+            shutil.rmtree(draft, ignore_errors=True)
 
-    def draft(self, name: str) -> Path:
-        """Return a new file to write an upload to. Raises Problem for a name of another kind of file."""
-        return self.folder / f".draft-{secrets.token_hex(8)}{_kind(name)}"
+    @contextmanager
+    def draft(self, name: str) -> Iterator[Path]:
+        """Give a new file to write an upload to, within a block. Raises Problem for a name of another kind of file."""
+        kind = next((kind for kind in KINDS if name.lower().endswith(kind)), None)
+        if kind is None:
+            raise Problem(415, f"{name[:_LONGEST_NAME]!r} is no file of bars; it should end in {', '.join(KINDS)}.")
+        stem = _FOREIGN.sub("-", _shown(name)[: -len(kind)]).strip("-._")[:60]
+        folder = self.folder / f"{_DRAFT}{secrets.token_hex(8)}"
+        folder.mkdir()
+        try:
+            yield folder / f"{stem or 'bars'}{kind}"
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def keep(self, draft: Path, name: str) -> Upload:
         """Check a draft, and keep it if it holds bars. Raises Problem."""
-        shown = printable(Path(name.replace("\\", "/")).name)[:_LONGEST_NAME]
-        own = f"upload-{digest_of_file(draft)[:16]}"
+        shown = _shown(name)
+        own = f"upload-{blake2b(f'{digest_of_file(draft)} {shown}'.encode(), digest_size=8).hexdigest()}"
         try:
             self._check_size(draft, shown)
             read = self._read(draft, shown)
-        except (OSError, EOFError, zipfile.BadZipFile, ValueError) as error:
+        except Problem:
+            raise
+        except (OSError, EOFError, zipfile.BadZipFile, zlib.error, pa.ArrowException, ValueError) as error:
             raise Problem(422, f"{shown}: cannot be read ({type(error).__name__}).") from None
-        path = self.folder / f"{own}{draft.suffix}"
+        folder = self.folder / own
+        upload = _describe(own, shown, folder / draft.name, read, draft)
+        with (draft.parent / _ABOUT).open("x", encoding="utf-8") as about:
+            about.write(json.dumps(asdict(upload) | {"path": draft.name}))
         with self._lock:
-            draft.replace(path)
-            upload = _describe(own, shown, path, read)
-            with whole_file(self.folder / f"{own}.json") as about:
-                about.write_text(json.dumps(asdict(upload) | {"path": path.name}), encoding="utf-8")
+            self._remove_folder(own)
+            draft.parent.rename(folder)
             self._forget_oldest()
         return upload
 
     def list(self) -> list[Upload]:
         """List the uploads, the newest first."""
-        about = sorted(self.folder.glob("upload-*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-        return [upload for path in about if (upload := self.find(path.stem)) is not None]
+        about = sorted(self.folder.glob(f"upload-*/{_ABOUT}"), key=_age)
+        return [upload for path in about if (upload := self.find(path.parent.name)) is not None]
 
     def find(self, name: str) -> Upload | None:
         """Return an upload by its id; None if there is none, or if it is not a file of this folder."""
         if not _ID.fullmatch(name):
             return None
+        folder = self.folder / name
         try:
-            about = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
-            path = self.folder / Path(about["path"]).name
-            if path.is_symlink() or not path.is_file() or path.resolve().parent != self.folder:
+            about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+            path = folder / Path(about["path"]).name
+            if path.is_symlink() or not path.is_file() or path.resolve() != path:
                 return None
             return Upload(**about | {"path": path})
         except (OSError, ValueError, KeyError, TypeError):
@@ -98,15 +120,22 @@ class Uploads:
 
     def remove(self, name: str) -> bool:
         """Remove an upload, and return whether it was there."""
-        found = self.find(name)
-        if found is not None:
-            found.path.unlink(missing_ok=True)
-            (self.folder / f"{name}.json").unlink(missing_ok=True)
-        return found is not None
+        with self._lock:
+            return self.find(name) is not None and self._remove_folder(name)
+
+    def _remove_folder(self, name: str) -> bool:
+        """Move a folder out of sight and remove it, so that nobody finds half of it; return whether it was there."""
+        gone = self.folder / f"{_DRAFT}{secrets.token_hex(8)}"
+        try:
+            (self.folder / name).rename(gone)
+        except FileNotFoundError:
+            return False
+        shutil.rmtree(gone, ignore_errors=True)
+        return True
 
     def _forget_oldest(self) -> None:
         for upload in self.list()[self.limits.files :]:
-            self.remove(upload.id)
+            self._remove_folder(upload.id)
 
     def _check_size(self, path: Path, name: str) -> None:
         """Refuse what is larger, when it is read, than an upload may be; nothing is unpacked to the disk."""
@@ -144,26 +173,29 @@ class Uploads:
         try:
             read = read_bars(path)
         except SourceError as error:
-            text = str(error).replace(str(path), name).replace(path.stem, Path(name).stem)
-            raise Problem(422, text) from None
+            raise Problem(422, str(error).replace(str(path), name)) from None
         self._check_table(len(read.bars) + len(read.rejected), 0, name)
         return read
 
 
-def _kind(name: str) -> str:
-    kind = next((kind for kind in KINDS if name.lower().endswith(kind)), None)
-    if kind is None:
-        raise Problem(415, f"{name[:_LONGEST_NAME]!r} is no file of bars; it should end in {', '.join(KINDS)}.")
-    return kind
+def _shown(name: str) -> str:
+    """Return the last part of a file's name as the user called it."""
+    return printable(re.split(r"[/\\]", name)[-1])[-_LONGEST_NAME:]
 
 
-def _describe(own: str, name: str, path: Path, read: SourceBars) -> Upload:
+def _age(path: Path) -> float:
+    try:
+        return -path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _describe(own: str, name: str, path: Path, read: SourceBars, draft: Path) -> Upload:
     instruments = [str(instrument) for instrument in read.bars["instrument"].cat.categories]
     rejected = read.rejected
     examples = [
         {"line": int(row["line"]), "reason": str(row["reason"])} for row in rejected.head(_NAMED).to_dict("records")
     ]
-    clean: Callable[[str], str] = lambda text: text.replace(str(path), name)  # noqa: E731
     first, last = (str(read.bars["time"].agg(end)) for end in ("min", "max"))
-    findings = [clean(finding) for finding in read.findings]
+    findings = [finding.replace(str(draft), name) for finding in read.findings]
     return Upload(own, name, path, instruments, len(read.bars), first, last, findings, len(rejected), examples)
