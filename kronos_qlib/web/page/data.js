@@ -30,7 +30,7 @@ async function check(name) {
 
 export function show() {
   if (files) find("uploads").replaceChildren(...(files.length ? files.map(describe) : [element("p", {class: "quiet"}, text("noUploads"))]));
-  find("stores").replaceChildren(table([text("store"), text("barsHeld"), text("instruments"), text("universes"), text("firstBar"), text("lastBar"), ""], stores.map(store =>
+  find("stores").replaceChildren(table([text("store"), text("barsHeld"), text("instruments"), text("universes"), text("firstBar"), text("lastBar"), text("check")], stores.map(store =>
     [store.name, store.freqs.join(", "), number(store.instruments), store.universes.join(", "), store.first, store.last, element("td", {}, element("button", {type: "button", onclick: told(() => check(store.name)), "aria-label": `${text("check")} ${store.name}`}, text("check")))])));
 }
 

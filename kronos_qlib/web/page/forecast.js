@@ -89,7 +89,10 @@ export async function show() {
 }
 
 async function draw() {
-  if (answer) await drawForecast(answer, Object.fromEntries(Object.entries(SHOWN).map(([name, id]) => [name, find(id).checked])));
+  if (!answer) return;
+  const drawn = answer;
+  await drawForecast(drawn, Object.fromEntries(Object.entries(SHOWN).map(([name, id]) => [name, find(id).checked])));
+  find("chart").dataset.digest = drawn.digest;
 }
 
 async function search() {

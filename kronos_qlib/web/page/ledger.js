@@ -21,7 +21,7 @@ export function show() {
   const heads = [text("experiment"), text("kind"), text("dates"), text("days"), text("rankIc"), "50 %", "90 %", text("crps")];
   find("judgements").replaceChildren(table(heads, ledger.judgements.map(each =>
     [each.experiment, text(each.kind), number(each.dates), number(each.days), number(each.rank_ic, 3), percent(each.coverage_50, 0), percent(each.coverage_90, 0), percent(each.crps, 2)])));
-  find("sets").replaceChildren(table([text("date"), text("experiment"), text("kind"), text("made"), text("horizon"), text("instruments"), text("arrived"), ""], ledger.sets.map(set =>
+  find("sets").replaceChildren(table([text("date"), text("experiment"), text("kind"), text("made"), text("horizon"), text("instruments"), text("arrived"), text("openSet")], ledger.sets.map(set =>
     [set.date, set.experiment, text(set.live ? "live" : "simulated"), set.made_at, number(set.horizon ?? NaN), number(set.instruments), number(set.came),
       element("td", {}, element("button", {type: "button", class: "plain", "aria-label": `${text("openSet")} ${set.experiment} ${set.date}`, onclick: told(() => openSet(set.id))}, text("openSet")))])));
 }

@@ -8,7 +8,7 @@ let runs = null;
 
 export async function show() {
   if (!runs) return;
-  const heads = [text("experiment"), text("started"), text("recorder"), "IC", text("rankIc"), ""];
+  const heads = [text("experiment"), text("started"), text("recorder"), "IC", text("rankIc"), text("choose")];
   const chosen = new Set([...document.querySelectorAll("#runs-table input:checked")].map(each => each.value));
   find("runs-table").replaceChildren(table(heads, runs.map(run => {
     const box = element("input", {type: "checkbox", value: run.id, "aria-label": `${text("choose")} ${run.experiment} ${run.id.slice(0, 8)}`});
