@@ -19,6 +19,7 @@ from kronos_qlib.cli import (
     forecast,
     ingest,
     ledger,
+    mcp,
     roll,
     serve,
     signals,
@@ -97,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         signals,
         ledger,
         serve,
+        mcp,
     )
     for command in every:
         command.add_command(commands)

@@ -77,7 +77,9 @@ def prepare(question: MarketQuestion, sources: Sources, networks: Networks, limi
 
 def answer(asked: PreparedMarket, report: Report, give_way: Callable[[], None]) -> dict[str, Any]:
     """Rank the instruments by the mean of the returns that their paths have; `give_way` is called between parts."""
-    question, rows, left = asked.question, [], []
+    question = asked.question
+    rows: list[dict[str, Any]] = []
+    left: list[str] = []
     room = min(question.lookback, most_lookback(asked.network.predictor, question.horizon))
     sessions: dict[str | None, pd.DatetimeIndex] = {}
     ready: dict[str | None, list[tuple[str, pd.DataFrame]]] = {}

@@ -30,6 +30,7 @@ def compare(names: list[str], uri: str, report: Report) -> dict[str, Any]:
     from kronos_qlib.analysis import report as pages
     from kronos_qlib.analysis.comparison import compare_runs
     from kronos_qlib.analysis.results import ResultsError, load_runs
+    from kronos_qlib.analysis.tables import terminal_text
 
     try:
         report(0.0)
@@ -42,7 +43,7 @@ def compare(names: list[str], uri: str, report: Report) -> dict[str, Any]:
     except ResultsError as error:
         raise Problem(422, _without_address(str(error), uri)) from None
     report(1.0)
-    return {"runs": [run.name for run in runs], "report": page}
+    return {"runs": [run.name for run in runs], "text": terminal_text(comparison), "report": page}
 
 
 def check(folder: Path, name: str, report: Report) -> dict[str, Any]:

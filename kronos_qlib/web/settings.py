@@ -70,7 +70,7 @@ class ServerSettings:
     hosts: tuple[str, ...] = ()
     port: int = 0
     paths_shown: bool = True
-    limits: Limits = field(default_factory=Limits)
+    limits: Limits = field(default_factory=lambda: Limits())
 
 
 def name_folders(folders: Iterable[Path]) -> dict[str, Path]:

@@ -27,8 +27,8 @@ from kronos_qlib.web.settings import ServerSettings
 market, model, uploads, ledger, token, sockets = *sys.argv[1:6], socket.socket()
 sockets.bind(("127.0.0.1", 0)), sockets.listen(128)
 port = sockets.getsockname()[1]
-settings = ServerSettings({"market": Path(market)}, {"tiny": model, "nano": "nano"}, Path(uploads), ledger, None, token or None, port=port)
-app = make_app(settings)
+stores, models = {"market": Path(market)}, {"tiny": model, "nano": "nano"}
+app = make_app(ServerSettings(stores, models, Path(uploads), ledger, None, token or None, port=port))
 print(port, flush=True)
 uvicorn.Server(uvicorn.Config(app, log_level="warning")).run([sockets])
 """
@@ -244,7 +244,8 @@ def test_both_languages_have_every_text(page):
         for (const language of ['en', 'zh']) {
             document.documentElement.lang = language;
             for (const each of document.querySelectorAll('[data-text], [data-label]'))
-                for (const key of [each.dataset.text, each.dataset.label]) if (key && text(key) === key) found.push(key);
+                for (const key of [each.dataset.text, each.dataset.label])
+                    if (key && text(key) === key) found.push(key);
         }
         return found;
     }"""
@@ -341,4 +342,4 @@ def test_a_server_that_is_killed_in_a_forecast_leaves_nothing_behind(tmp_path: P
         assert urllib.request.urlopen(request).status == 202
         started = time.monotonic()
     assert time.monotonic() - started < 15, "it ends in the middle of a forecast"
-    assert not [path for path in (tmp_path / "uploads").iterdir()]
+    assert not list((tmp_path / "uploads").iterdir())
