@@ -33,6 +33,7 @@ function line(row) {
 
 export function show() {
   if (!answer) return;
+  find("market-state").textContent = text("ranked", answer.rows.length, answer.date, answer.model);
   find("market-filters").hidden = false;
   const heads = COLUMNS.map(([name, label]) => element("th", {scope: "col", class: name === "instrument" ? "text" : null, "aria-sort": order[0] === name ? (order[1] > 0 ? "ascending" : "descending") : null},
     element("button", {type: "button", onclick: () => { order = [name, order[0] === name ? -order[1] : ["rank", "instrument"].includes(name) ? 1 : -1]; show(); }}, text(label), order[0] === name ? (order[1] > 0 ? " ↑" : " ↓") : "")));
@@ -60,7 +61,6 @@ async function rank() {
     });
     if (last.state === "done") {
       answer = {...last.result, top: asked.top};
-      find("market-state").textContent = text("ranked", answer.rows.length, answer.date, answer.model);
       show();
     }
   } finally { bar.hidden = true; find("market-cancel").disabled = true; }
