@@ -244,6 +244,7 @@ def _add_page(app: FastAPI) -> None:
 
 
 async def _events(service: Service, job: Job) -> AsyncIterator[bytes]:
+    shown = None
     with suppress(asyncio.CancelledError):
         async for changed in service.queue(job.task.kind).changes(job, HEARTBEAT):
             if not changed:
@@ -254,6 +255,10 @@ async def _events(service: Service, job: Job) -> AsyncIterator[bytes]:
             name = names.get(status["state"], status["state"])
             if name in ("queued", "progress"):
                 del status["question"], status["result"], status["problem"]
+                if status["partial"] is shown:  # said before
+                    del status["partial"]
+                else:
+                    shown = status["partial"]
             yield f"event: {name}\ndata: {json.dumps(status, ensure_ascii=False)}\n\n".encode()
 
 

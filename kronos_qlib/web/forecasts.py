@@ -3,7 +3,7 @@
 The forecast is that of `kronos-qlib forecast`: the same bars, the same sessions, the same predictor.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -28,6 +28,8 @@ from kronos_qlib.web.sources import FoundBars, Sources
 from kronos_qlib.workflow.named_predictor import most_lookback
 
 SHOWN_PATHS = 20
+FIRST_PATHS = 16  # of a long forecast are drawn before all: the same as the first of all, for a band to look at
+LONG = 1e10  # paths × bars × parameters: some seconds
 _FIGURES = ("crps", "error", "coverage_50", "coverage_90")
 
 
@@ -127,9 +129,14 @@ class Forecasts:
 
     def answer(self, asked: Sequence[Prepared], report: Report) -> list[dict[str, Any]]:
         """Answer questions of one group, in one call of the engine."""
-        first = asked[0]
+        predictor, draws, early = asked[0].network.predictor, asked[0].question, 0.0
         frames, times = [each.bars for each in asked], [each.times for each in asked]
-        paths = draw_paths(first.network.predictor, frames, times, first.question, report)
+        work = len(asked) * draws.samples * draws.horizon * predictor.model.n_parameters
+        if draws.samples >= 4 * FIRST_PATHS and work >= LONG:
+            early, few = FIRST_PATHS / draws.samples, draws.model_copy(update={"samples": FIRST_PATHS})
+            paths = draw_paths(predictor, frames, times, few, lambda share: report(early * share))
+            report(early, [_partial(each, own) for each, own in zip(asked, paths)])
+        paths = draw_paths(predictor, frames, times, draws, lambda share: report(early + (1 - early) * share))
         return [self._describe(each, own) for each, own in zip(asked, paths)]
 
     def _describe(self, asked: Prepared, paths: np.ndarray) -> dict[str, Any]:
@@ -150,7 +157,7 @@ class Forecasts:
             "last_close": last,
             "bars": bars_as_columns(shown),
             "times": as_text(times),
-            "quantiles": {f"q{round(100 * level):02d}": row.tolist() for level, row in zip(QUANTILES, quantiles)},
+            "quantiles": _quantiles(forecast),
             "prob_up": table["prob_up"].tolist(),
             "low": table["low"].tolist(),
             "high": table["high"].tolist(),
@@ -168,7 +175,7 @@ def draw_paths(
     frames: Sequence[pd.DataFrame],
     times: Sequence[pd.DatetimeIndex],
     draws: Draws,
-    report: Report,
+    report: Callable[[float], None],
     batch_size: int = 1,
 ) -> np.ndarray:
     """Draw possible paths [B, S, P, D] of frames of one length, at these times."""
@@ -207,6 +214,24 @@ def bars_as_columns(bars: pd.DataFrame) -> dict[str, Any]:
     named = [name for name in COLUMNS[:5] if name in bars]
     values = {name: bars[name].astype(object).where(bars[name].notna(), None).tolist() for name in named}
     return {"time": as_text(pd.DatetimeIndex(bars.index)), **values}
+
+
+def _partial(asked: Prepared, paths: np.ndarray) -> dict[str, Any]:
+    """Describe what the first paths show."""
+    forecast = BarForecast(asked.found.bars.instrument, asked.bars, asked.times, paths, asked.later.iloc[:0])
+    return {
+        "instrument": forecast.instrument,
+        "last_close": float(asked.bars["close"].iloc[-1]),
+        "bars": bars_as_columns(pd.concat([asked.before, asked.bars])),
+        "times": as_text(asked.times),
+        "quantiles": _quantiles(forecast),
+        "volume": np.median(paths[..., COLUMNS.index("volume")], axis=0).tolist(),
+        "paths": paths[..., CLOSE].tolist(),
+    }
+
+
+def _quantiles(forecast: BarForecast) -> dict[str, list[float]]:
+    return {f"q{round(100 * level):02d}": row.tolist() for level, row in zip(QUANTILES, forecast.close_quantiles)}
 
 
 def _note(asked: Prepared) -> str:

@@ -9,7 +9,7 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from kronos_qlib.web.problems import Problem
 from kronos_qlib.web.schema import State
@@ -25,8 +25,13 @@ class Cancelled(Exception):
     """All jobs of a batch were cancelled, or the queue was closed."""
 
 
-Report = Callable[[float], None]
-"""Called with the share that is done; raises Cancelled when nobody waits any more."""
+class Report(Protocol):
+    """Called with the share that is done, and with what is known so far of each answer, where something is."""
+
+    def __call__(self, share: float, partial: Sequence[dict[str, Any]] | None = None) -> None:
+        """Tell those who wait. Raises Cancelled when nobody waits any more."""
+
+
 Work = Callable[[Sequence[Any], Report], Sequence[Any]]
 """Answers several questions of a group at once."""
 
@@ -56,6 +61,7 @@ class Job:
     state: State = "queued"
     progress: float = 0.0
     seconds: float | None = None
+    partial: dict[str, Any] | None = None
     result: dict[str, Any] | None = None
     problem: dict[str, Any] | None = None
     version: int = 0
@@ -201,10 +207,13 @@ class JobQueue:
         first = {job.task.digest: job.task for job in batch}  # the same question asked twice is answered once
         started = time.monotonic()
 
-        def report(share: float) -> None:
+        def report(share: float, partial: Sequence[dict[str, Any]] | None = None) -> None:
             if self._closed or all(job.state == "cancelled" for job in batch):
                 raise Cancelled
+            known = {} if partial is None else dict(zip(first, partial))
             for job in batch:
+                if job.state == "running" and known:
+                    self._change(job, partial=known[job.task.digest])
                 if job.state == "running" and share - job.progress >= 0.01:
                     self._change(job, progress=min(share, 1.0))
 
@@ -235,7 +244,7 @@ class JobQueue:
                 if job.state == "cancelled":
                     continue
                 if answer is not None:
-                    self._change(job, state="done", progress=1.0, seconds=seconds, result=answer)
+                    self._change(job, state="done", progress=1.0, seconds=seconds, result=answer, partial=None)
                 elif problem is not None:
                     self._change(job, state="failed", problem=problem)
                 else:

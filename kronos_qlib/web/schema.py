@@ -61,7 +61,7 @@ class CheckQuestion(Request):
 
 
 class JobStatus(BaseModel):
-    """Where a job stands; `result` when it is done, `problem` when it has failed."""
+    """Where a job stands; `partial` while it runs, `result` when it is done, `problem` when it has failed."""
 
     id: str
     kind: str
@@ -70,6 +70,7 @@ class JobStatus(BaseModel):
     place: int | None = Field(None, description="jobs before it that wait")
     seconds: float | None = Field(None, description="that the computation took")
     question: dict[str, Any]
+    partial: dict[str, Any] | None = Field(None, description="what the first paths of a long forecast show")
     result: dict[str, Any] | None = None
     problem: dict[str, Any] | None = None
 

@@ -68,6 +68,7 @@ class Service:
             "place": self.queue(job.task.kind).place(job),
             "seconds": job.seconds,
             "question": job.task.question,
+            "partial": job.partial if result and job.state == "running" else None,
             "result": found,
             "problem": job.problem,
         }

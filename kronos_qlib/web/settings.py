@@ -19,35 +19,35 @@ _FOREIGN = re.compile(r"[^A-Za-z0-9._-]+")
 class Limits(Settings):
     """What a request may ask for at most."""
 
-    request_bytes: int = Field(65_536, ge=1024)
+    request_bytes: int = Field(default=65_536, ge=1024)
     """Bytes of a request that is no upload."""
-    upload_bytes: int = Field(64 * 2**20, ge=1024)
+    upload_bytes: int = Field(default=64 * 2**20, ge=1024)
     """Bytes of an uploaded file."""
-    unpacked_bytes: int = Field(512 * 2**20, ge=1024)
+    unpacked_bytes: int = Field(default=512 * 2**20, ge=1024)
     """Bytes of an uploaded zip, gz or Parquet file when it is read."""
-    rows: int = Field(1_000_000, ge=1)
+    rows: int = Field(default=1_000_000, ge=1)
     """Rows of an uploaded file."""
-    columns: int = Field(200, ge=4)
+    columns: int = Field(default=200, ge=4)
     """Columns of an uploaded file."""
-    files: int = Field(100, ge=1)
+    files: int = Field(default=100, ge=1)
     """Uploads that are kept; the oldest go."""
-    lookback: int = Field(2048, ge=2)
+    lookback: int = Field(default=2048, ge=2)
     """Bars seen."""
-    horizon: int = Field(500, ge=1)
+    horizon: int = Field(default=500, ge=1)
     """Bars forecast."""
-    samples: int = Field(1000, ge=1)
+    samples: int = Field(default=1000, ge=1)
     """Sample paths."""
-    bars: int = Field(4_000_000, ge=1)
+    bars: int = Field(default=4_000_000, ge=1)
     """Samples × horizon × instruments."""
-    shown: int = Field(5000, ge=1)
+    shown: int = Field(default=5000, ge=1)
     """Bars of an answer of /api/bars, and instruments of one of /api/instruments."""
-    waiting: int = Field(64, ge=1)
+    waiting: int = Field(default=64, ge=1)
     """Jobs that wait; more are refused with status 429."""
-    answers: int = Field(256, ge=1)
+    answers: int = Field(default=256, ge=1)
     """Answers that are kept."""
-    requests: int = Field(512, ge=1)
+    requests: int = Field(default=512, ge=1)
     """Requests that are served at once."""
-    seconds: float = Field(30.0, gt=0)
+    seconds: float = Field(default=30.0, gt=0)
     """Seconds in which the next piece of a request's body has to come."""
 
 
@@ -70,7 +70,7 @@ class ServerSettings:
     hosts: tuple[str, ...] = ()
     port: int = 0
     paths_shown: bool = True
-    limits: Limits = field(default_factory=lambda: Limits())
+    limits: Limits = field(default_factory=Limits)
 
 
 def name_folders(folders: Iterable[Path]) -> dict[str, Path]:

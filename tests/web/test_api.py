@@ -13,6 +13,7 @@ from kronos_qlib.data.calendar import sessions_after_bars
 from kronos_qlib.forecast.predictor import possible_bars
 from kronos_qlib.ingest.selection import read_instrument
 from kronos_qlib.live.ledger import Ledger
+from kronos_qlib.web import forecasts
 from kronos_qlib.web.jobs import JobQueue, Task
 from kronos_qlib.workflow.named_predictor import load_predictor
 
@@ -239,3 +240,40 @@ def test_what_was_not_named_at_start_is_not_there(make_client: Make, tmp_path: P
     for path in ("/api/ledger", "/api/runs"):
         answer = broken.get(path)
         assert answer.status_code == 422 and str(tmp_path) not in answer.text
+
+
+def test_a_long_forecast_shows_its_first_paths_while_it_draws_the_others(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("kronos_qlib.web.forecasts.LONG", 1)
+    job = client.post("/api/forecasts", json=QUESTION | {"samples": 200, "horizon": 20}).json()
+    told = events(client.get(f"/api/forecasts/{job['id']}/events").text)
+    result = told[-1][1]["result"]
+    partial = [data["partial"] for _, data in told if data.get("partial")]
+    assert len(partial) <= 1, "it is said once"
+    prepared = forecasts.prepare(
+        forecasts.ForecastQuestion(**QUESTION | {"samples": 200, "horizon": 20}),
+        client.app.service.sources,
+        client.app.service.networks,
+        client.app.service.settings.limits,
+    )
+    shown: list = []
+    forecasts.Forecasts(True).answer([prepared], lambda share, partial=None: shown.extend(partial or []))
+    assert np.array(shown[0]["paths"]) == pytest.approx(np.array(result["paths"])[:16], rel=1e-5)
+
+
+def test_a_forecast_is_the_same_to_the_last_bit_alone_and_among_others(market: Path, checkpoint: Path):
+    predictor, _ = load_predictor(str(checkpoint))
+    frames = [read_instrument(f"{market}:DEMO000{number}").bars.iloc[-30:] for number in range(1, 4)]
+    times = [sessions_after_bars(pd.DatetimeIndex(frame.index), 4) for frame in frames]
+    options = {"sample_count": 6, "seed": 2, "top_p": 1.0}
+    together = predictor.predict_paths_batch(frames, [frame.index for frame in frames], times, 4, **options)
+    for frame, after, own in zip(frames, times, together):
+        alone = predictor.predict_paths_batch([frame], [frame.index], [after], 4, **options)
+        assert np.array_equal(alone[0], own)
+
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predictor.predict_paths_batch(frames[:1], [frames[0].index], times[:1], 4, report_step=stop)

@@ -39,7 +39,11 @@ async function watch(id) {
   job = id;
   history.replaceState(null, "", `#forecast/${id}`);
   try {
-    const ended = await follow("forecasts", id, status => { if (stop === own) state(status); }, own.signal);
+    const ended = await follow("forecasts", id, status => {
+      if (stop !== own) return;
+      state(status);
+      if (status.partial) drawForecast({...status.partial, came: null}, choices()).catch(() => {});
+    }, own.signal);
     if (stop !== own) return;
     if (ended?.state === "done") { answer = ended.result; await show(); if (NARROW.matches) find("figures").scrollIntoView(); }
   } catch (error) { if (error.name !== "AbortError") { state({state: "failed"}); throw error; } }
@@ -88,10 +92,12 @@ export async function show() {
   await draw();
 }
 
+const choices = () => Object.fromEntries(Object.entries(SHOWN).map(([name, id]) => [name, find(id).checked]));
+
 async function draw() {
   if (!answer) return;
   const drawn = answer;
-  await drawForecast(drawn, Object.fromEntries(Object.entries(SHOWN).map(([name, id]) => [name, find(id).checked])));
+  await drawForecast(drawn, choices());
   find("chart").dataset.digest = drawn.digest;
 }
 
