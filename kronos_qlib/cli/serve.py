@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
         import uvicorn
 
         from kronos_qlib.web.app import make_app
-        from kronos_qlib.web.settings import LOOPBACK, check_token
+        from kronos_qlib.web.settings import LOOPBACK, check_token, names_of
     except ModuleNotFoundError as error:
         return fail("serve", ValueError(f"needs the package {error.name}: pip install 'kronos-qlib[web]'"))
     try:
@@ -116,7 +116,7 @@ def run(options: argparse.Namespace) -> int:
         shared = replace(
             settings_of(options),
             token=options.token,
-            hosts=(*options.public_name, *([] if options.host in ("0.0.0.0", "::") else [options.host])),  # nosec B104
+            hosts=(*options.public_name, *names_of(options.host)),
             port=options.port,
             paths_shown=private,
         )

@@ -5,6 +5,7 @@ The forecast is that of `kronos-qlib forecast`: the same bars, the same sessions
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
 
@@ -112,9 +113,29 @@ def prepare(question: ForecastQuestion, sources: Sources, networks: Networks, li
     before, later = split_bars(found.bars, read_date(question.at))
     room = min(question.lookback, most_lookback(network.predictor, question.horizon))
     bars, earlier = before.iloc[-room:], before.iloc[:-room]
-    times = sessions_after_bars(pd.DatetimeIndex(before.index), question.horizon, found.exchange)
+    times = _sessions_after(_Times(pd.DatetimeIndex(before.index)), question.horizon, found.exchange)
     shown = max(question.lookback - len(bars), 0) + 60  # and sixty more, so that averages begin before the first bar
     return Prepared(question, network, found, bars, earlier.iloc[-shown:], later, times)
+
+
+class _Times:
+    """Times of bars that are equal where their digests are."""
+
+    def __init__(self, times: pd.DatetimeIndex) -> None:
+        self.times = times
+        self.digest = blake2b(times.as_unit("ns").asi8.tobytes(), digest_size=16).digest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Times) and other.digest == self.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+
+@lru_cache(256)
+def _sessions_after(bars: _Times, horizon: int, exchange: str | None) -> pd.DatetimeIndex:
+    """Return the sessions that follow bars; to look an exchange's up takes as long as a forecast."""
+    return sessions_after_bars(bars.times, horizon, exchange)
 
 
 class Forecasts:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 
 from pydantic import Field
@@ -99,6 +100,14 @@ def name_models(names: Iterable[str]) -> dict[str, str]:
     zoo = [name for name in names if not Path(name).expanduser().is_dir()]
     folders = name_folders(Path(name) for name in names if Path(name).expanduser().is_dir())
     return {name: name for name in zoo} | {name: str(folder) for name, folder in folders.items()}
+
+
+def names_of(host: str) -> tuple[str, ...]:
+    """Return the names that a host to listen on has: none where it stands for every address of this machine."""
+    try:
+        return () if ip_address(host).is_unspecified else (host,)
+    except ValueError:
+        return (host,)
 
 
 def check_token(host: str, token: str | None) -> None:
