@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import QUESTION, Make, ask, wait_for
 from ledgers import signal_set
+from questions import QUESTION, Make, ask, wait_for
 from starlette.testclient import TestClient
 
 from kronos_qlib.data.calendar import sessions_after_bars

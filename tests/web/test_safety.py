@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import QUESTION, Make, ask
+from questions import QUESTION, Make, ask
 from starlette.testclient import TestClient
 
 from kronos_qlib.web.safety import Safety

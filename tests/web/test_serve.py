@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import QUESTION
+from questions import QUESTION
 
 from kronos_qlib.cli import main
 

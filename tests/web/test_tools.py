@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import QUESTION
 from ledgers import signal_set
+from questions import QUESTION
 
 from kronos_qlib.live.ledger import Ledger
 from kronos_qlib.web.settings import ServerSettings
