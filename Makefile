@@ -12,11 +12,12 @@ DEMO := runs/demo
 MARKET := $(DEMO)/market
 MARKET_MADE := $(MARKET)/SYNTHETIC.txt
 
-.PHONY: help demo test test-long test-newest check docs container lint clean
+.PHONY: help demo test test-web test-long test-newest check docs container lint clean
 
 help:
 	@echo "make demo    install, make a synthetic market, run Kronos, LightGBM and a simple rule on it, compare them in $(DEMO)/"
 	@echo "make test    install and run the test suite"
+	@echo "make test-web  install Chromium where apt can, and run the tests of the page and its API, all of them"
 	@echo "make test-long  run the tests that take most of a minute or more each"
 	@echo "make check   install, check style and run the short tests: before each commit"
 	@echo "make test-newest  the same with the newest pandas and plotly that setup.cfg allows, in .venv-newest"
@@ -50,10 +51,17 @@ demo: $(INSTALLED) $(MARKET_MADE)
 # other's way (tests of threads ask for theirs); and bytecode is kept whatever the shell says, as many processes import
 # the package.
 PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
-test test-long test-newest check: export OMP_NUM_THREADS := 1
-test test-long test-newest check: export PYTHONDONTWRITEBYTECODE :=
+test test-web test-long test-newest check: export OMP_NUM_THREADS := 1
+test test-web test-long test-newest check: export PYTHONDONTWRITEBYTECODE :=
 test: $(INSTALLED)
 	$(PYTEST)
+
+# Debian's Chromium, as the browsers that playwright fetches want a network of their own; tests skip without it.
+test-web: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,web,mcp,test-web]'
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+	  (apt-get update -qq && apt-get install -y -qq chromium) >/dev/null 2>&1 || echo "no Chromium here, and apt has none"
+	KRONOS_SLOW=1 $(BIN)/python -m pytest tests/web
 
 # What takes most of a minute or more each, before a release.
 test-long: $(INSTALLED)

@@ -129,6 +129,27 @@ def find_run(name: str, uri: str = DEFAULT_URI) -> "FoundRun":
     return FoundRun(names.get(run.info.experiment_id, ""), run.info.run_id, client, folder)
 
 
+def list_runs(uri: str = DEFAULT_URI, most: int = 500) -> list[dict[str, Any]]:
+    """List the newest finished runs: experiment, id, start (UTC) and metrics, by this package's names where recorded.
+
+    Raises ResultsError if `uri` cannot be read.
+    """
+    client, experiments, _ = _open(uri)
+    names = {known.experiment_id: known.name for known in experiments}
+    newest = ["attributes.start_time DESC"]
+    found = client.search_runs(list(names), "attributes.status = 'FINISHED'", order_by=newest, max_results=most)
+    stored = _SIGNAL_METRICS | {own: name.format(freq="1day") for own, name in _BACKTEST_METRICS.items()}
+    return [
+        {
+            "experiment": names[run.info.experiment_id],
+            "id": run.info.run_id,
+            "start": str(pd.Timestamp(run.info.start_time, unit="ms").floor("s")),
+            "metrics": {own: run.data.metrics[name] for own, name in stored.items() if name in run.data.metrics},
+        }
+        for run in found
+    ]
+
+
 def _open(uri: str) -> tuple[MlflowClient, list[Experiment], Path]:
     """Return a client of an MLflow store, its experiments, and the folder of its database."""
     _check_reachable(uri)

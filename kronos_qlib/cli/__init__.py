@@ -19,7 +19,9 @@ from kronos_qlib.cli import (
     forecast,
     ingest,
     ledger,
+    mcp,
     roll,
+    serve,
     signals,
     tune,
     workflow,
@@ -89,7 +91,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     add_options(parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    every = (forecast, ingest, demo_data, workflow, check, tune, finetune, roll, factors, compare, signals, ledger)
+    every = (
+        forecast,
+        ingest,
+        demo_data,
+        workflow,
+        check,
+        tune,
+        finetune,
+        roll,
+        factors,
+        compare,
+        signals,
+        ledger,
+        serve,
+        mcp,
+    )
     for command in every:
         command.add_command(commands)
     return parser

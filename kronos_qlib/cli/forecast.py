@@ -2,8 +2,6 @@
 
 import argparse
 import gc
-import json
-import re
 from pathlib import Path
 from textwrap import dedent
 from typing import TYPE_CHECKING, Any
@@ -12,8 +10,6 @@ from kronos_qlib.cli.command import ORDERS, Commands, fail, parse_pairs
 
 if TYPE_CHECKING:
     from kronos_qlib.analysis.bar_forecast import BarForecast
-    from kronos_qlib.forecast.calibration import Calibration
-    from kronos_qlib.forecast.predictor import KronosPredictor
 
 _DESCRIPTION = """\
     Read bars from a file (CSV of any delimiter and encoding, Parquet, Feather, zip, gz; columns by their usual names)
@@ -119,6 +115,7 @@ def _forecast(options: argparse.Namespace) -> "BarForecast":
     from kronos_qlib.forecast.calibration import load_calibration
     from kronos_qlib.ingest.selection import read_instrument
     from kronos_qlib.ingest.symbols import exchange_of
+    from kronos_qlib.workflow.named_predictor import load_predictor, most_lookback
 
     calibration = load_calibration(options.calibration) if options.calibration else None
     if options.horizon is None:
@@ -148,11 +145,11 @@ def _forecast(options: argparse.Namespace) -> "BarForecast":
     exchange = options.exchange or exchange_of(found.instrument)
     times = sessions_after_bars(pd.DatetimeIndex(bars.index), options.horizon, exchange)
     try:
-        predictor, note = _predictor(options.model, options.device, calibration)
+        predictor, note = load_predictor(options.model, options.device, calibration)
     except ValueError as error:
         where = "" if calibration is None else f"{options.calibration}: "
         raise ValueError(f"{where}{error}") from None
-    room = max(predictor.max_context - options.horizon, predictor.max_context // 2)
+    room = most_lookback(predictor, options.horizon)
     if min(options.lookback, len(bars)) > room:
         note += f" It sees the last {room} bars, as it was trained on windows of {predictor.max_context}."
     bars = bars.iloc[-min(options.lookback, room) :]
@@ -186,48 +183,3 @@ def _forecast(options: argparse.Namespace) -> "BarForecast":
         *found.findings,
     ]
     return BarForecast(found.instrument, bars, times, paths, came, notes, bands)
-
-
-def _predictor(name: str, device: str, calibration: "Calibration | None" = None) -> tuple["KronosPredictor", str]:
-    """Load the networks of a name of the zoo or of a folder, and say what they are."""
-    from kronos_qlib.forecast.predictor import KronosPredictor
-    from kronos_qlib.nn import Kronos, KronosTokenizer, zoo
-
-    entry, folder = zoo.MODELS.get(name), Path(name)
-    if entry is not None and entry.tokenizer is not None and entry.trained_until is not None:
-        sources: tuple[str | Path, str | Path] = entry.tokenizer, name
-    elif folder.is_dir():
-        places = [(folder / "tokenizer", folder / "model"), (folder / "tokenizer/best", folder / "predictor/best")]
-        found = next((pair for pair in places if all(place.is_dir() for place in pair)), None)
-        if found is None:
-            raise ValueError(f"--model {name}: the folder has no tokenizer/ and model/, nor a training's best/ of both")
-        sources = found
-    else:
-        known = [known for known, entry in zoo.MODELS.items() if entry.trained_until is not None]
-        raise ValueError(f"--model {name!r} is neither a folder nor one of {', '.join(known)}")
-    tokenizer, model = KronosTokenizer.from_pretrained(sources[0]), Kronos.from_pretrained(sources[1])
-    note = f"Model: {name}, {model.n_parameters:,} parameters."
-    if entry is not None and entry.trained_until is not None:
-        note += f" Trained on bars up to {entry.trained_until}: what it says of earlier days it may have seen."
-    if name == "nano":
-        note += f" {zoo.SHIPPED_NOTE}."
-    context = entry.max_context if entry is not None and entry.max_context else _trained_context(folder) or 512
-    # nano did better with an anchor on its validation segment; docs/forecasting.md
-    anchor = name == "nano" if calibration is None else calibration.identity.anchor
-    note += " Its paths are measured from the last bar as it decodes it (anchor)." if anchor else ""
-    predictor = KronosPredictor(
-        model, tokenizer, device, context, s2_rotation="aligned", anchor=anchor, calibration=calibration
-    )
-    return predictor, note
-
-
-def _trained_context(folder: Path) -> int | None:
-    """Read from a training's folder how many bars the windows had that it was trained on; None for another folder."""
-    from kronos_qlib.train.fingerprint import FILE
-
-    try:
-        identity = json.loads((folder / "predictor" / FILE).read_text(encoding="utf-8"))
-        found = re.search(r"× \((\d+) \+ (\d+)\)", str(identity["training windows"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return int(found[1]) + int(found[2]) - 1 if found else None  # the last bar is only a target

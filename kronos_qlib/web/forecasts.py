@@ -1,0 +1,301 @@
+"""A question about one instrument → the answer of the page: bars, fan, paths, what came, and figures beside them.
+
+The forecast is that of `kronos-qlib forecast`: the same bars, the same sessions, the same predictor.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from kronos_qlib.analysis.bar_forecast import QUANTILES, BarForecast
+from kronos_qlib.data.calendar import sessions_after_bars
+from kronos_qlib.data.windows import CLOSE, COLUMNS
+from kronos_qlib.evaluation.measures import Outcomes, measure
+from kronos_qlib.forecast.calibration import bar_volatility
+from kronos_qlib.forecast.predictor import KronosPredictor, possible_bars
+from kronos_qlib.ingest.selection import InstrumentBars
+from kronos_qlib.web.jobs import Report
+from kronos_qlib.web.networks import NamedNetwork, Networks
+from kronos_qlib.web.problems import Problem
+from kronos_qlib.web.schema import Draws, ForecastQuestion
+from kronos_qlib.web.settings import Limits
+from kronos_qlib.web.snippet import forecast_snippet
+from kronos_qlib.web.sources import FoundBars, Sources
+from kronos_qlib.workflow.named_predictor import most_lookback
+
+SHOWN_PATHS = 20
+FIRST_PATHS = 16  # of a long forecast are drawn before all: the same as the first of all, for a band to look at
+LONG = 1e10  # paths × bars × parameters: some seconds
+_FIGURES = ("crps", "error", "coverage_50", "coverage_90")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A question with its bars.
+
+    bars: those that the network sees. before: those before them, which a chart may show. later: those after them.
+    """
+
+    question: ForecastQuestion
+    network: NamedNetwork
+    found: FoundBars
+    bars: pd.DataFrame
+    before: pd.DataFrame
+    later: pd.DataFrame
+    times: pd.DatetimeIndex
+
+    @property
+    def group(self) -> tuple[Any, ...]:
+        """What questions that are answered together have in common."""
+        asked = self.question
+        drawn = (asked.samples, asked.temperature, asked.top_p, asked.top_k, asked.seed)
+        return "forecast", self.network.name, len(self.bars), len(self.times), *drawn
+
+    @property
+    def digest(self) -> str:
+        """A digest of all that decides the answer."""
+        digest = blake2b(repr((self.group, self.network.digest, self.found.source)).encode(), digest_size=16)
+        for frame in (self.bars, self.later.loc[: self.times[-1]]):
+            digest.update(" ".join(frame.columns).encode())
+            digest.update(np.ascontiguousarray(frame.to_numpy(np.float64)).tobytes())
+            digest.update(pd.DatetimeIndex(frame.index).as_unit("ns").asi8.tobytes())
+        digest.update(self.times.as_unit("ns").asi8.tobytes())
+        return digest.hexdigest()
+
+
+def check_size(question: Draws, limits: Limits, instruments: int = 1) -> None:
+    """Check a question against the limits. Raises Problem, 422, which names the limit."""
+    for name in ("lookback", "horizon", "samples"):
+        value, most = getattr(question, name), getattr(limits, name)
+        if value > most:
+            raise Problem(422, f"{name} is {value:,}; {most:,} is the most here.")
+    bars = question.samples * question.horizon * instruments
+    if bars > limits.bars:
+        what = "samples × horizon × instruments"
+        raise Problem(422, f"{what} is {bars:,}; {limits.bars:,} is the most here. Ask for fewer samples.")
+
+
+def read_date(text: str | None) -> pd.Timestamp | None:
+    """Read a date or a time; a date means its end. Raises Problem."""
+    if not text:
+        return None
+    try:
+        at = pd.Timestamp(text)
+        if at.tzinfo is not None:
+            raise ValueError
+        return at + pd.Timedelta(days=1) - pd.Timedelta(1, "ns") if at == at.normalize() else at
+    except (ValueError, OverflowError):
+        raise Problem(422, f"{text!r} is no date such as 2025-06-05, nor a time such as 2025-06-05 14:30.") from None
+
+
+def split_bars(found: InstrumentBars, at: pd.Timestamp | None) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the bars up to a date and those after it. Raises Problem if too few are before it."""
+    bars = found.bars
+    before, later = (bars, bars.iloc[:0]) if at is None else (bars[bars.index <= at], bars[bars.index > at])
+    if len(before) < 2:
+        raise Problem(422, f"{found.instrument} has {len(before)} bars up to that date; two are needed at least.")
+    return before, later
+
+
+def prepare(question: ForecastQuestion, sources: Sources, networks: Networks, limits: Limits) -> Prepared:
+    """Find the bars and the network of a question. Raises Problem."""
+    check_size(question, limits)
+    network = networks.network(question.model)
+    context = network.predictor.max_context
+    if question.horizon >= context:
+        raise Problem(422, f"horizon is {question.horizon}; {network.name} forecasts fewer than {context} bars.")
+    found = sources.bars(question.source, question.instrument)
+    before, later = split_bars(found.bars, read_date(question.at))
+    room = min(question.lookback, most_lookback(network.predictor, question.horizon))
+    bars, earlier = before.iloc[-room:], before.iloc[:-room]
+    times = _sessions_after(_Times(pd.DatetimeIndex(before.index)), question.horizon, found.exchange)
+    shown = max(question.lookback - len(bars), 0) + 60  # and sixty more, so that averages begin before the first bar
+    return Prepared(question, network, found, bars, earlier.iloc[-shown:], later, times)
+
+
+class _Times:
+    """Times of bars that are equal where their digests are."""
+
+    def __init__(self, times: pd.DatetimeIndex) -> None:
+        self.times = times
+        self.digest = blake2b(times.as_unit("ns").asi8.tobytes(), digest_size=16).digest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Times) and other.digest == self.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+
+@lru_cache(256)
+def _sessions_after(bars: _Times, horizon: int, exchange: str | None) -> pd.DatetimeIndex:
+    """Return the sessions that follow bars; to look an exchange's up takes as long as a forecast."""
+    return sessions_after_bars(bars.times, horizon, exchange)
+
+
+class Forecasts:
+    """Answers questions about instruments.
+
+    Args:
+        paths_shown: whether snippets name folders and files.
+    """
+
+    def __init__(self, paths_shown: bool) -> None:
+        self._paths_shown = paths_shown
+
+    def answer(self, asked: Sequence[Prepared], report: Report) -> list[dict[str, Any]]:
+        """Answer questions of one group, in one call of the engine."""
+        predictor, draws, early = asked[0].network.predictor, asked[0].question, 0.0
+        frames, times = [each.bars for each in asked], [each.times for each in asked]
+        work = len(asked) * draws.samples * draws.horizon * predictor.model.n_parameters
+        if draws.samples >= 4 * FIRST_PATHS and work >= LONG:
+            early, few = FIRST_PATHS / draws.samples, draws.model_copy(update={"samples": FIRST_PATHS})
+            paths = draw_paths(predictor, frames, times, few, lambda share: report(early * share))
+            report(early, [_partial(each, own) for each, own in zip(asked, paths)])
+        paths = draw_paths(predictor, frames, times, draws, lambda share: report(early + (1 - early) * share))
+        return [self._describe(each, own) for each, own in zip(asked, paths)]
+
+    def _describe(self, asked: Prepared, paths: np.ndarray) -> dict[str, Any]:
+        times = asked.times
+        came = asked.later[asked.later.index.isin(times)]
+        forecast = BarForecast(asked.found.bars.instrument, asked.bars, times, paths, came)
+        close, last = paths[..., CLOSE], float(asked.bars["close"].iloc[-1])
+        table, quantiles = forecast.table(), forecast.close_quantiles
+        shown = pd.concat([asked.before, asked.bars])
+        notes = [_note(asked), *asked.found.bars.findings]
+        at = read_date(asked.question.at)
+        snippet = forecast_snippet(asked.question, at, asked.network, asked.found, len(asked.bars), self._paths_shown)
+        return {
+            "digest": asked.digest,
+            "instrument": asked.found.bars.instrument,
+            "model": asked.network.name,
+            "seen": len(asked.bars),
+            "last_close": last,
+            "bars": bars_as_columns(shown),
+            "times": as_text(times),
+            "quantiles": _quantiles(forecast),
+            "prob_up": table["prob_up"].tolist(),
+            "low": table["low"].tolist(),
+            "high": table["high"].tolist(),
+            "volume": np.median(paths[..., COLUMNS.index("volume")], axis=0).tolist(),
+            "paths": close[:SHOWN_PATHS].tolist(),
+            "came": bars_as_columns(came) if len(came) else None,
+            "figures": _figures(asked, close, quantiles, came),
+            "notes": notes,
+            "snippet": snippet,
+        }
+
+
+def draw_paths(
+    predictor: KronosPredictor,
+    frames: Sequence[pd.DataFrame],
+    times: Sequence[pd.DatetimeIndex],
+    draws: Draws,
+    report: Callable[[float], None],
+    batch_size: int = 1,
+) -> np.ndarray:
+    """Draw possible paths [B, S, P, D] of frames of one length, at these times."""
+    steps, done = -(-len(frames) // batch_size) * len(times[0]), 0
+
+    def report_step() -> None:
+        nonlocal done
+        done += 1
+        report(done / steps)
+
+    report(0.0)
+    paths = predictor.predict_paths_batch(
+        list(frames),
+        [pd.DatetimeIndex(frame.index) for frame in frames],
+        list(times),
+        len(times[0]),
+        T=draws.temperature,
+        top_k=draws.top_k,
+        top_p=draws.top_p,
+        sample_count=draws.samples,
+        seed=draws.seed,
+        batch_size=batch_size,
+        report_step=report_step,
+    )
+    return possible_bars(paths)
+
+
+def as_text(times: pd.DatetimeIndex) -> list[str]:
+    """Return times as text: dates where all are midnights."""
+    daily = bool((times == times.normalize()).all())
+    return list(times.strftime("%Y-%m-%d" if daily else "%Y-%m-%d %H:%M"))
+
+
+def bars_as_columns(bars: pd.DataFrame) -> dict[str, Any]:
+    """Return bars as lists by column; unknown numbers are None."""
+    named = [name for name in COLUMNS[:5] if name in bars]
+    values = {name: bars[name].astype(object).where(bars[name].notna(), None).tolist() for name in named}
+    return {"time": as_text(pd.DatetimeIndex(bars.index)), **values}
+
+
+def _partial(asked: Prepared, paths: np.ndarray) -> dict[str, Any]:
+    """Describe what the first paths show."""
+    forecast = BarForecast(asked.found.bars.instrument, asked.bars, asked.times, paths, asked.later.iloc[:0])
+    return {
+        "instrument": forecast.instrument,
+        "last_close": float(asked.bars["close"].iloc[-1]),
+        "bars": bars_as_columns(pd.concat([asked.before, asked.bars])),
+        "times": as_text(asked.times),
+        "quantiles": _quantiles(forecast),
+        "volume": np.median(paths[..., COLUMNS.index("volume")], axis=0).tolist(),
+        "paths": paths[..., CLOSE].tolist(),
+    }
+
+
+def _quantiles(forecast: BarForecast) -> dict[str, list[float]]:
+    return {f"q{round(100 * level):02d}": row.tolist() for level, row in zip(QUANTILES, forecast.close_quantiles)}
+
+
+def _note(asked: Prepared) -> str:
+    question, seen = asked.question, len(asked.bars)
+    note = asked.network.note
+    if seen < question.lookback:
+        context = asked.network.predictor.max_context
+        why = f"as it was trained on windows of {context}" if len(asked.before) else "all that there are"
+        note += f" It sees the last {seen} bars, {why}."
+    sessions = asked.found.exchange or "the pattern of the bars, without holidays"
+    return f"{note} Sessions ahead: {sessions}."
+
+
+def _figures(asked: Prepared, close: np.ndarray, quantiles: np.ndarray, came: pd.DataFrame) -> dict[str, Any]:
+    """Say what is expected, and where bars came how far off it was, beside the last value and historical volatility."""
+    last = float(asked.bars["close"].iloc[-1])
+    ratios, bands = close / last, quantiles / last
+    figures: dict[str, Any] = {
+        "prob_up": float((close[:, -1] > last).mean()),
+        "median_return": float(bands[3, -1] - 1),
+        "range_50": [float(bands[2, -1] - 1), float(bands[4, -1] - 1)],
+        "range_90": [float(bands[0, -1] - 1), float(bands[6, -1] - 1)],
+        "came": len(came),
+    }
+    if not len(came) or len(asked.bars) < 3 or not (asked.bars["close"] > 0).all():
+        return figures
+    closes = came["close"].reindex(asked.times).to_numpy(np.float64)[None] / last
+    outcomes = Outcomes(
+        dates=np.array([asked.bars.index[-1]], "datetime64[ns]"),
+        quantiles=bands.T[None],
+        closes=closes,
+        ends=np.where(np.isnan(closes), np.datetime64("NaT"), asked.times.to_numpy("datetime64[ns]")[None]),
+        volatility=bar_volatility(asked.bars["close"].to_numpy(np.float64)[None]),
+        mean_return=np.array([ratios.mean() - 1]),
+        prob_up=np.array([(ratios.mean(axis=1) > 1).mean()]),
+        samples=len(close),
+        paths=ratios[None],
+    )
+    measured = measure(outcomes)
+    for kind in ("", "_last_value", "_volatility"):
+        for name in _FIGURES:
+            values = np.abs(measured[f"{name}{kind}"][0])
+            known = values[~np.isnan(closes[0])]
+            figures[f"{name}{kind}"] = float(known.mean())
+    figures["came_return"] = float(closes[0][~np.isnan(closes[0])][-1] - 1)
+    return figures

@@ -1,0 +1,163 @@
+"""A universe → its instruments, ranked by their forecasts of one date: a job in parts, so that others may go first."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from kronos_qlib.data.calendar import sessions_after_bars
+from kronos_qlib.data.windows import CLOSE
+from kronos_qlib.ingest.symbols import exchange_of
+from kronos_qlib.web.forecasts import check_size, draw_paths, read_date
+from kronos_qlib.web.jobs import Report
+from kronos_qlib.web.networks import NamedNetwork, Networks
+from kronos_qlib.web.problems import Problem
+from kronos_qlib.web.schema import MarketQuestion
+from kronos_qlib.web.settings import Limits
+from kronos_qlib.web.sources import Sources
+from kronos_qlib.workflow.named_predictor import most_lookback
+
+PART = 16  # instruments that are forecast before others may go first
+TOGETHER = 8  # of them that go through the networks at once
+SPARKLINE = 40  # closes
+
+
+@dataclass(frozen=True)
+class PreparedMarket:
+    """A question with its date and the instruments that may have a bar of it."""
+
+    question: MarketQuestion
+    sources: Sources
+    network: NamedNetwork
+    date: pd.Timestamp
+    calendar: pd.DatetimeIndex
+    instruments: list[str]
+
+    @property
+    def digest(self) -> str:
+        """A digest of the question; of the store, by its last session and its files' times."""
+        store = self.sources.store(self.question.store)
+        changed = [path.stat().st_mtime_ns for path in (store.folder / "features", store.folder / "calendars")]
+        asked = self.question.model_dump(exclude={"top"})
+        known = ("market", asked, self.network.digest, str(self.date), str(self.calendar[-1]), changed)
+        return blake2b(repr(known).encode(), digest_size=16).hexdigest()
+
+
+def prepare(question: MarketQuestion, sources: Sources, networks: Networks, limits: Limits) -> PreparedMarket:
+    """Find the date, the members and the network of a question. Raises Problem."""
+    network = networks.network(question.model)
+    store = sources.store(question.store)
+    if question.instruments is not None:
+        known = set(store.instruments())
+        names = sorted({name.upper() for name in question.instruments})
+        unknown = [name for name in names if name not in known]
+        if unknown or not names:
+            raise Problem(404, f"The store {question.store} has no instrument {unknown[0] if unknown else ''!r}.")
+    else:
+        sources.members(question.store, question.universe)
+        names = []
+    at = read_date(question.at)
+    calendar = store.calendar(store.freqs[0])
+    sessions = calendar if at is None else calendar[calendar <= at]
+    if not len(sessions):
+        raise Problem(422, f"The store {question.store} begins on {calendar[0].date()}, after that date.")
+    date = sessions[-1]
+    if question.instruments is None:
+        spans = store.universe(question.universe)
+        member = spans[(spans["first"] <= date) & (spans["last"] >= date.normalize())]
+        names = sorted(member["instrument"].str.upper().unique())
+    if not names:
+        raise Problem(422, f"The universe {question.universe} has no member on {date.date()}.")
+    check_size(question, limits, len(names))
+    return PreparedMarket(question, sources, network, date, sessions, names)
+
+
+def answer(asked: PreparedMarket, report: Report, give_way: Callable[[], None]) -> dict[str, Any]:
+    """Rank the instruments by the mean of the returns that their paths have; `give_way` is called between parts."""
+    question = asked.question
+    rows: list[dict[str, Any]] = []
+    left: list[str] = []
+    room = min(question.lookback, most_lookback(asked.network.predictor, question.horizon))
+    sessions: dict[str | None, pd.DatetimeIndex] = {}
+    ready: dict[str | None, list[tuple[str, pd.DataFrame]]] = {}
+    done = 0
+    for name, bars in _bars(asked, room, left):
+        exchange = exchange_of(name)
+        if exchange not in sessions:
+            sessions[exchange] = sessions_after_bars(asked.calendar, question.horizon, exchange)
+        waiting = ready.setdefault(exchange, [])
+        waiting.append((name, bars))
+        if len(waiting) == PART:
+            rows += _rows(asked, ready.pop(exchange), sessions[exchange], report, done)
+            done += PART
+            give_way()
+    for exchange, waiting in ready.items():
+        rows += _rows(asked, waiting, sessions[exchange], report, done)
+        done += len(waiting)
+        give_way()
+    rows.sort(key=lambda row: (-row["score"], row["instrument"]))
+    for rank, row in enumerate(rows, 1):
+        row["rank"] = rank
+    return {
+        "digest": asked.digest,
+        "store": question.store,
+        "universe": None if question.instruments is not None else question.universe,
+        "date": str(asked.date).removesuffix(" 00:00:00"),
+        "model": asked.network.name,
+        "seen": room,
+        "horizon": question.horizon,
+        "top": question.top,
+        "rows": rows,
+        "left_out": left[:100],
+        "left_out_total": len(left),
+        "notes": [asked.network.note],
+    }
+
+
+def _bars(asked: PreparedMarket, room: int, left: list[str]) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield each instrument that has a bar of the date and enough before it; the others are added to `left`."""
+    for name in asked.instruments:
+        try:
+            bars = asked.sources.bars(asked.question.store, name).bars.bars.loc[: asked.date]
+        except Problem as problem:
+            left.append(f"{name}: {problem.detail}")
+            continue
+        if not len(bars) or bars.index[-1] != asked.date:
+            left.append(f"{name}: no bar of the date")
+        elif len(bars) < room:
+            left.append(f"{name}: {len(bars)} bars, fewer than {room}")
+        else:
+            yield name, bars.iloc[-room:]
+
+
+def _rows(
+    asked: PreparedMarket, part: list[tuple[str, pd.DataFrame]], times: pd.DatetimeIndex, report: Report, done: int
+) -> list[dict[str, Any]]:
+    total, share = len(asked.instruments), len(part) / len(asked.instruments)
+    frames = [bars for _, bars in part]
+
+    def report_part(own: float) -> None:
+        report(done / total + own * share)
+
+    paths = draw_paths(asked.network.predictor, frames, [times] * len(part), asked.question, report_part, TOGETHER)
+    close = paths[..., CLOSE]
+    last = np.array([float(bars["close"].iloc[-1]) for bars in frames])
+    ends = close[:, :, -1] / last[:, None] - 1
+    bands = np.quantile(ends, [0.05, 0.25, 0.5, 0.75, 0.95], axis=1)
+    found = (close / last[:, None, None]).mean(axis=(1, 2)) - 1
+    return [
+        {
+            "instrument": name,
+            "score": float(found[place]),
+            "prob_up": float((ends[place] > 0).mean()),
+            "last_close": float(last[place]),
+            "median": float(bands[2, place]),
+            "range_50": [float(bands[1, place]), float(bands[3, place])],
+            "range_90": [float(bands[0, place]), float(bands[4, place])],
+            "sparkline": bars["close"].iloc[-SPARKLINE:].astype(float).tolist(),
+        }
+        for place, (name, bars) in enumerate(part)
+    ]

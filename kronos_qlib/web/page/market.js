@@ -1,0 +1,82 @@
+// The tab Market: a universe ranked, filtered, sorted; a watchlist; a click leads to the forecast.
+import {follow, post, remove} from "./api.js";
+import {csv, element, find, number, percent, save, signed, sparkline} from "./dom.js";
+import {openTab, told} from "./main.js";
+import {ask} from "./forecast.js";
+import {text} from "./strings.js";
+
+const COLUMNS = [["rank", "inMarket"], ["instrument", "instrument"], ["score", "score"], ["prob_up", "probUp"], ["median", "median"], ["range_50", "range50"], ["range_90", "range90"], ["last_close", "lastClose"]];
+let answer = null, job = null, order = ["rank", 1], watched = new Set();
+try { watched = new Set(JSON.parse(localStorage.getItem("watchlist") || "[]")); } catch { /* no storage */ }
+
+const keep = () => { try { localStorage.setItem("watchlist", JSON.stringify([...watched])); } catch { /* no storage */ } };
+const value = (row, name) => Array.isArray(row[name]) ? row[name][0] : row[name];
+
+function rows() {
+  const wanted = find("filter").value.trim().toUpperCase();
+  const found = answer.rows.filter(row => row.instrument.includes(wanted) && (!find("watched").checked || watched.has(row.instrument)));
+  const [name, way] = order;
+  return found.sort((one, other) => way * (value(one, name) < value(other, name) ? -1 : value(one, name) > value(other, name) ? 1 : 0));
+}
+
+function line(row) {
+  const pair = range => range.map(each => signed(each, 1)).join(" … ");
+  const star = element("input", {type: "checkbox", "aria-label": text("watch", row.instrument), onchange: event => { event.target.checked ? watched.add(row.instrument) : watched.delete(row.instrument); keep(); }});
+  star.checked = watched.has(row.instrument);
+  const open = element("button", {type: "button", class: "plain", onclick: told(async () => {
+    openTab("forecast");
+    await ask({source: answer.store, instrument: row.instrument, at: answer.date, model: answer.model, lookback: find("market-lookback").value, horizon: answer.horizon});
+  })}, row.instrument);
+  return element("tr", row.rank <= answer.top ? {class: "top"} : {}, element("th", {scope: "row"}, row.rank), element("td", {class: "text"}, star, " ", open), element("td", {}, signed(row.score)), element("td", {}, percent(row.prob_up, 0)),
+    element("td", {}, signed(row.median)), element("td", {}, pair(row.range_50)), element("td", {}, pair(row.range_90)), element("td", {}, number(row.last_close)), element("td", {}, sparkline(row.sparkline)));
+}
+
+export function show() {
+  if (!answer) return;
+  find("market-state").textContent = text("ranked", answer.rows.length, answer.date, answer.model);
+  find("market-filters").hidden = false;
+  const heads = COLUMNS.map(([name, label]) => element("th", {scope: "col", class: name === "instrument" ? "text" : null, "aria-sort": order[0] === name ? (order[1] > 0 ? "ascending" : "descending") : null},
+    element("button", {type: "button", onclick: () => { order = [name, order[0] === name ? -order[1] : ["rank", "instrument"].includes(name) ? 1 : -1]; show(); }}, text(label), order[0] === name ? (order[1] > 0 ? " ↑" : " ↓") : "")));
+  heads.push(element("th", {scope: "col"}, text("recent")));
+  find("market-table").replaceChildren(element("table", {}, element("thead", {}, element("tr", {}, ...heads)), element("tbody", {}, ...rows().map(line))));
+  const left = find("left-out");
+  left.hidden = !answer.left_out.length;
+  left.querySelector("ul").replaceChildren(...answer.left_out.map(each => element("li", {}, each)));
+}
+
+async function rank() {
+  const asked = {store: find("market-store").value, universe: find("universe").value, at: find("market-at").value.trim() || null, model: find("market-model").value || null};
+  for (const name of ["lookback", "horizon", "samples"]) asked[name] = Number(find(`market-${name}`).value);
+  asked.top = Number(find("top").value);
+  const given = await post("market", asked);
+  job = given.id;
+  const bar = find("market-progress");
+  try {
+    const last = await follow("market", job, status => {
+      const waits = ["queued", "running"].includes(status.state);
+      bar.hidden = !waits;
+      bar.value = status.progress;
+      find("market-cancel").disabled = !waits;
+      find("market-state").textContent = status.state === "queued" ? text("queued", status.place ?? 0) : status.state === "done" ? "" : text(status.state);
+    });
+    if (last.state === "done") {
+      answer = {...last.result, top: asked.top};
+      show();
+    }
+  } finally { bar.hidden = true; find("market-cancel").disabled = true; }
+}
+
+export function start(stores) {
+  const universes = () => {
+    const store = stores.find(each => each.name === find("market-store").value);
+    find("universe").replaceChildren(...(store?.universes || []).map(name => element("option", {value: name}, name)));
+  };
+  find("market-store").replaceChildren(...stores.map(store => element("option", {value: store.name}, store.name)));
+  find("market-store").addEventListener("change", universes);
+  universes();
+  find("market-form").addEventListener("submit", told(async event => { event.preventDefault(); await rank(); }));
+  find("market-cancel").addEventListener("click", told(async () => { if (job) await remove(`market/${job}`); }));
+  for (const id of ["filter", "watched"]) find(id).addEventListener("input", show);
+  find("market-csv").addEventListener("click", () => save(`${answer.store}-${answer.date}.csv`, csv([["rank", "instrument", "score", "prob_up", "median", "q25", "q75", "q05", "q95", "last_close"],
+    ...rows().map(row => [row.rank, row.instrument, row.score, row.prob_up, row.median, ...row.range_50, ...row.range_90, row.last_close])])));
+}

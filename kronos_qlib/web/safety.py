@@ -1,0 +1,155 @@
+"""What every request passes before it reaches the API: host, origin, token, size; and the headers of every answer."""
+
+import asyncio
+import hmac
+import logging
+import re
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from kronos_qlib.web.problems import MEDIA_TYPE, Problem
+from kronos_qlib.web.settings import LOOPBACK, ServerSettings
+
+logger = logging.getLogger("qlib.KronosWeb")
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+# plotly makes an empty style element and adds rules to it: this is the digest of the empty text, no other style passes
+_EMPTY = "'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU='"
+PAGE_POLICY = (
+    f"default-src 'none'; script-src 'self'; style-src 'self' {_EMPTY}; img-src 'self' data: blob:; "
+    "connect-src 'self'; frame-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
+# A report is a page of its own with its scripts inside: sandboxed it has no origin, and it may ask nobody for anything.
+REPORT_POLICY = (
+    "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
+)
+_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=(), payment=(), usb=()",
+}
+_SAFE = ("GET", "HEAD")
+
+
+class Safety:
+    """ASGI middleware that refuses what a browser of another site, or somebody without the token, might send."""
+
+    def __init__(self, app: App, settings: ServerSettings) -> None:
+        self.app, self.settings = app, settings
+        self._hosts = {*LOOPBACK, *(name.lower() for name in settings.hosts)}
+        self._serving = 0
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Serve a request, or answer it with a problem."""
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self.app(scope, receive, send)
+            return
+        sent, policy = False, REPORT_POLICY if _is_report(scope["path"]) else PAGE_POLICY
+
+        async def send_safely(message: Message) -> None:
+            nonlocal sent
+            if message["type"] == "http.response.start":
+                sent = True
+                given = {name.lower() for name, _ in message.get("headers", [])}
+                added = _HEADERS | {"content-security-policy": policy, "cache-control": "no-store"}
+                more = [(name.encode(), value.encode()) for name, value in added.items() if name.encode() not in given]
+                message = {**message, "headers": [*message.get("headers", []), *more]}
+            await send(message)
+
+        self._serving += 1
+        try:
+            self._check(scope)
+            await self.app(scope, self._limited(scope, receive), send_safely)
+        except Problem as problem:
+            if not sent:
+                await _answer(problem, scope, send_safely)
+        except (asyncio.CancelledError, OSError):
+            raise
+        except Exception:  # whatever it is, its stack is for the log alone
+            logger.exception(f"{scope['method']} {scope['path']} failed")
+            if not sent:
+                await _answer(Problem(500, "Something failed here; the server's log says what."), scope, send_safely)
+        finally:
+            self._serving -= 1
+
+    def _check(self, scope: Message) -> None:
+        if self._serving > self.settings.limits.requests:
+            raise Problem(503, "Too many requests are being served; ask again in a few seconds.", {"Retry-After": "5"})
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        if sum(name.lower() == b"host" for name, _ in scope["headers"]) != 1:
+            raise Problem(400, "A request must name one host.")
+        host = headers[b"host"].decode("latin-1").lower()
+        self._check_host(host)
+        origin = headers.get(b"origin", b"").decode("latin-1").lower()
+        if origin and urlsplit(origin).netloc != host:
+            raise Problem(403, "This request comes from a page of another site, which may not use this server.")
+        if headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site") and (
+            scope["method"] not in _SAFE or scope["path"].startswith("/api")
+        ):
+            raise Problem(403, "This request comes from a page of another site, which may not use this server.")
+        # a frame sends no token: the address of a report has its job's id in it, which nobody can guess
+        if scope["path"].startswith("/api") and self.settings.token is not None and not _is_report(scope["path"]):
+            said = headers.get(b"authorization", b"")
+            if not hmac.compare_digest(said, f"Bearer {self.settings.token}".encode()):
+                raise Problem(
+                    401, "This server asks for the token that it was started with.", {"WWW-Authenticate": "Bearer"}
+                )
+
+    def _check_host(self, host: str) -> None:
+        try:
+            place = urlsplit(f"//{host}")
+            name, port = place.hostname, place.port
+        except ValueError:
+            name, port = None, None
+        own_port = self.settings.port in (0, port) or name not in LOOPBACK
+        if name not in self._hosts or not own_port or place.username is not None:
+            raise Problem(
+                421, "This server is not called so; open it by the address that it printed, or name --public-name."
+            )
+
+    def _limited(self, scope: Message, receive: Receive) -> Receive:
+        """Return a `receive` that ends a body which is too large, or whose next piece does not come."""
+        limits = self.settings.limits
+        most = limits.upload_bytes if scope["path"] == "/api/uploads" else limits.request_bytes
+        declared = next((value for name, value in scope["headers"] if name.lower() == b"content-length"), b"0")
+        too_large = Problem(413, f"The request has more than {most:,} bytes, which is the most here.")
+        if not declared.isdigit() or int(declared) > most:
+            raise too_large
+        received, complete = 0, False
+
+        async def receive_limited() -> Message:
+            nonlocal received, complete
+            if complete:
+                return await receive()  # waits until the client has gone
+            try:
+                message = await asyncio.wait_for(receive(), limits.seconds)
+            except asyncio.TimeoutError:
+                raise Problem(408, f"Nothing came for {limits.seconds:g} seconds.", {"Connection": "close"}) from None
+            received += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
+            if received > most:
+                raise too_large
+            return message
+
+        return receive_limited
+
+
+def _is_report(path: str) -> bool:
+    return re.fullmatch(r"/api/comparisons/[\w-]+/report", path) is not None
+
+
+async def _answer(problem: Problem, scope: Message, send: Send) -> None:
+    body = problem.body()
+    headers = {"Content-Type": MEDIA_TYPE, "Content-Length": str(len(body)), **problem.headers}
+    encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": problem.status, "headers": encoded})
+    await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})

@@ -1,0 +1,217 @@
+"""What the API and the assistants' tools share: networks, sources, uploads, and the queues that answer questions."""
+
+from typing import Any
+
+from kronos_qlib.web import market, records
+from kronos_qlib.web.forecasts import Forecasts, Prepared
+from kronos_qlib.web.jobs import Job, JobQueue, Task
+from kronos_qlib.web.networks import Networks
+from kronos_qlib.web.problems import Problem
+from kronos_qlib.web.schema import CheckQuestion, ComparisonQuestion, MarketQuestion
+from kronos_qlib.web.settings import ServerSettings
+from kronos_qlib.web.sources import Sources, told_without_paths
+from kronos_qlib.web.uploads import Uploads
+
+
+class Service:
+    """Answers questions with what a server was started with.
+
+    Forecasts and rankings wait in one queue, for the networks; comparisons and checks in another, so that a report of
+    half a minute holds no forecast up.
+    """
+
+    places = {"forecasts": "forecast", "market": "market", "comparisons": "comparison", "checks": "check"}
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self.settings, limits = settings, settings.limits
+        self._uploads = None if settings.uploads is None else Uploads(settings.uploads, limits)
+        self.sources = Sources(settings.stores, self._uploads)
+        self.networks = Networks(settings.models)
+        self.forecasts = Forecasts(settings.paths_shown)
+        self._for_networks = JobQueue("forecasts", limits.waiting, limits.answers)
+        self._for_reports = JobQueue("reports", limits.waiting, 16)
+
+    def close(self) -> None:
+        """End what is being answered."""
+        self._for_networks.close()
+        self._for_reports.close()
+
+    def queue(self, kind: str) -> JobQueue:
+        """Return the queue of a kind of job."""
+        return self._for_networks if kind in ("forecast", "market") else self._for_reports
+
+    def job(self, kind: str, job_id: str) -> Job:
+        """Return a job of a kind. Raises Problem."""
+        job = self.queue(kind).job(job_id)
+        if job.task.kind != kind:
+            raise Problem(404, f"The job is no {kind}.")
+        return job
+
+    def cancel(self, kind: str, job_id: str) -> Job:
+        """Cancel a job. Raises Problem."""
+        return self.queue(kind).cancel(self.job(kind, job_id).id)
+
+    def place(self, job: Job) -> str:
+        """Return the last part of the address of jobs of this kind."""
+        return next(place for place, kind in self.places.items() if kind == job.task.kind)
+
+    def status(self, job: Job, result: bool = True) -> dict[str, Any]:
+        """Describe a job, as `JobStatus`."""
+        found = job.result if result and job.state == "done" else None
+        if found is not None:
+            found = {name: value for name, value in found.items() if name != "report"}
+        return {
+            "id": job.id,
+            "kind": job.task.kind,
+            "state": job.state,
+            "progress": round(job.progress, 4),
+            "place": self.queue(job.task.kind).place(job),
+            "seconds": job.seconds,
+            "question": job.task.question,
+            "partial": job.partial if result and job.state == "running" else None,
+            "result": found,
+            "problem": job.problem,
+        }
+
+    def ask_forecast(self, prepared: Prepared) -> Job:
+        """Ask for a forecast. Raises Problem if too many jobs wait."""
+        question = prepared.question.model_dump()
+        task = Task("forecast", prepared.digest, prepared.group, prepared, self.forecasts.answer, question)
+        return self._for_networks.submit(task)
+
+    def ask_market(self, question: MarketQuestion) -> Job:
+        """Ask for a ranking. Raises Problem."""
+        prepared = market.prepare(question, self.sources, self.networks, self.settings.limits)
+        give_way = self._for_networks.run_waiting
+        task = Task(
+            "market",
+            prepared.digest,
+            None,
+            prepared,
+            lambda asked, report: [market.answer(asked[0], report, give_way)],
+            question.model_dump(),
+        )
+        return self._for_networks.submit(task)
+
+    def ask_comparison(self, question: ComparisonQuestion) -> Job:
+        """Ask for a comparison of runs. Raises Problem."""
+        uri = self._runs_uri()
+        known = {name for run in records.list_runs(uri) for name in (run["experiment"], run["id"])}
+        unknown = [name for name in question.names if name not in known]
+        if unknown:
+            raise Problem(404, f"There is no finished run {unknown[0]!r} here.")
+        digest = repr(("comparison", uri, question.names))
+        task = Task(
+            "comparison",
+            digest,
+            None,
+            question.names,
+            lambda asked, report: [records.compare(asked[0], uri, report)],
+            question.model_dump(),
+        )
+        return self._for_reports.submit(task)
+
+    def ask_check(self, question: CheckQuestion) -> Job:
+        """Ask for the health check of a store. Raises Problem."""
+        folder = self.sources.store(question.store).folder
+        changed = max(path.stat().st_mtime_ns for path in [folder, *folder.glob("*"), *folder.glob("calendars/*")])
+        task = Task(
+            "check",
+            repr(("check", question.store, changed)),
+            None,
+            folder,
+            lambda asked, report: [records.check(asked[0], question.store, report)],
+            question.model_dump(),
+        )
+        return self._for_reports.submit(task)
+
+    def report(self, job_id: str) -> str:
+        """Return the page of a comparison that is done. Raises Problem."""
+        job = self.job("comparison", job_id)
+        if job.result is None:
+            raise Problem(404, "This comparison is not done.")
+        return str(job.result["report"])
+
+    def health(self, version: str) -> dict[str, Any]:
+        """Say what the server offers, as `Health`."""
+        queues = self._for_networks, self._for_reports
+        return {
+            "version": version,
+            "waiting": sum(queue.waiting for queue in queues),
+            "running": sum(queue.running for queue in queues),
+            "uploads": self._uploads is not None,
+            "ledger": self.settings.ledger is not None,
+            "runs": self.settings.runs is not None,
+            "limits": self.settings.limits.model_dump(),
+        }
+
+    def models(self) -> list[dict[str, Any]]:
+        """List the networks, as `ModelEntry`."""
+        found = [self.networks.network(name) for name in self.networks.names]
+        return [
+            {
+                "name": each.name,
+                "parameters": each.predictor.model.n_parameters,
+                "context": each.predictor.max_context,
+                "trained_until": each.trained_until,
+                "note": each.note,
+            }
+            for each in found
+        ]
+
+    def stores(self) -> list[dict[str, Any]]:
+        """List the stores, as `StoreEntry`."""
+        found = []
+        for name in self.sources.stores:
+            store = self.sources.store(name)
+            with told_without_paths(store.folder, name):
+                calendar = store.calendar(store.freqs[0])
+                ends = [str(time).removesuffix(" 00:00:00") for time in calendar[[0, -1]]]
+            found.append(
+                {
+                    "name": name,
+                    "freqs": store.freqs,
+                    "universes": store.universes,
+                    "instruments": len(store.instruments()),
+                    "first": ends[0],
+                    "last": ends[1],
+                }
+            )
+        return found
+
+    def instruments(self, source: str, query: str, limit: int) -> dict[str, Any]:
+        """Search the instruments of a store or an upload: those that begin with the query first. Raises Problem."""
+        upload = self._uploads.find(source) if self._uploads is not None else None
+        names = upload.instruments if upload is not None else self.sources.store(source).instruments()
+        wanted = query.strip().upper()
+        found = [name for name in names if wanted in name.upper()]
+        found.sort(key=lambda name: (not name.upper().startswith(wanted), name))
+        return {"instruments": found[:limit], "total": len(found)}
+
+    def uploads(self) -> Uploads:
+        """Return the uploads. Raises Problem where none are taken."""
+        if self._uploads is None:
+            raise Problem(404, "This server takes no files; start it with --uploads DIR.")
+        return self._uploads
+
+    def runs(self) -> list[dict[str, Any]]:
+        """List the finished runs. Raises Problem."""
+        return records.list_runs(self._runs_uri())
+
+    def ledger(self) -> dict[str, Any]:
+        """Return the ledger's sets and its record. Raises Problem."""
+        return records.read_ledger(self._ledger_url())
+
+    def ledger_set(self, set_id: int) -> dict[str, Any]:
+        """Return the rows of a set of the ledger. Raises Problem."""
+        return records.read_ledger_set(self._ledger_url(), set_id)
+
+    def _runs_uri(self) -> str:
+        if self.settings.runs is None:
+            raise Problem(404, "This server knows no runs; start it with --runs sqlite:///mlflow.db.")
+        return self.settings.runs
+
+    def _ledger_url(self) -> str:
+        if self.settings.ledger is None:
+            raise Problem(404, "This server has no ledger; start it with --ledger sqlite:///ledger.db.")
+        return self.settings.ledger

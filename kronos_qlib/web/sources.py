@@ -1,0 +1,105 @@
+"""Bars by name: of the stores that were named at start, and of uploads. No path is ever taken from a request."""
+
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kronos_qlib.ingest.selection import InstrumentBars, read_instrument
+from kronos_qlib.ingest.store_files import StoreFiles, folder_name
+from kronos_qlib.ingest.symbols import exchange_of
+from kronos_qlib.ingest.tables import SourceError
+from kronos_qlib.web.problems import Problem
+from kronos_qlib.web.uploads import Upload, Uploads
+
+KEPT_FILES = 8  # uploads whose bars are kept in memory
+
+
+@dataclass(frozen=True)
+class FoundBars:
+    """The bars of an instrument, and what a command would call them: `kronos-qlib forecast SOURCE`."""
+
+    bars: InstrumentBars
+    source: str
+    exchange: str | None
+
+
+class Sources:
+    """Finds bars by the name of a store or upload and an instrument."""
+
+    def __init__(self, stores: dict[str, Path], uploads: Uploads | None = None) -> None:
+        self.stores, self.uploads = stores, uploads
+        self._lock = threading.Lock()
+        self._read: OrderedDict[str, InstrumentBars] = OrderedDict()
+
+    def store(self, name: str) -> StoreFiles:
+        """Return a store by its name. Raises Problem for another name."""
+        folder = self.stores.get(name)
+        if folder is None:
+            known = ", ".join(self.stores) or "none"
+            raise Problem(404, f"There is no store {name!r} here; those named at start: {known}.")
+        with told_without_paths(folder, name):
+            return StoreFiles(folder)
+
+    def members(self, name: str, universe: str) -> list[str]:
+        """List the instruments of a store's universe. Raises Problem."""
+        store = self.store(name)
+        if universe not in store.universes:
+            raise Problem(404, f"The store {name} has no universe {universe!r}; it has {', '.join(store.universes)}.")
+        with told_without_paths(store.folder, name):
+            return sorted(store.universe(universe)["instrument"].str.upper().unique())
+
+    def bars(self, source: str, instrument: str | None) -> FoundBars:
+        """Read the bars of an instrument of a store or an upload. Raises Problem."""
+        if source in self.stores:
+            return self._of_store(source, instrument or "")
+        upload = self.uploads.find(source) if self.uploads is not None else None
+        if upload is None:
+            known = ", ".join(self.stores) or "none"
+            raise Problem(404, f"There is no store or upload {source!r} here; stores named at start: {known}.")
+        return self._of_upload(upload, instrument)
+
+    def _of_store(self, name: str, instrument: str) -> FoundBars:
+        store = self.store(name)
+        if not re.fullmatch(r"[^/\\\0:]{1,64}", instrument) or instrument.upper() not in store.instruments():
+            raise Problem(404, f"The store {name} has no instrument {instrument!r}.")
+        own = (store.folder / "features" / folder_name(instrument)).resolve()
+        inside = [own, *(path.resolve() for path in own.glob("*.bin"))]
+        if not all(path.is_relative_to(store.folder.resolve()) for path in inside):
+            raise Problem(404, f"The bars of {instrument} lie outside the store {name} and are not read.")
+        path = f"{store.folder}:{instrument.upper()}"
+        with told_without_paths(store.folder, name):
+            found = read_instrument(path)
+        findings = [finding.replace(str(store.folder), name) for finding in found.findings]
+        return FoundBars(replace(found, findings=findings), path, exchange_of(found.instrument))
+
+    def _of_upload(self, upload: Upload, instrument: str | None) -> FoundBars:
+        wanted = instrument or upload.instruments[0]
+        if wanted not in upload.instruments:
+            raise Problem(404, f"The file {upload.name} has no instrument {wanted!r}.")
+        source = f"{upload.path}:{wanted}"
+        with self._lock:
+            found = self._read.get(source)
+        if found is None:
+            with told_without_paths(upload.path, upload.name):
+                found = read_instrument(source)
+            findings = [finding.replace(str(upload.path), upload.name) for finding in found.findings]
+            found = replace(found, findings=findings)
+            with self._lock:
+                self._read[source] = found
+                while len(self._read) > KEPT_FILES:
+                    self._read.popitem(last=False)
+        return FoundBars(found, source, exchange_of(found.instrument))
+
+
+@contextmanager
+def told_without_paths(path: Path, name: str) -> Iterator[None]:
+    """Turn an error of a reader into a Problem that says a file's name, and not where it lies."""
+    try:
+        yield
+    except (SourceError, ValueError, OSError) as error:
+        text = str(error) if isinstance(error, ValueError) else type(error).__name__
+        raise Problem(422, text.replace(str(path), name).replace(str(path.parent), "…")) from None

@@ -1,0 +1,345 @@
+"""The page in Chromium, at a server of its own process."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ledgers import signal_set
+
+from kronos_qlib.data.demo_market import write_demo_market
+from kronos_qlib.ingest.selection import read_instrument
+from kronos_qlib.live.ledger import Ledger
+
+pytestmark = pytest.mark.slow
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SERVER = """
+import socket, sys, uvicorn
+from pathlib import Path
+from kronos_qlib.web.app import make_app
+from kronos_qlib.web.settings import ServerSettings
+market, model, uploads, ledger, token, sockets = *sys.argv[1:6], socket.socket()
+sockets.bind(("127.0.0.1", 0)), sockets.listen(128)
+port = sockets.getsockname()[1]
+stores, models = {"market": Path(market)}, {"tiny": model, "nano": "nano"}
+app = make_app(ServerSettings(stores, models, Path(uploads), ledger, None, token or None, port=port))
+print(port, flush=True)
+uvicorn.Server(uvicorn.Config(app, log_level="warning")).run([sockets])
+"""
+
+
+@pytest.fixture(scope="module")
+def market(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_demo_market(tmp_path_factory.mktemp("store") / "market", instruments=12, days=160)
+
+
+def serve(folder: Path, market: Path, checkpoint: Path, token: str = "") -> Iterator[str]:
+    ledger = f"sqlite:///{folder}/ledger.db"
+    Ledger(ledger).record(signal_set(), region="cn")
+    arguments = [str(market), str(checkpoint), str(folder / "uploads"), ledger, token]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    try:
+        yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, market: Path, checkpoint: Path) -> Iterator[str]:
+    yield from serve(tmp_path_factory.mktemp("server"), market, checkpoint)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    api = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here: make test-web installs it where apt can")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, server: str) -> Iterator:
+    """The page, ready; at the end there was no error on its console, and no request that left the host."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
+    page, said, asked = context.new_page(), [], []
+    page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    open_page(page, server)
+    yield page
+    # a refused upload is told as an error of the network too; the page says it in words
+    assert [text for text in said if "status of 4" not in text] == []
+    assert [url for url in asked if not url.startswith((server, "blob:", "data:"))] == []
+    context.close()
+
+
+def until(page, expression: str, seconds: float = 30.0) -> None:
+    """Wait until an expression holds; playwright's own way needs `eval`, which the page's policy forbids."""
+    end = time.monotonic() + seconds
+    while not page.evaluate(expression):
+        assert time.monotonic() < end, f"{expression} does not hold within {seconds} s"
+        page.wait_for_timeout(30)
+
+
+def open_page(page, server: str) -> None:
+    page.goto(server)
+    until(page, "document.getElementById('instrument').value !== ''")
+
+
+DIGEST = "document.getElementById('chart').dataset.digest"
+
+
+def forecast(page, **values: str) -> None:
+    """Ask for a forecast other than the one that is shown, and wait until it is drawn."""
+    for name, value in ({"lookback": "30", "horizon": "5", "samples": "8"} | values).items():
+        page.fill(f"#{name}", value)
+    before = page.evaluate(DIGEST)
+    page.click("#ask")
+    until(page, f"({DIGEST} ?? null) !== {json.dumps(before)}")
+
+
+def test_a_forecast_of_the_demo_market_is_shown(page):
+    forecast(page, at="2018-07-02")
+    cards = page.inner_text("#figures")
+    assert "Probability up" in cards and "last value" in cards and "historical volatility" in cards
+    assert page.locator("#chart .trace.boxes").count() >= 2, "the candles seen, and those that came"
+    assert page.locator("#table tbody tr").count() == 5
+    assert "predict_paths_batch" in page.locator("#snippet").text_content()
+    assert page.evaluate("document.getElementById('chart')._fullLayout.xaxis.type") == "linear", "no gaps of weekends"
+
+
+def test_a_setting_that_is_changed_changes_the_forecast(page):
+    forecast(page)
+    before = page.inner_text("#figures")
+    forecast(page, seed="7", temperature="1.5")
+    assert page.inner_text("#figures") != before
+
+
+def test_overlays_and_colours_are_chosen(page):
+    forecast(page)
+    for box in ("#show-sma", "#show-bollinger", "#show-rsi", "#red-up"):
+        page.check(box)
+    names = "document.getElementById('chart').data.map(trace => trace.name)"
+    until(page, f"{names}.includes('RSI 14')")
+    assert {"SMA 20", "Bollinger 20, 2σ"} <= set(page.evaluate(names))
+    rise = page.evaluate("document.getElementById('chart').data[0].increasing.line.color")
+    assert rise == "#C8322B"
+    page.uncheck("#show-paths")
+    until(page, f"!{names}.includes('paths')")
+
+
+def test_a_forecast_is_cancelled(page):
+    page.select_option("#model", "nano")
+    for name, value in {"samples": "1000", "horizon": "90", "lookback": "10"}.items():
+        page.fill(f"#{name}", value)
+    page.click("#ask")
+    until(page, "!document.getElementById('cancel').disabled")
+    page.click("#cancel")
+    until(page, "document.getElementById('state').textContent === 'Cancelled.'")
+    page.select_option("#model", "tiny")
+    forecast(page)
+
+
+def test_a_forecast_survives_a_reload(page, server: str):
+    forecast(page, seed="11")
+    shown = page.inner_text("#figures")
+    page.reload()
+    until(page, "document.getElementById('figures').textContent !== ''")
+    assert page.inner_text("#figures") == shown and page.input_value("#seed") == "11"
+
+
+def test_a_good_file_is_forecast_and_a_bad_one_is_explained(page, market: Path, tmp_path: Path):
+    name = "<script>alert(1)</script>"
+    bars = read_instrument(f"{market}:DEMO0002").bars.rename_axis("date")
+    good, bad = tmp_path / "mine & <b>.csv", tmp_path / "bad.csv"
+    bars.assign(symbol="DEMO0002").to_csv(good)
+    bad.write_text(f"{name},x\n1,2\n")
+    page.fill("#lookback", "30")
+    page.set_input_files("#file", str(good))
+    page.wait_for_selector("#chart .plot-container")
+    assert "mine & <b>.csv" in page.inner_text("#source")
+    page.set_input_files("#file", str(bad))
+    page.wait_for_selector("#alert:not([hidden])")
+    assert "names no column of a bar" in page.inner_text("#alert") and name in page.inner_text("#alert")
+    page.click("#tab-data")
+    page.wait_for_selector("#uploads details")
+    assert "mine & <b>.csv" in page.inner_text("#uploads")
+
+
+def test_files_are_downloaded(page):
+    forecast(page)
+    with page.expect_download() as csv:
+        page.click("#csv")
+    lines = Path(csv.value.path()).read_text().splitlines()
+    assert lines[0].startswith("time,q50") and len(lines) == 6
+    with page.expect_download() as png:
+        page.click("#png")
+    assert Path(png.value.path()).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_market_is_ranked_sorted_filtered_and_leads_to_a_forecast(page):
+    page.click("#tab-market")
+    for name, value in {"lookback": "20", "horizon": "3", "samples": "4"}.items():
+        page.fill(f"#market-{name}", value)
+    page.fill("#top", "2")
+    page.click("#rank")
+    page.wait_for_selector("#market-table tbody tr")
+    assert page.locator("tr.top").count() == 2 and page.locator("#market-table .spark").count() > 5
+    page.click("#market-table thead button >> text=Instrument")
+    names = page.locator("#market-table button.plain").all_inner_texts()
+    assert names == sorted(names)
+    page.check("[aria-label='Watch DEMO0003']")
+    page.check("#watched")
+    assert page.locator("#market-table tbody tr").count() == 1
+    page.click("#market-table button.plain")
+    page.wait_for_selector("#chart .plot-container")
+    assert page.input_value("#instrument") == "DEMO0003" and page.is_visible("#panel-forecast")
+
+
+def test_the_ledger_is_shown(page):
+    page.click("#tab-ledger")
+    page.click("#sets button")
+    page.wait_for_selector("#set table")
+    assert page.locator("#set tbody tr").count() == 6 and "kronos_csi300" in page.inner_text("#set")
+
+
+def test_a_store_is_checked(page):
+    page.click("#tab-data")
+    page.click("#stores button")
+    page.wait_for_selector("#check table")
+    assert "0 errors" in page.inner_text("#check-state")
+
+
+def test_theme_and_language_are_chosen_and_kept(page, server: str):
+    forecast(page)
+    page.select_option("#theme", "dark")
+    page.select_option("#language", "zh")
+    assert page.inner_text("#ask") == "预测" and page.evaluate("document.documentElement.lang") == "zh"
+    until(page, "document.getElementById('chart').layout.paper_bgcolor === '#16181C'")
+    page.reload()
+    page.wait_for_selector("html[data-ready]")
+    assert page.inner_text("#tab-market") == "市场"
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 28)"
+
+
+def test_both_languages_have_every_text(page):
+    missing = page.evaluate(
+        """async () => {
+        const found = [], {text} = await import('/page/strings.js');
+        for (const language of ['en', 'zh']) {
+            document.documentElement.lang = language;
+            for (const each of document.querySelectorAll('[data-text], [data-label]'))
+                for (const key of [each.dataset.text, each.dataset.label])
+                    if (key && text(key) === key) found.push(key);
+        }
+        return found;
+    }"""
+    )
+    assert missing == []
+
+
+def test_everything_is_done_with_the_keyboard(page):
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    page.keyboard.press("Tab")
+    page.keyboard.press("ArrowRight")
+    assert page.is_visible("#panel-market")
+    page.keyboard.press("End")
+    assert page.is_visible("#panel-data")
+    page.keyboard.press("Home")
+    page.focus("#samples")
+    page.keyboard.press("Control+A")
+    page.keyboard.type("6")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#chart .plot-container")
+    page.focus("#csv")
+    with page.expect_download():
+        page.keyboard.press("Enter")
+    for _ in range(60):  # nothing holds the focus
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement === document.body"):
+            break
+    assert page.evaluate("document.activeElement.tagName") in (
+        "BODY",
+        "A",
+        "BUTTON",
+        "INPUT",
+        "SELECT",
+        "SUMMARY",
+        "PRE",
+        "DIV",
+    )
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing(page, theme: str):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    page.select_option("#theme", theme)
+    forecast(page, at="2018-07-02")
+    for tab in ("forecast", "market", "ledger", "data"):
+        page.click(f"#tab-{tab}")
+        if tab == "market":
+            page.fill("#market-samples", "2")
+            page.click("#rank")
+            page.wait_for_selector("#market-table tbody tr")
+        if tab == "ledger":
+            page.click("#sets button")
+            page.wait_for_selector("#set table")
+        found = axe.run(page).response["violations"]
+        told = [(each["id"], [node["target"] for node in each["nodes"]][:3]) for each in found]
+        assert told == [], (tab, told)
+
+
+def test_it_fits_a_phone(page):
+    page.set_viewport_size({"width": 390, "height": 844})
+    forecast(page, at="2018-07-02")
+    for tab in ("forecast", "market", "ledger", "data"):
+        page.click(f"#tab-{tab}")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, tab
+
+
+def test_the_token_is_entered_once(browser, tmp_path: Path, market: Path, checkpoint: Path):
+    token = "correct-horse-battery"
+    for address in serve(tmp_path, market, checkpoint, token):
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(address)
+        page.wait_for_selector("#token-dialog[open]")
+        page.fill("#token", "wrong")
+        page.keyboard.press("Enter")
+        page.wait_for_timeout(300)
+        page.wait_for_selector("#token-dialog[open]")
+        page.fill("#token", token)
+        page.keyboard.press("Enter")
+        until(page, "document.getElementById('instrument').value !== ''")
+        page.reload()
+        until(page, "document.getElementById('instrument').value !== ''")
+        assert not page.is_visible("#token-dialog") and context.cookies() == []
+        context.close()
+
+
+def test_a_server_that_is_killed_in_a_forecast_leaves_nothing_behind(tmp_path: Path, market: Path, checkpoint: Path):
+    for address in serve(tmp_path, market, checkpoint):
+        question = {"source": "market", "instrument": "DEMO0001", "model": "nano", "samples": 1000, "horizon": 90}
+        request = urllib.request.Request(
+            f"{address}/api/forecasts", json.dumps(question).encode(), {"Content-Type": "application/json"}
+        )
+        assert urllib.request.urlopen(request).status == 202
+        started = time.monotonic()
+    assert time.monotonic() - started < 15, "it ends in the middle of a forecast"
+    assert not list((tmp_path / "uploads").iterdir())
