@@ -17,7 +17,7 @@ from kronos_qlib.data.demo_market import write_demo_market
 from kronos_qlib.ingest.selection import read_instrument
 from kronos_qlib.live.ledger import Ledger
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]  # make test-web
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SERVER = """
 import socket, sys, uvicorn

@@ -73,6 +73,7 @@ def test_what_cannot_be_served_is_one_line(options: list[str], reason: str, caps
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_hundred_at_once_are_answered_and_the_next_request_works(market: Path, checkpoint: Path):
     with served(market, checkpoint) as (address, process):
         fetch(f"{address}/api/forecasts", QUESTION)
@@ -97,6 +98,7 @@ def test_two_hundred_at_once_are_answered_and_the_next_request_works(market: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("declared", [True, False])
 def test_a_file_of_a_gigabyte_is_refused_before_it_has_come(
     market: Path, checkpoint: Path, tmp_path: Path, declared: bool
@@ -130,6 +132,7 @@ def test_a_file_of_a_gigabyte_is_refused_before_it_has_come(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_client_that_goes_in_the_middle_of_its_events_leaves_nothing(market: Path, checkpoint: Path):
     with served(market, checkpoint) as (address, process):
         port = int(address.rpartition(":")[2])
