@@ -245,7 +245,7 @@ def settings_inputs(folder: Path) -> Iterator[Malformed]:
     for owner, (kind, make) in makers.items():
         for name, info in kind.model_fields.items():
             for called, value in wrong_values(name, info):
-                if called == "null" and name in ("forecast", "fetch_kwargs"):
+                if called == "null" and name in ("forecast", "fetch_kwargs", "columns", "conditions"):
                     continue  # as if it were not given
                 yield Malformed(f"{owner} {name}: {called}", lambda m=make, n=name, v=value: m(**{n: v}), (name,))
         yield Malformed(f"{owner}: an unknown key", lambda m=make: m(nothing=1), ("nothing",))

@@ -148,8 +148,12 @@ def test_a_run_that_is_terminated_is_told(tmp_path: Path, monkeypatch: pytest.Mo
     """As systemd ends one."""
     monkeypatch.setattr("kronos_qlib.cli.demo_data.run", lambda options: os.kill(os.getpid(), signal.SIGTERM))
     before = ["--log", str(tmp_path / "log"), "--notify", write_notifier(tmp_path)]
-    with pytest.raises(SystemExit) as ended:
-        main([*before, "demo-data", str(tmp_path / "market")])
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray, in another test, leaves its own
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main([*before, "demo-data", str(tmp_path / "market")])
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     assert ended.value.code == 128 + signal.SIGTERM
     assert "demo-data status 143" in (tmp_path / "told.txt").read_text()
 
