@@ -3,7 +3,6 @@
 import logging
 import warnings
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from qlib.workflow.recorder import Recorder
 
 from kronos_qlib.analysis import DEFAULT_URI
 from kronos_qlib.analysis.results import FoundRun, ResultsError, find_run
-from kronos_qlib.workflow.recording import ROLLING_RECORD
+from kronos_qlib.workflow.recording import ROLLING_RECORD, package_versions
 from kronos_qlib.workflow.task_config import bar_freq
 from kronos_qlib.workflow.workflow_file import read_workflow
 
@@ -83,10 +82,11 @@ class LiveRun:
 
     def changed_versions(self) -> list[tuple[str, str, str]]:
         """List the packages that the run had in another version: name, then, now."""
+        here = package_versions()
         return [
-            (name, str(then), now)
+            (name, then, here.get(name) or "not installed")
             for name, then in self.versions.items()
-            if then is not None and (now := _installed(name)) != then
+            if then is not None and here.get(name) != then
         ]
 
 
@@ -149,13 +149,6 @@ def _task_of(tasks: list[dict[str, Any]], date: str | None) -> str:
         if start <= wanted <= end:
             return str(task["recorder"])
     return str(tasks[-1]["recorder"])
-
-
-def _installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def label_expression(dataset: DatasetH) -> str | None:
