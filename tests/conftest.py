@@ -1,10 +1,13 @@
 """Fixtures that every room's tests share: the golden checkpoints and vectors."""
 
+import dataclasses
 import gc
 import os
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -13,6 +16,9 @@ from filelock import FileLock
 
 from kronos_qlib import Kronos, KronosTokenizer
 from kronos_qlib.files import whole_file
+
+if TYPE_CHECKING:
+    from finished_runs import Place
 
 GOLDEN = Path(__file__).parent / "golden"
 LONG = {"test_wheel", "test_intraday", "test_ray_cluster", "test_no_signal", "test_qrun", "test_notebooks"}
@@ -49,6 +55,26 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
             with whole_file(path) as draft:
                 MlflowClient(f"sqlite:///{draft}").search_experiments()
     return path
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory, database: Path) -> "Place":
+    """Finished runs of a KronosModel and of LightGBM on a small market."""
+    from finished_runs import make_runs
+
+    folder = tmp_path_factory.mktemp("runs")
+    shutil.copy(database, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return make_runs(folder)
+
+
+@pytest.fixture
+def place(runs: "Place", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Place":
+    """The finished runs, with a copy of their store that a test may change, in a folder of the test's own."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(runs.store, tmp_path / "store")
+    return dataclasses.replace(runs, store=tmp_path / "store")
 
 
 @dataclass(frozen=True)

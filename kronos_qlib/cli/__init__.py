@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from textwrap import dedent
 from typing import NoReturn
 
@@ -27,6 +26,7 @@ from kronos_qlib.cli import (
     workflow,
 )
 from kronos_qlib.cli.unattended import THEN, add_options, report, run_commands, split_commands
+from kronos_qlib.versions import package_version
 
 _EPILOG = """\
     With your own bars:
@@ -88,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=dedent(_EPILOG),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    parser.add_argument(
+        "--version", action="version", version=f"%(prog)s {package_version('kronos-qlib') or '(not installed)'}"
+    )
     add_options(parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     every = (
@@ -110,10 +112,3 @@ def _parser() -> argparse.ArgumentParser:
     for command in every:
         command.add_command(commands)
     return parser
-
-
-def _version() -> str:
-    try:
-        return version("kronos-qlib")
-    except PackageNotFoundError:
-        return "(not installed)"

@@ -52,8 +52,14 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--ledger",
         metavar="URL",
         default=os.environ.get("KRONOS_LEDGER"),
-        help="the ledger of forecasts (default: $KRONOS_LEDGER, or none)",
+        help="the ledger, in which forecasts of stores are kept (default: $KRONOS_LEDGER, or none)",
     )
+    command.add_argument(
+        "--exchange",
+        metavar="NAME",
+        help="whose sessions the stores' instruments follow where their names do not tell: XNYS (default: not known)",
+    )
+    command.add_argument("--device", default="cpu", help="of the models: cpu, cuda, auto (default: cpu)")
     command.add_argument(
         "--runs", metavar="URI", help="MLflow store of the runs (default: mlflow.db of this folder, if it is there)"
     )
@@ -88,13 +94,25 @@ def add_command(commands: Commands) -> None:
 
 def settings_of(options: argparse.Namespace) -> "ServerSettings":
     """Read the options that `serve` and `mcp` share. Raises ValueError."""
+    from kronos_qlib.data.calendar import check_exchange
     from kronos_qlib.web.settings import ServerSettings, name_models, name_stores
+
+    if options.exchange is not None:
+        check_exchange(options.exchange)
 
     runs = options.runs
     if runs is None and Path(DEFAULT_RUNS).is_file():
         runs = f"sqlite:///{DEFAULT_RUNS}"
     models = name_models(options.model or ["nano"])
-    return ServerSettings(name_stores(options.store), models, options.uploads, options.ledger, runs)
+    return ServerSettings(
+        name_stores(options.store),
+        models,
+        options.uploads,
+        options.ledger,
+        runs,
+        exchange=options.exchange,
+        device=options.device,
+    )
 
 
 def run(options: argparse.Namespace) -> int:

@@ -177,6 +177,7 @@ def _drafts(out: Path | None, signals: "SignalSet", orders: "pd.DataFrame | None
 
 
 def _as_json(signals: "SignalSet", orders: "pd.DataFrame | None", place: dict[str, Any] | None) -> str:
+    rows = signals.table.reset_index().astype(object)
     found: dict[str, Any] = {
         "date": str(signals.date),
         "experiment": signals.experiment,
@@ -185,7 +186,7 @@ def _as_json(signals: "SignalSet", orders: "pd.DataFrame | None", place: dict[st
         "horizon": signals.horizon,
         "weights_digest": signals.weights_digest,
         "data_digest": signals.data_digest,
-        "signals": json.loads(signals.table.reset_index().to_json(orient="records", double_precision=15)),
+        "signals": rows.where(rows.notna(), None).to_dict("records"),  # to_json would round
     }
     if orders is not None:
         found["orders"] = json.loads(orders.to_json(orient="records", date_format="iso", double_precision=15))

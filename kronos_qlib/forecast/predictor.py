@@ -26,7 +26,7 @@ from kronos_qlib.data.windows import (
     normalise,
 )
 from kronos_qlib.forecast.calibration import Calibration, ForecastIdentity, bar_volatility, load_calibration
-from kronos_qlib.forecast.engine.generate import generate, path_drawer
+from kronos_qlib.forecast.engine.generate import generate
 from kronos_qlib.forecast.engine.sampling import Sampling, is_number, is_whole
 from kronos_qlib.forecast.engine.weights import (
     NetworkWeights,
@@ -225,18 +225,19 @@ class KronosPredictor:
         sample_count: int = 1,
         seed: int = 0,
         batch_size: int = 1,
-        report_step: Callable[[], None] = lambda: None,
+        report_share: Callable[[float], None] = lambda share: None,
     ) -> np.ndarray:
         """Return the sample paths of several series of equal length: float64 [B, sample_count, pred_len, D].
 
         Args:
-            batch_size: series that go through the networks together; such batches go side by side on the cores. With 1
-                the paths of a series are the same, to the last bit, alone and among others, on one core and on many.
-            report_step: called after each step of each batch, in any thread. An error that it raises ends the forecast.
+            batch_size: series that go through the networks together; such batches, and with 1 also parts of many
+                samples, go side by side on the cores. With 1 the paths of a series are the same, to the last bit,
+                alone and among others, on one core and on many.
+            report_share: called in any thread with the share that is done. An error that it raises ends the forecast.
         """
         sampling = Sampling(sample_count, T, top_k, top_p, seed, self.s2_rotation, anchor=self.anchor)
         paths, _ = self._paths(
-            df_list, x_timestamp_list, y_timestamp_list, pred_len, sampling, False, batch_size, report_step
+            df_list, x_timestamp_list, y_timestamp_list, pred_len, sampling, False, batch_size, report_share
         )
         return paths
 
@@ -360,7 +361,7 @@ class KronosPredictor:
         sampling: Sampling,
         progress: bool,
         batch_size: int | None = None,
-        report_step: Callable[[], None] | None = None,
+        report_share: Callable[[float], None] = lambda share: None,
     ) -> tuple[np.ndarray, list[pd.DatetimeIndex]]:
         """Return paths [B, S, pred_len, D] in price units and the times of each series' forecast."""
         for name, values in (("df_list", frames), ("x_timestamp_list", x_times), ("y_timestamp_list", y_times)):
@@ -389,8 +390,7 @@ class KronosPredictor:
         x, mean, scale = normalise(rows, rows.shape[1], self.clip, self.normalisation)
         x_stamp, y_stamp = (torch.from_numpy(np.stack([stamps(index) for index in side])) for side in zip(*clocks))
         weights = self._prepare_weights(rows.shape[1])
-        drawer = None if report_step is None else path_drawer(weights, sampling, report_step)
-        options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "draw_paths": drawer}
+        options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "report_share": report_share}
         paths = generate(weights, torch.from_numpy(x), x_stamp, y_stamp, sampling, keys, **options)
         bars = denormalise(paths.cpu().double().numpy(), mean[:, None], scale[:, None])
         if self.calibration is not None:

@@ -17,13 +17,14 @@ from kronos_qlib.ingest.tables import SourceError
 class InstrumentBars:
     """Bars of one instrument, index time, columns open, high, low, close and volume, amount where known; and findings.
 
-    zone: the time zone of the times' clock, or None.
+    zone: the time zone of the times' clock, or None. freq: of the bars, if a store has them.
     """
 
     instrument: str
     bars: pd.DataFrame
     findings: list[str]
     zone: str | None = None
+    freq: str | None = None
 
 
 def read_instrument(
@@ -90,4 +91,5 @@ def _of_store(folder: Path, instrument: str) -> InstrumentBars:
     if "volume" in bars and bars["volume"].gt(0).any():
         bars = bars[bars["volume"] > 0]  # a suspended day is no bar
     bars = bars[bars[PRICES].notna().all(axis=1)]
-    return InstrumentBars(instrument.upper(), bars, [f"{len(bars):,} bars of {freq} from the store {folder}"])
+    findings = [f"{len(bars):,} bars of {freq} from the store {folder}"]
+    return InstrumentBars(instrument.upper(), bars, findings, freq=freq)

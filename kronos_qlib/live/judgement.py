@@ -102,9 +102,10 @@ def judge(sets: pd.DataFrame, rows: pd.DataFrame, paper: Paper | None = None) ->
 
 
 def counted_sets(sets: pd.DataFrame) -> pd.DataFrame:
-    """Select the last made set of each date, in the order of dates."""
+    """Select the last made set of each date, in the order of dates; of forecasts of one instrument, of each of them."""
     ordered = sets.sort_values(["date", "made_at", "version"], kind="stable")
-    return ordered.drop_duplicates("date", keep="last")
+    instrument = [(settings.get("question") or {}).get("instrument") for settings in ordered["settings"]]
+    return ordered[~ordered.assign(instrument=instrument).duplicated(["date", "instrument"], keep="last")]
 
 
 def compare_with_promise(rank_ics: pd.Series, promised: dict[str, Any], lag: int) -> PromiseTest:
@@ -155,7 +156,7 @@ def _judge(experiment: str, kind: str, sets: pd.DataFrame, rows: pd.DataFrame, p
     rank_ics = daily_rank_ic(wide(own["score"]), wide(own["label"])).dropna()
     low, high = bootstrap_interval(rank_ics)
     figures = {
-        "dates": float(len(sets)),
+        "dates": float(sets["date"].nunique()),
         "days": float(len(rank_ics)),
         "rank_ic": float(rank_ics.mean()) if len(rank_ics) else np.nan,
         "t": newey_west(rank_ics, lag)[0] if len(rank_ics) else np.nan,
@@ -164,15 +165,20 @@ def _judge(experiment: str, kind: str, sets: pd.DataFrame, rows: pd.DataFrame, p
     }
     measured, coverage = _measure_quantiles(own, lag)
     report, why = None, ""
-    if paper is not None:
+    if paper is not None and "question" not in newest["settings"]:  # a forecast of the page has no strategy
         try:
             report = paper(newest, own["score"].dropna())
         except PaperError as error:
             why = f"{experiment} {kind}: no paper portfolio: {error}"
     test = compare_with_promise(rank_ics, newest["promised"], lag) if kind == "live" and _kept(newest) else None
     synthetic = f"{experiment} {kind}: synthetic bars, not a real result" if is_synthetic(Path(newest["store"])) else ""
-    said = [_sentence(f"{experiment} {kind}", figures, test), why, synthetic]
     figures |= measured | _measure_portfolio(report)
+    subject = f"{experiment} {kind}"
+    said = [
+        _sentence(subject, figures, test) if newest["label"] else _sentence_of_bands(subject, figures),
+        why,
+        synthetic,
+    ]
     first, last = sets["date"].iloc[0], sets["date"].iloc[-1]
     said = [sentence for sentence in said if sentence]
     return Judgement(experiment, kind, first, last, figures, rank_ics, coverage, report, test, said)
@@ -197,6 +203,14 @@ def _sentence(subject: str, figures: dict[str, float], test: PromiseTest | None)
     between = f"95 % {_signed(figures['low'])}…{_signed(figures['high'])}"
     sure = "evidence of a signal" if figures["low"] > 0 else "no evidence of a signal"
     return f"{begins}, {between}: {sure}"
+
+
+def _sentence_of_bands(subject: str, figures: dict[str, float]) -> str:
+    """Say what came of forecasts that are not ranked against each other."""
+    if not figures["outcomes"]:
+        return f"{subject}: nothing has come yet of the forecasts of {figures['dates']:.0f} dates"
+    held = " and ".join(f"{_percent(figures[band])} in the band of {band.split('_')[1]} %" for band in BANDS)
+    return f"{subject}: {figures['outcomes']:.0f} returns have come, {held}"
 
 
 def _measure_quantiles(own: pd.DataFrame, horizon: int) -> tuple[dict[str, float], pd.DataFrame]:

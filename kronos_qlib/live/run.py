@@ -17,7 +17,8 @@ from qlib.workflow.recorder import Recorder
 
 from kronos_qlib.analysis import DEFAULT_URI
 from kronos_qlib.analysis.results import FoundRun, ResultsError, find_run
-from kronos_qlib.workflow.recording import ROLLING_RECORD, package_versions
+from kronos_qlib.versions import package_versions
+from kronos_qlib.workflow.recording import ROLLING_RECORD
 from kronos_qlib.workflow.task_config import bar_freq
 from kronos_qlib.workflow.workflow_file import read_workflow
 

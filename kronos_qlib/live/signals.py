@@ -21,8 +21,8 @@ from kronos_qlib.data.loader import read_fields
 from kronos_qlib.forecast.forecaster import QUANTILES
 from kronos_qlib.live.run import LiveRun, instruments_of, label_expression
 from kronos_qlib.live.signal_set import SignalSet
+from kronos_qlib.versions import package_versions
 from kronos_qlib.workflow.model import KronosModel
-from kronos_qlib.workflow.recording import package_versions
 
 logger = logging.getLogger("qlib.signals")
 RECENT = 5  # sessions: an instrument with a bar in them, and none on the date, lacks it

@@ -4,7 +4,6 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from kronos_qlib.versions import package_version
 from kronos_qlib.web import schema
 from kronos_qlib.web.forecasts import as_text, bars_as_columns, prepare, read_date, split_bars
 from kronos_qlib.web.jobs import Job
@@ -24,6 +24,7 @@ from kronos_qlib.web.service import Service
 from kronos_qlib.web.settings import ServerSettings
 
 PAGE = Path(__file__).with_name("page")
+_VERSION = package_version("kronos-qlib") or "0"
 HEARTBEAT = 15.0  # seconds after which a stream without news sends a comment
 _KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
@@ -55,7 +56,7 @@ def make_app(settings: ServerSettings) -> Callable[..., Any]:
 
     app = FastAPI(
         title="kronos-qlib",
-        version=_version(),
+        version=_VERSION,
         description="Forecasts of K-lines, rankings of a market, and the record of both.",
         lifespan=lifespan,
         docs_url=None,
@@ -81,7 +82,7 @@ def _add_offers(app: FastAPI, service: Service) -> None:
     @app.get("/api/health", response_model=schema.Health)
     def health() -> Any:
         """Say that the server answers, and what it was started with."""
-        return service.health(_version())
+        return service.health(_VERSION)
 
     @app.get("/api/models", response_model=list[schema.ModelEntry])
     def models() -> Any:
@@ -170,6 +171,11 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
         """Ask for a ranking of a universe's instruments, or of a watchlist's."""
         return accepted(service.ask_market(question))
 
+    @app.post("/api/signals", response_model=schema.JobStatus, status_code=202)
+    def signals(question: schema.SignalsQuestion) -> Any:
+        """Ask for a ranking by a finished run: what `kronos-qlib signals` says of a date."""
+        return accepted(service.ask_signals(question))
+
     @app.post("/api/comparisons", response_model=schema.JobStatus, status_code=202)
     def compare(question: schema.ComparisonQuestion) -> Any:
         """Ask for the comparison report of finished runs."""
@@ -177,8 +183,13 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
 
     @app.post("/api/checks", response_model=schema.JobStatus, status_code=202)
     def check(question: schema.CheckQuestion) -> Any:
-        """Ask for the health check of a store."""
+        """Ask for the health check of a store, or of what `kronos-qlib ingest` makes of a file."""
         return accepted(service.ask_check(question))
+
+    @app.post("/api/records", response_model=schema.JobStatus, status_code=202)
+    def record(question: schema.RecordQuestion) -> Any:
+        """Ask for what came to be filled in the ledger, and for its record to be judged with paper portfolios."""
+        return accepted(service.ask_record(question))
 
     def add(place: str, kind: str) -> None:
         @app.get(f"/api/{place}/{{job_id}}", response_model=schema.JobStatus, name=f"{kind}_status")
@@ -286,10 +297,3 @@ async def _http_problem(_: Request, error: Exception) -> Response:
 
 async def _failure(_: Request, __: Exception) -> Response:
     return await _problem(_, Problem(500, "Something failed here; the server's log says what."))
-
-
-def _version() -> str:
-    try:
-        return version("kronos-qlib")
-    except PackageNotFoundError:
-        return "0"

@@ -20,6 +20,7 @@ from kronos_qlib.forecast.calibration import bar_volatility
 from kronos_qlib.forecast.predictor import KronosPredictor, possible_bars
 from kronos_qlib.ingest.selection import InstrumentBars
 from kronos_qlib.web.jobs import Report
+from kronos_qlib.web.keeping import Keeper
 from kronos_qlib.web.networks import NamedNetwork, Networks
 from kronos_qlib.web.problems import Problem
 from kronos_qlib.web.schema import Draws, ForecastQuestion
@@ -143,10 +144,11 @@ class Forecasts:
 
     Args:
         paths_shown: whether snippets name folders and files.
+        keeper: keeps forecasts of a store in the ledger.
     """
 
-    def __init__(self, paths_shown: bool) -> None:
-        self._paths_shown = paths_shown
+    def __init__(self, paths_shown: bool, keeper: Keeper | None = None) -> None:
+        self._paths_shown, self._keeper = paths_shown, keeper
 
     def answer(self, asked: Sequence[Prepared], report: Report) -> list[dict[str, Any]]:
         """Answer questions of one group, in one call of the engine."""
@@ -167,7 +169,8 @@ class Forecasts:
         close, last = paths[..., CLOSE], float(asked.bars["close"].iloc[-1])
         table, quantiles = forecast.table(), forecast.close_quantiles
         shown = pd.concat([asked.before, asked.bars])
-        notes = [_note(asked), *asked.found.bars.findings]
+        kept, note = self._keep(asked, close, last)
+        notes = [_note(asked), *([note] if note else []), *asked.found.bars.findings]
         at = read_date(asked.question.at)
         snippet = forecast_snippet(asked.question, at, asked.network, asked.found, len(asked.bars), self._paths_shown)
         return {
@@ -188,7 +191,19 @@ class Forecasts:
             "figures": _figures(asked, close, quantiles, came),
             "notes": notes,
             "snippet": snippet,
+            "ledger": kept,
         }
+
+    def _keep(self, asked: Prepared, close: np.ndarray, last: float) -> tuple[dict[str, Any] | None, str]:
+        if self._keeper is None:
+            return None, ""
+        if asked.found.origin is None:
+            return None, "Not kept in the ledger: a file gets no later bars; ingest it to a store."
+        date, names = pd.Timestamp(asked.bars.index[-1]), [asked.found.bars.instrument]
+        question = asked.question.model_dump() | {"instrument": names[0]}
+        return self._keeper.keep(
+            asked.network, asked.found.origin, date, names, close[None], np.array([last]), question
+        )
 
 
 def draw_paths(
@@ -200,13 +215,6 @@ def draw_paths(
     batch_size: int = 1,
 ) -> np.ndarray:
     """Draw possible paths [B, S, P, D] of frames of one length, at these times."""
-    steps, done = -(-len(frames) // batch_size) * len(times[0]), 0
-
-    def report_step() -> None:
-        nonlocal done
-        done += 1
-        report(done / steps)
-
     report(0.0)
     paths = predictor.predict_paths_batch(
         list(frames),
@@ -219,7 +227,7 @@ def draw_paths(
         sample_count=draws.samples,
         seed=draws.seed,
         batch_size=batch_size,
-        report_step=report_step,
+        report_share=report,
     )
     return possible_bars(paths)
 

@@ -10,19 +10,19 @@ import pandas as pd
 
 from kronos_qlib.data.calendar import sessions_after_bars
 from kronos_qlib.data.windows import CLOSE
-from kronos_qlib.ingest.symbols import exchange_of
+from kronos_qlib.web.commands import SPARKLINE
 from kronos_qlib.web.forecasts import check_size, draw_paths, read_date
 from kronos_qlib.web.jobs import Report
+from kronos_qlib.web.keeping import Keeper, score
 from kronos_qlib.web.networks import NamedNetwork, Networks
 from kronos_qlib.web.problems import Problem
 from kronos_qlib.web.schema import MarketQuestion
 from kronos_qlib.web.settings import Limits
-from kronos_qlib.web.sources import Sources
+from kronos_qlib.web.sources import Origin, Sources
 from kronos_qlib.workflow.named_predictor import most_lookback
 
 PART = 16  # instruments that are forecast before others may go first
 TOGETHER = 8  # of them that go through the networks at once
-SPARKLINE = 40  # closes
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,7 @@ def prepare(question: MarketQuestion, sources: Sources, networks: Networks, limi
     else:
         sources.members(question.store, question.universe)
         names = []
-    at = read_date(question.at)
-    calendar = store.calendar(store.freqs[0])
-    sessions = calendar if at is None else calendar[calendar <= at]
-    if not len(sessions):
-        raise Problem(422, f"The store {question.store} begins on {calendar[0].date()}, after that date.")
+    sessions = sources.sessions(question.store, read_date(question.at))
     date = sessions[-1]
     if question.instruments is None:
         spans = store.universe(question.universe)
@@ -75,7 +71,9 @@ def prepare(question: MarketQuestion, sources: Sources, networks: Networks, limi
     return PreparedMarket(question, sources, network, date, sessions, names)
 
 
-def answer(asked: PreparedMarket, report: Report, give_way: Callable[[], None]) -> dict[str, Any]:
+def answer(
+    asked: PreparedMarket, report: Report, give_way: Callable[[], None], keeper: Keeper | None = None
+) -> dict[str, Any]:
     """Rank the instruments by the mean of the returns that their paths have; `give_way` is called between parts."""
     question = asked.question
     rows: list[dict[str, Any]] = []
@@ -83,21 +81,23 @@ def answer(asked: PreparedMarket, report: Report, give_way: Callable[[], None]) 
     room = min(question.lookback, most_lookback(asked.network.predictor, question.horizon))
     sessions: dict[str | None, pd.DatetimeIndex] = {}
     ready: dict[str | None, list[tuple[str, pd.DataFrame]]] = {}
+    closes: list[np.ndarray] = []
     done = 0
     for name, bars in _bars(asked, room, left):
-        exchange = exchange_of(name)
+        exchange = asked.sources.exchange_of(name)
         if exchange not in sessions:
             sessions[exchange] = sessions_after_bars(asked.calendar, question.horizon, exchange)
         waiting = ready.setdefault(exchange, [])
         waiting.append((name, bars))
         if len(waiting) == PART:
-            rows += _rows(asked, ready.pop(exchange), sessions[exchange], report, done)
+            rows += _rows(asked, ready.pop(exchange), sessions[exchange], report, done, closes)
             done += PART
             give_way()
     for exchange, waiting in ready.items():
-        rows += _rows(asked, waiting, sessions[exchange], report, done)
+        rows += _rows(asked, waiting, sessions[exchange], report, done, closes)
         done += len(waiting)
         give_way()
+    kept, note = _keep(asked, rows, closes, list(sessions), keeper)
     rows.sort(key=lambda row: (-row["score"], row["instrument"]))
     for rank, row in enumerate(rows, 1):
         row["rank"] = rank
@@ -113,8 +113,26 @@ def answer(asked: PreparedMarket, report: Report, give_way: Callable[[], None]) 
         "rows": rows,
         "left_out": left[:100],
         "left_out_total": len(left),
-        "notes": [asked.network.note],
+        "notes": [asked.network.note, *([note] if note else [])],
+        "ledger": kept,
     }
+
+
+def _keep(
+    asked: PreparedMarket,
+    rows: list[dict[str, Any]],
+    closes: list[np.ndarray],
+    exchanges: list[str | None],
+    keeper: Keeper | None,
+) -> tuple[dict[str, Any] | None, str]:
+    """Keep the ranking in the ledger, if there is one; instruments of two exchanges have no hours in common."""
+    if keeper is None or not rows:
+        return None, ""
+    store = asked.sources.store(asked.question.store)
+    origin = Origin(store.folder, store.freqs[0], exchanges[0] if len(exchanges) == 1 else None)
+    names, last = [row["instrument"] for row in rows], np.array([row["last_close"] for row in rows])
+    question = asked.question.model_dump()
+    return keeper.keep(asked.network, origin, asked.date, names, np.concatenate(closes), last, question)
 
 
 def _bars(asked: PreparedMarket, room: int, left: list[str]) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -134,7 +152,12 @@ def _bars(asked: PreparedMarket, room: int, left: list[str]) -> Iterator[tuple[s
 
 
 def _rows(
-    asked: PreparedMarket, part: list[tuple[str, pd.DataFrame]], times: pd.DatetimeIndex, report: Report, done: int
+    asked: PreparedMarket,
+    part: list[tuple[str, pd.DataFrame]],
+    times: pd.DatetimeIndex,
+    report: Report,
+    done: int,
+    closes: list[np.ndarray],
 ) -> list[dict[str, Any]]:
     total, share = len(asked.instruments), len(part) / len(asked.instruments)
     frames = [bars for _, bars in part]
@@ -144,10 +167,11 @@ def _rows(
 
     paths = draw_paths(asked.network.predictor, frames, [times] * len(part), asked.question, report_part, TOGETHER)
     close = paths[..., CLOSE]
+    closes.append(close)
     last = np.array([float(bars["close"].iloc[-1]) for bars in frames])
     ends = close[:, :, -1] / last[:, None] - 1
     bands = np.quantile(ends, [0.05, 0.25, 0.5, 0.75, 0.95], axis=1)
-    found = (close / last[:, None, None]).mean(axis=(1, 2)) - 1
+    found = score(close, last)
     return [
         {
             "instrument": name,

@@ -33,7 +33,7 @@ class Networks:
         ValueError: one of them cannot be loaded.
     """
 
-    def __init__(self, sources: dict[str, str], device: str = "cpu") -> None:
+    def __init__(self, sources: dict[str, str], device: str | None = "cpu") -> None:
         self._found: dict[str, NamedNetwork] = {}
         for name, source in sources.items():
             predictor, note = load_predictor(source, device)

@@ -9,8 +9,10 @@ from typing import Any
 
 import pandas as pd
 
+from kronos_qlib.web.commands import hidden_folders
 from kronos_qlib.web.jobs import Report
 from kronos_qlib.web.problems import Problem
+from kronos_qlib.web.uploads import Upload
 
 SHOWN_ROWS = 2000
 
@@ -72,6 +74,20 @@ def check(folder: Path, name: str, report: Report) -> dict[str, Any]:
     }
 
 
+def check_upload(upload: Upload, report: Report) -> dict[str, Any]:
+    """Make a store of a file as `kronos-qlib ingest` does, say what was found, and check its health. Raises Problem."""
+    from kronos_qlib.ingest.store import ingest
+    from kronos_qlib.web.sources import told_without_paths
+
+    report(0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        with told_without_paths(upload.path, upload.name):
+            summary = ingest([upload.path], Path(folder) / "store")
+        report(0.2)
+        found = check(summary.store, upload.name, lambda share, partial=None: report(0.2 + 0.8 * share))
+    return found | {"ingest": [finding.replace(str(upload.path), upload.name) for finding in summary.findings]}
+
+
 def read_ledger(url: str) -> dict[str, Any]:
     """Read the ledger's sets, the newest first, and judge its record. Raises Problem."""
     from kronos_qlib.live.judgement import judge
@@ -124,9 +140,8 @@ def _read(url: str) -> tuple[str, pd.DataFrame, pd.DataFrame]:
 
 def _without_address(text: str, address: str) -> str:
     """Return a message without the folder that a database lies in."""
-    path = address.partition("///")[2] or address
-    for folder in (str(Path(path).resolve().parent), str(Path(path).parent)):
-        text = text.replace(f"{folder}/", "") if len(folder) > 1 else text
+    for folder, shown in hidden_folders(address).items():
+        text = text.replace(folder, shown)
     return text
 
 

@@ -54,10 +54,22 @@ class ComparisonQuestion(Request):
     names: list[Name] = Field(min_length=1, max_length=10, description="experiments or recorder ids")
 
 
-class CheckQuestion(Request):
-    """A health check of a store."""
+class SignalsQuestion(Request):
+    """A ranking by a finished run: the signals of its own universe on one date."""
 
+    run: Name = Field(description="an experiment, whose newest finished run is meant, or a recorder id")
     store: Name
+    at: str | None = Field(None, max_length=40, description="score this date; the store's last by default")
+
+
+class CheckQuestion(Request):
+    """A health check of a store, or of the store that `kronos-qlib ingest` makes of a file."""
+
+    source: Name = Field(description="name of a store, or id of an upload")
+
+
+class RecordQuestion(Request):
+    """What the ledger's record is worth, after the bars that came were filled in."""
 
 
 class JobStatus(BaseModel):

@@ -1,13 +1,23 @@
 """What the API and the assistants' tools share: networks, sources, uploads, and the queues that answer questions."""
 
+import secrets
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from kronos_qlib.web import market, records
-from kronos_qlib.web.forecasts import Forecasts, Prepared
-from kronos_qlib.web.jobs import Job, JobQueue, Task
+from kronos_qlib.web import commands, market, records
+from kronos_qlib.web.forecasts import Forecasts, Prepared, read_date
+from kronos_qlib.web.jobs import Job, JobQueue, Report, Task
+from kronos_qlib.web.keeping import Keeper
 from kronos_qlib.web.networks import Networks
 from kronos_qlib.web.problems import Problem
-from kronos_qlib.web.schema import CheckQuestion, ComparisonQuestion, MarketQuestion
+from kronos_qlib.web.schema import (
+    CheckQuestion,
+    ComparisonQuestion,
+    MarketQuestion,
+    RecordQuestion,
+    Request,
+    SignalsQuestion,
+)
 from kronos_qlib.web.settings import ServerSettings
 from kronos_qlib.web.sources import Sources, told_without_paths
 from kronos_qlib.web.uploads import Uploads
@@ -16,18 +26,26 @@ from kronos_qlib.web.uploads import Uploads
 class Service:
     """Answers questions with what a server was started with.
 
-    Forecasts and rankings wait in one queue, for the networks; comparisons and checks in another, so that a report of
-    half a minute holds no forecast up.
+    Forecasts and rankings wait in one queue, for the networks; comparisons, checks and what commands answer in another,
+    so that a report of half a minute holds no forecast up.
     """
 
-    places = {"forecasts": "forecast", "market": "market", "comparisons": "comparison", "checks": "check"}
+    places = {
+        "forecasts": "forecast",
+        "market": "market",
+        "signals": "signals",
+        "comparisons": "comparison",
+        "checks": "check",
+        "records": "record",
+    }
 
     def __init__(self, settings: ServerSettings) -> None:
         self.settings, limits = settings, settings.limits
         self._uploads = None if settings.uploads is None else Uploads(settings.uploads, limits)
-        self.sources = Sources(settings.stores, self._uploads)
-        self.networks = Networks(settings.models)
-        self.forecasts = Forecasts(settings.paths_shown)
+        self._keeper = None if settings.ledger is None else Keeper(settings.ledger)
+        self.sources = Sources(settings.stores, self._uploads, settings.exchange)
+        self.networks = Networks(settings.models, settings.device)
+        self.forecasts = Forecasts(settings.paths_shown, self._keeper)
         self._for_networks = JobQueue("forecasts", limits.waiting, limits.answers)
         self._for_reports = JobQueue("reports", limits.waiting, 16)
 
@@ -83,47 +101,60 @@ class Service:
         """Ask for a ranking. Raises Problem."""
         prepared = market.prepare(question, self.sources, self.networks, self.settings.limits)
         give_way = self._for_networks.run_waiting
-        task = Task(
-            "market",
-            prepared.digest,
-            None,
-            prepared,
-            lambda asked, report: [market.answer(asked[0], report, give_way)],
-            question.model_dump(),
+        return self._submit(
+            "market", prepared.digest, question, lambda report: market.answer(prepared, report, give_way, self._keeper)
         )
-        return self._for_networks.submit(task)
+
+    def ask_signals(self, question: SignalsQuestion) -> Job:
+        """Ask for a ranking by a finished run. Raises Problem."""
+        uri, ledger = self._runs_uri(), self.settings.ledger
+        run, date = self._run(question.run), self.sources.sessions(question.store, read_date(question.at))[-1]
+        asked = question.store, str(date.date()), self.sources, uri, ledger
+        return self._submit(
+            "signals", secrets.token_hex(), question, lambda report: commands.rank_by_run(run, *asked, report)
+        )
 
     def ask_comparison(self, question: ComparisonQuestion) -> Job:
         """Ask for a comparison of runs. Raises Problem."""
         uri = self._runs_uri()
-        known = {name for run in records.list_runs(uri) for name in (run["experiment"], run["id"])}
-        unknown = [name for name in question.names if name not in known]
-        if unknown:
-            raise Problem(404, f"There is no finished run {unknown[0]!r} here.")
+        for name in question.names:
+            self._run(name)
         digest = repr(("comparison", uri, question.names))
-        task = Task(
-            "comparison",
-            digest,
-            None,
-            question.names,
-            lambda asked, report: [records.compare(asked[0], uri, report)],
-            question.model_dump(),
-        )
-        return self._for_reports.submit(task)
+        return self._submit("comparison", digest, question, lambda report: records.compare(question.names, uri, report))
 
     def ask_check(self, question: CheckQuestion) -> Job:
-        """Ask for the health check of a store. Raises Problem."""
-        folder = self.sources.store(question.store).folder
+        """Ask for the health check of a store, or of what `kronos-qlib ingest` makes of a file. Raises Problem."""
+        upload = self._uploads.find(question.source) if self._uploads is not None else None
+        if upload is not None:
+            return self._submit(
+                "check", repr(("check", upload.id)), question, lambda report: records.check_upload(upload, report)
+            )
+        folder = self.sources.store(question.source).folder
         changed = max(path.stat().st_mtime_ns for path in [folder, *folder.glob("*"), *folder.glob("calendars/*")])
-        task = Task(
-            "check",
-            repr(("check", question.store, changed)),
-            None,
-            folder,
-            lambda asked, report: [records.check(asked[0], question.store, report)],
-            question.model_dump(),
+        digest = repr(("check", question.source, changed))
+        return self._submit("check", digest, question, lambda report: records.check(folder, question.source, report))
+
+    def ask_record(self, question: RecordQuestion) -> Job:
+        """Ask for what came to be filled in and for the record to be judged. Raises Problem."""
+        ledger = self._ledger_url()
+        return self._submit(
+            "record", secrets.token_hex(), question, lambda report: commands.judge_record(ledger, report)
         )
-        return self._for_reports.submit(task)
+
+    def _submit(self, kind: str, digest: str, question: Request, answer: Callable[[Report], dict[str, Any]]) -> Job:
+        """Ask a question that is answered alone."""
+
+        def work(_: Sequence[Any], report: Report) -> list[dict[str, Any]]:
+            return [answer(report)]
+
+        return self.queue(kind).submit(Task(kind, digest, None, None, work, question.model_dump()))
+
+    def _run(self, name: str) -> dict[str, Any]:
+        """Return a finished run by its id, or the newest of an experiment. Raises Problem."""
+        for run in records.list_runs(self._runs_uri()):
+            if name in (run["experiment"], run["id"]):
+                return run
+        raise Problem(404, f"There is no finished run {name!r} here.")
 
     def report(self, job_id: str) -> str:
         """Return the page of a comparison that is done. Raises Problem."""

@@ -57,9 +57,11 @@ class ServerSettings:
     """What a server was started with.
 
     stores: folders of Qlib stores by name. models: names of the zoo, or folders, by name. uploads: the folder of the
-    users' files; None: none are taken. ledger: its URL. runs: the MLflow store's URI. token: what requests must bring;
-    hosts: names under which browsers reach the server, beside those of this machine. port: of this server, 0: any.
-    paths_shown: whether the snippet of a forecast names folders: to users of this machine only.
+    users' files; None: none are taken. ledger: its URL; forecasts of stores are kept in it. runs: the MLflow store's
+    URI. token: what requests must bring; hosts: names under which browsers reach the server, beside those of this
+    machine. port: of this server, 0: any. paths_shown: whether the snippet of a forecast names folders: to users of
+    this machine only. exchange: whose sessions the instruments of stores follow, where their names do not tell.
+    device: of the networks.
     """
 
     stores: dict[str, Path] = field(default_factory=dict)
@@ -71,6 +73,8 @@ class ServerSettings:
     hosts: tuple[str, ...] = ()
     port: int = 0
     paths_shown: bool = True
+    exchange: str | None = None
+    device: str | None = "cpu"
     limits: Limits = field(default_factory=Limits)
 
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pandas as pd
+
 from kronos_qlib.ingest.selection import InstrumentBars, read_instrument
 from kronos_qlib.ingest.store_files import StoreFiles, folder_name
 from kronos_qlib.ingest.symbols import exchange_of
@@ -19,19 +21,37 @@ KEPT_FILES = 8  # uploads whose bars are kept in memory
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The folder and frequency of a store, and the exchange whose sessions its bars follow; None where not known."""
+
+    store: Path
+    freq: str
+    exchange: str | None
+
+
+@dataclass(frozen=True)
 class FoundBars:
-    """The bars of an instrument, and what a command would call them: `kronos-qlib forecast SOURCE`."""
+    """The bars of an instrument.
+
+    source: what a command would call them: `kronos-qlib forecast SOURCE`. exchange: whose sessions they follow.
+    origin: where they come from, if that is a store.
+    """
 
     bars: InstrumentBars
     source: str
     exchange: str | None
+    origin: Origin | None = None
 
 
 class Sources:
-    """Finds bars by the name of a store or upload and an instrument."""
+    """Finds bars by the name of a store or upload and an instrument.
 
-    def __init__(self, stores: dict[str, Path], uploads: Uploads | None = None) -> None:
-        self.stores, self.uploads = stores, uploads
+    Args:
+        exchange: whose sessions the instruments of stores follow, where their names do not tell.
+    """
+
+    def __init__(self, stores: dict[str, Path], uploads: Uploads | None = None, exchange: str | None = None) -> None:
+        self.stores, self.uploads, self._exchange = stores, uploads, exchange
         self._lock = threading.Lock()
         self._read: OrderedDict[str, InstrumentBars] = OrderedDict()
 
@@ -51,6 +71,16 @@ class Sources:
             raise Problem(404, f"The store {name} has no universe {universe!r}; it has {', '.join(store.universes)}.")
         with told_without_paths(store.folder, name):
             return sorted(store.universe(universe)["instrument"].str.upper().unique())
+
+    def sessions(self, name: str, until: pd.Timestamp | None) -> pd.DatetimeIndex:
+        """Return the sessions of a store's finest frequency up to a time, at least one. Raises Problem."""
+        store = self.store(name)
+        with told_without_paths(store.folder, name):
+            calendar = store.calendar(store.freqs[0])
+        sessions = calendar if until is None else calendar[calendar <= until]
+        if not len(sessions):
+            raise Problem(422, f"The store {name} begins on {calendar[0].date()}, after that date.")
+        return sessions
 
     def bars(self, source: str, instrument: str | None) -> FoundBars:
         """Read the bars of an instrument of a store or an upload. Raises Problem."""
@@ -74,7 +104,13 @@ class Sources:
         with told_without_paths(store.folder, name):
             found = read_instrument(path)
         findings = [finding.replace(str(store.folder), name) for finding in found.findings]
-        return FoundBars(replace(found, findings=findings), path, exchange_of(found.instrument))
+        exchange = self.exchange_of(found.instrument)
+        origin = Origin(store.folder, found.freq or store.freqs[0], exchange)
+        return FoundBars(replace(found, findings=findings), path, exchange, origin)
+
+    def exchange_of(self, instrument: str) -> str | None:
+        """Return the exchange whose sessions an instrument of a store follows; None where that is not known."""
+        return exchange_of(instrument) or self._exchange
 
     def _of_upload(self, upload: Upload, instrument: str | None) -> FoundBars:
         wanted = instrument or upload.instruments[0]

@@ -12,7 +12,7 @@ from mcp.server.mcpserver.exceptions import ToolError
 from kronos_qlib.web.forecasts import prepare
 from kronos_qlib.web.jobs import ENDED, Job
 from kronos_qlib.web.problems import Problem
-from kronos_qlib.web.schema import ComparisonQuestion, ForecastQuestion, MarketQuestion
+from kronos_qlib.web.schema import ComparisonQuestion, ForecastQuestion, MarketQuestion, SignalsQuestion
 from kronos_qlib.web.service import Service
 from kronos_qlib.web.settings import ServerSettings
 
@@ -21,7 +21,19 @@ Forecasts of K-lines (open, high, low, close, volume) by the foundation model Kr
 stores, models and universes that there are. Returns are ratios: 0.05 is 5 %. A forecast is a distribution, not a
 promise: say its range beside its median, and what the notes say of the model.
 """
-_SENT = ("instrument", "model", "seen", "last_close", "times", "quantiles", "prob_up", "came", "figures", "notes")
+_SENT = (
+    "instrument",
+    "model",
+    "seen",
+    "last_close",
+    "times",
+    "quantiles",
+    "prob_up",
+    "came",
+    "figures",
+    "notes",
+    "ledger",
+)
 _MOST_ROWS = 100
 
 
@@ -71,9 +83,12 @@ def make_tools(settings: ServerSettings) -> MCPServer:
     @server.tool()
     async def rank(question: MarketQuestion, context: Context) -> dict[str, Any]:
         """Rank the instruments of a universe, or of a watchlist, by the mean return that is forecast for a date."""
-        answer = await _answer(service, await asyncio.to_thread(_told, service.ask_market, question), context)
-        rows = [{name: value for name, value in row.items() if name != "sparkline"} for row in answer["rows"]]
-        return {**answer, "rows": rows[:_MOST_ROWS], "instruments": len(rows)}
+        return _ranking(await _answer(service, await asyncio.to_thread(_told, service.ask_market, question), context))
+
+    @server.tool()
+    async def signals(question: SignalsQuestion, context: Context) -> dict[str, Any]:
+        """Rank the universe of a finished run by its model's scores of a date, as `kronos-qlib signals` does."""
+        return _ranking(await _answer(service, await asyncio.to_thread(_told, service.ask_signals, question), context))
 
     @server.tool()
     async def compare(question: ComparisonQuestion, context: Context) -> str:
@@ -87,6 +102,11 @@ def make_tools(settings: ServerSettings) -> MCPServer:
         return _told(service.ledger) if set_id is None else _told(service.ledger_set, set_id)
 
     return server
+
+
+def _ranking(answer: dict[str, Any]) -> dict[str, Any]:
+    rows = [{name: value for name, value in row.items() if name != "sparkline"} for row in answer["rows"]]
+    return {**answer, "rows": rows[:_MOST_ROWS], "instruments": len(rows)}
 
 
 def _files(service: Service) -> list[dict[str, Any]]:

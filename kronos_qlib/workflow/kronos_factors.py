@@ -34,10 +34,11 @@ from kronos_qlib.hardware.device import resolve_device, resolve_dtype
 from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.nn.checkpoint import digest_of_weights
 from kronos_qlib.settings import MISSING, Settings, read_settings
+from kronos_qlib.versions import package_versions
 from kronos_qlib.workflow.forecast_job import forecast_task, resolve_execution
 from kronos_qlib.workflow.model import make_network
 from kronos_qlib.workflow.projection import Projection
-from kronos_qlib.workflow.recording import package_versions, pretraining, record_factors, record_tags
+from kronos_qlib.workflow.recording import pretraining, record_factors, record_tags
 from kronos_qlib.workflow.settings import ForecastSettings, ModelSettings, known_dtype, known_network
 
 logger = get_module_logger("KronosFactors")

@@ -4,7 +4,6 @@ import json
 import platform
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,9 @@ from kronos_qlib.forecast.calibration import Calibration
 from kronos_qlib.nn import zoo
 from kronos_qlib.nn.checkpoint import HubModule
 from kronos_qlib.settings import Settings
+from kronos_qlib.versions import package_versions
 from kronos_qlib.workflow.findings import Finding, record_findings
 
-PACKAGES = ("kronos-qlib", "pyqlib", "torch", "numpy", "pandas", "mlflow", "safetensors", "huggingface_hub")
 RECORD, FACTORS_RECORD = "kronos_run.json", "kronos_factors.json"
 ROLLING_RECORD = "kronos_rolling.json"
 logger = get_module_logger("KronosModel")
@@ -106,11 +105,6 @@ def record_factors(provenance: dict[str, Any]) -> None:
         record_json(FACTORS_RECORD, provenance)
 
 
-def package_versions() -> dict[str, str | None]:
-    """Return the versions of the packages that results depend on."""
-    return {name: _version(name) for name in PACKAGES}
-
-
 def record_json(name: str, values: dict[str, Any]) -> None:
     """Save values as a file of the active recorder, unless that holds the very same already."""
     recorder, content = R.get_recorder(), json.dumps(values, indent=2, default=str) + "\n"
@@ -187,13 +181,6 @@ def pretraining(tokenizer: HubModule, model: HubModule) -> Iterator[tuple[str, s
             name = entry.hub_id or next(name for name, e in alike.items() if e is entry)
             known = f"{network.source} was" if own else f"{network.source} may descend from {name}, which was"
             yield known, entry.trained_until
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # imported from a checkout that is not installed
-        return None
 
 
 def _shape(config: dict[str, Any]) -> dict[str, Any]:

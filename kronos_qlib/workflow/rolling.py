@@ -36,8 +36,9 @@ from kronos_qlib.data.expressions import sessions_ahead
 from kronos_qlib.data.folds import Segments
 from kronos_qlib.forecast.ray_cluster import RETRIES, connect_to_cluster, require_ray
 from kronos_qlib.hardware.device import resolve_device
+from kronos_qlib.versions import package_versions
 from kronos_qlib.workflow.check import recorder_findings
-from kronos_qlib.workflow.recording import RECORD, ROLLING_RECORD, package_versions, record_json
+from kronos_qlib.workflow.recording import RECORD, ROLLING_RECORD, record_json
 from kronos_qlib.workflow.rolling_task import (
     SECONDS_TAG,
     TASK_TAG,

@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from hashlib import blake2b
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,9 @@ from kronos_qlib.data.calendar import is_intraday, range_end
 from kronos_qlib.data.expressions import sessions_ahead
 from kronos_qlib.data.folds import Segments, purged_segments, walk_forward_folds
 from kronos_qlib.train.step import derive_seed
+from kronos_qlib.versions import package_version, package_versions
 from kronos_qlib.workflow.check import recorder_findings
 from kronos_qlib.workflow.findings import one_line
-from kronos_qlib.workflow.recording import PACKAGES
 from kronos_qlib.workflow.search_space import MARK, read_space, with_values, write_tuned
 from kronos_qlib.workflow.task_config import (
     bar_freq,
@@ -306,7 +305,7 @@ class Tuning:
             ],
             "seed": self.seed,
             "provider_uri": str(C.dpm.get_data_uri(self._freq)),
-            "packages": {name: _version(name) for name in (*PACKAGES, "optuna", "lightgbm")},
+            "packages": package_versions() | {name: package_version(name) for name in ("optuna", "lightgbm")},
         }
 
 
@@ -373,10 +372,3 @@ def _short_names(keys: list[str]) -> list[str]:
     """Return the last part of each dotted key, or all of it where another ends alike."""
     last = [key.split(".")[-1] for key in keys]
     return [name if last.count(name) == 1 else key for name, key in zip(last, keys)]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # imported from a checkout that is not installed
-        return None

@@ -1,10 +1,13 @@
 import json
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from ledgers import signal_set
 from questions import QUESTION, Make, ask, wait_for
 from starlette.testclient import TestClient
@@ -195,7 +198,7 @@ def test_a_watchlist_is_ranked(client: TestClient):
 
 
 def test_a_store_is_checked(client: TestClient):
-    job = client.post("/api/checks", json={"store": "market"}).json()
+    job = client.post("/api/checks", json={"source": "market"}).json()
     answer = wait_for(client, "checks", job["id"])["result"]
     assert answer["errors"] == 0 and "calendar" in {finding["subject"] for finding in answer["findings"]}
 
@@ -236,10 +239,10 @@ def test_what_was_not_named_at_start_is_not_there(make_client: Make, tmp_path: P
     for path in ("/api/ledger", "/api/runs", "/api/uploads"):
         answer = client.get(path)
         assert answer.status_code == 404 and "start it with" in answer.json()["detail"]
-    broken = make_client(ledger=f"sqlite:///{tmp_path}/none.db", runs=f"sqlite:///{tmp_path}/none.db")
-    for path in ("/api/ledger", "/api/runs"):
-        answer = broken.get(path)
-        assert answer.status_code == 422 and str(tmp_path) not in answer.text
+    answer = make_client(runs=f"sqlite:///{tmp_path}/none.db").get("/api/runs")
+    assert answer.status_code == 422 and str(tmp_path) not in answer.text
+    with pytest.raises(ValueError, match="cannot be opened; its folder must be there"):
+        make_client(ledger=f"sqlite:///{tmp_path}/none/ledger.db")
 
 
 def test_a_long_forecast_shows_its_first_paths_while_it_draws_the_others(
@@ -262,18 +265,35 @@ def test_a_long_forecast_shows_its_first_paths_while_it_draws_the_others(
     assert np.array(shown[0]["paths"]) == pytest.approx(np.array(result["paths"])[:16], rel=1e-5)
 
 
-def test_a_forecast_is_the_same_to_the_last_bit_alone_and_among_others(market: Path, checkpoint: Path):
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("samples", [6, 130])  # 130 are drawn in two parts
+def test_a_forecast_is_the_same_to_the_last_bit_alone_and_among_others(market: Path, checkpoint: Path, samples: int):
     predictor, _ = load_predictor(str(checkpoint))
     frames = [read_instrument(f"{market}:DEMO000{number}").bars.iloc[-30:] for number in range(1, 4)]
     times = [sessions_after_bars(pd.DatetimeIndex(frame.index), 4) for frame in frames]
-    options = {"sample_count": 6, "seed": 2, "top_p": 1.0}
+    options = {"sample_count": samples, "seed": 2, "top_p": 1.0}
     together = predictor.predict_paths_batch(frames, [frame.index for frame in frames], times, 4, **options)
     for frame, after, own in zip(frames, times, together):
-        alone = predictor.predict_paths_batch([frame], [frame.index], [after], 4, **options)
-        assert np.array_equal(alone[0], own)
+        shares: list[float] = []
+        for threads in (1, 3):
+            with torch_threads(threads):
+                alone = predictor.predict_paths_batch(
+                    [frame], [frame.index], [after], 4, report_share=shares.append, **options
+                )
+            assert np.array_equal(alone[0], own)
+        assert max(shares) == 1.0 and len(shares) == 2 * 4 * max(1, samples // 50)
 
-    def stop():
+    def stop(share: float) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        predictor.predict_paths_batch(frames[:1], [frames[0].index], times[:1], 4, report_step=stop)
+        predictor.predict_paths_batch(frames[:1], [frames[0].index], times[:1], 4, report_share=stop)

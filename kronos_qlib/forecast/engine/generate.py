@@ -4,6 +4,7 @@ Shapes beside those of `kronos_qlib.forecast`: G groups of n samples that share 
 where S does not divide well.
 """
 
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 
@@ -22,6 +23,7 @@ from kronos_qlib.hardware.device import check_memory, resolve_dtype
 from kronos_qlib.nn import Kronos, KronosTokenizer
 from kronos_qlib.nn.model import TIME_TABLES, S2Rotation
 
+PART = 50  # samples of a window that are drawn on a core: fewer make narrow products, and share less of the context
 CPU_BATCH = 32  # windows in a window batch of one thread: more leave its caches, fewer make narrow products
 BYTES_PER_BAR = 16  # of a path while it is drawn: its random numbers; and 8 a column: float32, twice
 CPU = torch.device("cpu")
@@ -95,18 +97,21 @@ def generate(
     batch_size: int | None = None,
     report: Callable[[int], None] = lambda windows: None,
     progress: bool = False,
+    report_share: Callable[[float], None] = lambda share: None,
     draw_paths: DrawPaths | None = None,
 ) -> Tensor:
     """Draw sample paths as `sample_paths` does, with weights that are prepared already.
 
     Args:
         batch_size: windows that go through the networks together; on a CPU its threads take window batches side by
-            side. Default: all of them, on a CPU a few for each thread. It may change how a path is rounded, and nothing
-            else.
+            side, and with 1 the parts of a window's many samples. Default: all of them, on a CPU a few for each thread.
+            It may change how a path is rounded, and nothing else.
         report: called with the number of windows of each window batch when it is forecast.
         progress: show a bar of steps.
-        draw_paths: `path_drawer` of the same weights and sampling, where it is kept from call to call; the bar then
-            shows no steps.
+        report_share: called in any thread after each step with the share of all steps that is done; an error that it
+            raises ends the generation.
+        draw_paths: `path_drawer` of the same weights and sampling, where it is kept from call to call; no steps are
+            shown or reported then, and samples are not divided.
     """
     _check_shapes(weights, x, x_stamp, y_stamp)
     windows, horizon = x.shape[0], y_stamp.shape[1]
@@ -121,25 +126,39 @@ def generate(
         threads = torch.get_num_threads() if on_cpu else 1
         rounds = -(-windows // (threads * CPU_BATCH))
         batch_size = -(-windows // (threads * rounds)) if on_cpu else windows  # as many for every thread
-    batches = [slice(start, min(start + batch_size, windows)) for start in range(0, windows, batch_size)]
-    with tqdm(total=len(batches) * horizon, desc="forecast", unit="step", disable=not progress) as bar:
+    slides = x.shape[1] + horizon > weights.max_context  # then the context, which parts do not share, is most of it
+    divided = on_cpu and batch_size == 1 and draw_paths is None and not slides
+    parts = max(1, sampling.sample_count // PART) if divided else 1
+    ends = [sampling.sample_count * part // parts for part in range(parts + 1)]
+    tasks = [
+        (slice(start, min(start + batch_size, windows)), slice(*part))
+        for start in range(0, windows, batch_size)
+        for part in itertools.pairwise(ends)
+    ]
+    steps = len(tasks) * horizon
+    with tqdm(total=steps, desc="forecast", unit="step", disable=not progress) as bar:
+        done = itertools.count(1)
 
         def report_step() -> None:
             with bar.get_lock():
                 bar.update()
+            report_share(next(done) / steps)
 
         draw_batch = draw_paths or path_drawer(weights, sampling, report_step)
 
-        def forecast_batch(rows: slice) -> Tensor:
+        def forecast(task: tuple[slice, slice]) -> Tensor:
+            rows, samples = task
             with torch.inference_mode():  # of this thread
-                paths = draw_batch(x[rows], x_stamp[rows], y_stamp[rows], uniform[:, :, rows])
+                paths = draw_batch(x[rows], x_stamp[rows], y_stamp[rows], uniform[:, :, rows, samples])
             report(rows.stop - rows.start)
             return paths
 
-        if not on_cpu or single:  # torch's threads divide the products of a single window among them
-            return torch.cat([forecast_batch(rows) for rows in batches])
-        with core_pool() as map_on_cores:
-            return torch.cat(list(map_on_cores(forecast_batch, batches)))
+        if not on_cpu or (single and parts == 1):  # torch's threads divide the products of a single window
+            drawn = [forecast(task) for task in tasks]
+        else:
+            with core_pool() as map_on_cores:
+                drawn = list(map_on_cores(forecast, tasks))
+    return torch.cat([torch.cat(drawn[first : first + parts], dim=1) for first in range(0, len(drawn), parts)])
 
 
 def path_drawer(

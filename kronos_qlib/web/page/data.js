@@ -12,17 +12,17 @@ function describe(file) {
   const parts = [element("ul", {class: "findings"}, ...file.findings.map(each => element("li", {}, each)))];
   if (file.rejected) parts.push(element("p", {class: "bad"}, `${text("rejected")}: ${file.rejected}`), element("div", {class: "scroll", tabindex: "0", role: "region", "aria-label": text("rejected")}, table([text("line"), text("reason")], file.examples.map(each => [each.line, element("td", {class: "text"}, each.reason)]))));
   return element("details", {}, element("summary", {}, `${file.name} · ${number(file.bars)} ${text("bars")} · ${file.instruments.slice(0, 5).join(", ")}${file.instruments.length > 5 ? ", …" : ""} · ${file.first.slice(0, 10)} … ${file.last.slice(0, 10)}`), ...parts,
-    element("div", {class: "actions"}, element("button", {type: "button", onclick: told(async () => { openTab("forecast"); await ask({source: file.id, instrument: file.instruments[0], at: null}); })}, text("use")),
+    element("div", {class: "actions"}, element("button", {type: "button", onclick: told(() => check(file.id)), "aria-label": `${text("check")} ${file.name}`}, text("checkFile")), element("button", {type: "button", onclick: told(async () => { openTab("forecast"); await ask({source: file.id, instrument: file.instruments[0], at: null}); })}, text("use")),
       element("button", {type: "button", onclick: told(async () => { await remove(`uploads/${file.id}`); await sources(); await open(); })}, text("remove"))));
 }
 
 async function check(name) {
-  const given = await post("checks", {store: name}), bar = find("check-progress");
+  const given = await post("checks", {source: name}), bar = find("check-progress");
   try {
     const last = await follow("checks", given.id, status => { bar.hidden = !["queued", "running"].includes(status.state); bar.value = status.progress; });
     const found = last.result, place = element("div", {});
     find("check-state").textContent = text("checked", found.store, found.errors);
-    find("check").replaceChildren(place, element("div", {class: "scroll", tabindex: "0", role: "region", "aria-label": text("finding")}, table([text("subject"), text("level"), text("finding"), text("examples")], found.findings.map(each =>
+    find("check").replaceChildren(...(found.ingest ? [element("h3", {}, text("ingested", found.store)), element("ul", {class: "findings"}, ...found.ingest.map(each => element("li", {}, each)))] : []), place, element("div", {class: "scroll", tabindex: "0", role: "region", "aria-label": text("finding")}, table([text("subject"), text("level"), text("finding"), text("examples")], found.findings.map(each =>
       [each.subject, element("td", {class: each.level === "ok" ? "" : "bad"}, each.level), element("td", {class: "text"}, each.text), element("td", {class: "text"}, each.examples.slice(0, 2).join("; "))]))));
     await drawCoverage(place, found.coverage);
   } finally { bar.hidden = true; }

@@ -86,6 +86,7 @@ export async function show() {
   find("figures").replaceChildren(...cards());
   for (const id of ["downloads", "table-details", "snippet-details"]) find(id).hidden = false;
   find("snippet").textContent = answer.snippet;
+  if (answer.ledger) find("state").textContent += ` ${text("kept", answer.ledger.set, text(answer.ledger.live ? "live" : "simulated"))}`;
   find("notes").replaceChildren(...answer.notes.map(note => element("li", {}, note)));
   const heads = [text("time"), text("median"), "25 %", "75 %", "5 %", "95 %", text("up"), text("low"), text("high"), text("whatCame")];
   find("table").replaceChildren(table(heads, rows().map(row => row.map((value, place) => place === 0 ? value : place === 6 ? percent(value, 0) : number(value)))));

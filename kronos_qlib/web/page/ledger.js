@@ -1,5 +1,5 @@
 // The tab Ledger: what was forecast, what came, and what the record is worth.
-import {get} from "./api.js";
+import {follow, get, post} from "./api.js";
 import {element, find, number, percent, signed, table} from "./dom.js";
 import {told} from "./main.js";
 import {text} from "./strings.js";
@@ -18,12 +18,29 @@ export function show() {
   if (!ledger) return;
   find("ledger-state").textContent = ledger.sets.length ? ledger.name : text("emptyLedger");
   find("verdicts").replaceChildren(...ledger.judgements.flatMap(each => each.sentences).map(sentence => element("li", {}, sentence)));
-  const heads = [text("experiment"), text("kind"), text("dates"), text("days"), text("rankIc"), "50 %", "90 %", text("crps")];
+  const heads = [text("experiment"), text("kind"), text("dates"), text("days"), text("rankIc"), "50 %", "90 %", text("crps"), text("paperExcess"), text("paperCost")];
   find("judgements").replaceChildren(table(heads, ledger.judgements.map(each =>
-    [each.experiment, text(each.kind), number(each.dates), number(each.days), number(each.rank_ic, 3), percent(each.coverage_50, 0), percent(each.coverage_90, 0), percent(each.crps, 2)])));
+    [each.experiment, text(each.kind), number(each.dates), number(each.days), number(each.rank_ic, 3), percent(each.coverage_50, 0), percent(each.coverage_90, 0), percent(each.crps, 2), signed(each.paper_excess), percent(each.paper_cost, 2)])));
   find("sets").replaceChildren(table([text("date"), text("experiment"), text("kind"), text("made"), text("horizon"), text("instruments"), text("arrived"), text("openSet")], ledger.sets.map(set =>
     [set.date, set.experiment, text(set.live ? "live" : "simulated"), set.made_at, number(set.horizon ?? NaN), number(set.instruments), number(set.came),
       element("td", {}, element("button", {type: "button", class: "plain", "aria-label": `${text("openSet")} ${set.experiment} ${set.date}`, onclick: told(() => openSet(set.id))}, text("openSet")))])));
+}
+
+// What came is filled in, and the record judged with its paper portfolios.
+async function update() {
+  const given = await post("records", {}), bar = find("record-progress");
+  find("record").disabled = true;
+  try {
+    const last = await follow("records", given.id, status => { bar.hidden = !["queued", "running"].includes(status.state); });
+    const {updated, judgements} = last.result;
+    ledger = {...await get("ledger"), judgements};
+    show();
+    find("ledger-state").textContent = text("filled", updated.labels + updated.returns, updated.waiting);
+  } finally { bar.hidden = true; find("record").disabled = false; }
+}
+
+export function start() {
+  find("record").addEventListener("click", told(update));
 }
 
 export async function open() {

@@ -38,7 +38,7 @@ export function openTab(name) {
     find(`panel-${each}`).hidden = !chosen;
   }
   if (!location.hash.startsWith(`#${name}`)) history.replaceState(null, "", `#${name}`);
-  const opens = {runs, ledger, data}[name];
+  const opens = {market, runs, ledger, data}[name];
   if (opens && !opened.has(name)) { opened.add(name); told(opens.open)(); }
   if (name === "forecast") window.dispatchEvent(new Event("resize"));
 }
@@ -92,8 +92,9 @@ async function begin() {
   find("horizon").max = health.limits.horizon;
   find("samples").max = health.limits.samples;
   await sources();
-  market.start(stores);
+  market.start(stores, health);
   runs.start();
+  ledger.start();
   data.start(stores, health);
   if (["runs", "ledger", "data"].includes(wanted) && !find(`tab-${wanted}`).hidden) openTab(wanted);
   if (hash.startsWith("#forecast/")) history.replaceState(null, "", hash);

@@ -1,12 +1,12 @@
 // The tab Market: a universe ranked, filtered, sorted; a watchlist; a click leads to the forecast.
-import {follow, post, remove} from "./api.js";
+import {follow, get, post, remove} from "./api.js";
 import {csv, element, find, number, percent, save, signed, sparkline} from "./dom.js";
 import {openTab, told} from "./main.js";
 import {ask} from "./forecast.js";
 import {text} from "./strings.js";
 
 const COLUMNS = [["rank", "inMarket"], ["instrument", "instrument"], ["score", "score"], ["prob_up", "probUp"], ["median", "median"], ["range_50", "range50"], ["range_90", "range90"], ["last_close", "lastClose"]];
-let answer = null, job = null, order = ["rank", 1], watched = new Set();
+let answer = null, job = null, place = "market", runs = [], offered = false, order = ["rank", 1], watched = new Set();
 try { watched = new Set(JSON.parse(localStorage.getItem("watchlist") || "[]")); } catch { /* no storage */ }
 
 const keep = () => { try { localStorage.setItem("watchlist", JSON.stringify([...watched])); } catch { /* no storage */ } };
@@ -20,23 +20,23 @@ function rows() {
 }
 
 function line(row) {
-  const pair = range => range.map(each => signed(each, 1)).join(" … ");
+  const pair = range => range ? range.map(each => signed(each, 1)).join(" … ") : "–";
   const star = element("input", {type: "checkbox", "aria-label": text("watch", row.instrument), onchange: event => { event.target.checked ? watched.add(row.instrument) : watched.delete(row.instrument); keep(); }});
   star.checked = watched.has(row.instrument);
   const open = element("button", {type: "button", class: "plain", onclick: told(async () => {
     openTab("forecast");
-    await ask({source: answer.store, instrument: row.instrument, at: answer.date, model: answer.model, lookback: find("market-lookback").value, horizon: answer.horizon});
+    await ask({source: answer.store, instrument: row.instrument, at: answer.date, ...(answer.run ? {} : {model: answer.model, lookback: find("market-lookback").value, horizon: answer.horizon})});
   })}, row.instrument);
-  return element("tr", row.rank <= answer.top ? {class: "top"} : {}, element("th", {scope: "row"}, row.rank), element("td", {class: "text"}, star, " ", open), element("td", {}, signed(row.score)), element("td", {}, percent(row.prob_up, 0)),
+  return element("tr", row.rank <= answer.top ? {class: "top"} : {}, element("th", {scope: "row"}, row.rank), element("td", {class: "text"}, star, " ", open), element("td", {}, answer.run ? number(row.score, 4) : signed(row.score)), element("td", {}, percent(row.prob_up, 0)),
     element("td", {}, signed(row.median)), element("td", {}, pair(row.range_50)), element("td", {}, pair(row.range_90)), element("td", {}, number(row.last_close)), element("td", {}, sparkline(row.sparkline)));
 }
 
 export function show() {
   if (!answer) return;
-  find("market-state").textContent = text("ranked", answer.rows.length, answer.date, answer.model);
+  find("market-state").textContent = [text("ranked", answer.rows.length, answer.date, answer.run ?? answer.model), answer.ledger ? text("kept", answer.ledger.set, text(answer.ledger.live ? "live" : "simulated")) : ""].join(" ");
   find("market-filters").hidden = false;
   const heads = COLUMNS.map(([name, label]) => element("th", {scope: "col", class: name === "instrument" ? "text" : null, "aria-sort": order[0] === name ? (order[1] > 0 ? "ascending" : "descending") : null},
-    element("button", {type: "button", onclick: () => { order = [name, order[0] === name ? -order[1] : ["rank", "instrument"].includes(name) ? 1 : -1]; show(); }}, text(label), order[0] === name ? (order[1] > 0 ? " ↑" : " ↓") : "")));
+    element("button", {type: "button", onclick: () => { order = [name, order[0] === name ? -order[1] : ["rank", "instrument"].includes(name) ? 1 : -1]; show(); }}, text(answer.run && name === "score" ? "ownScore" : label), order[0] === name ? (order[1] > 0 ? " ↑" : " ↓") : "")));
   heads.push(element("th", {scope: "col"}, text("recent")));
   find("market-table").replaceChildren(element("table", {}, element("thead", {}, element("tr", {}, ...heads)), element("tbody", {}, ...rows().map(line))));
   const left = find("left-out");
@@ -44,29 +44,49 @@ export function show() {
   left.querySelector("ul").replaceChildren(...answer.left_out.map(each => element("li", {}, each)));
 }
 
+const run = () => runs.find(each => each.id === find("market-model").value);
+
+// A finished run ranks its own universe, with its own settings.
+function lock() {
+  for (const id of ["universe", "market-lookback", "market-horizon", "market-samples"]) find(id).disabled = Boolean(run());
+}
+
 async function rank() {
-  const asked = {store: find("market-store").value, universe: find("universe").value, at: find("market-at").value.trim() || null, model: find("market-model").value || null};
-  for (const name of ["lookback", "horizon", "samples"]) asked[name] = Number(find(`market-${name}`).value);
-  asked.top = Number(find("top").value);
-  const given = await post("market", asked);
+  const asked = {store: find("market-store").value, at: find("market-at").value.trim() || null}, top = Number(find("top").value);
+  if (run()) asked.run = run().id;
+  else {
+    Object.assign(asked, {universe: find("universe").value, model: find("market-model").value || null, top});
+    for (const name of ["lookback", "horizon", "samples"]) asked[name] = Number(find(`market-${name}`).value);
+  }
+  place = run() ? "signals" : "market";
+  const given = await post(place, asked);
   job = given.id;
   const bar = find("market-progress");
   try {
-    const last = await follow("market", job, status => {
+    const last = await follow(place, job, status => {
       const waits = ["queued", "running"].includes(status.state);
       bar.hidden = !waits;
-      bar.value = status.progress;
+      if (place === "signals") bar.removeAttribute("value"); else bar.value = status.progress; // how long a run takes is not known
       find("market-cancel").disabled = !waits;
       find("market-state").textContent = status.state === "queued" ? text("queued", status.place ?? 0) : status.state === "done" ? "" : text(status.state);
     });
     if (last.state === "done") {
-      answer = {...last.result, top: asked.top};
+      answer = {...last.result, top};
       show();
     }
   } finally { bar.hidden = true; find("market-cancel").disabled = true; }
 }
 
-export function start(stores) {
+export async function open() {
+  runs = offered ? await get("runs") : [];
+  if (!runs.length) return;
+  const group = element("optgroup", {label: text("finishedRuns")}, ...runs.map(each => element("option", {value: each.id}, `${each.experiment} · ${each.start.slice(0, 10)} · ${each.id.slice(0, 8)}`)));
+  find("market-model").querySelector("optgroup")?.remove();
+  find("market-model").append(group);
+}
+
+export function start(stores, health) {
+  offered = health.runs;
   const universes = () => {
     const store = stores.find(each => each.name === find("market-store").value);
     find("universe").replaceChildren(...(store?.universes || []).map(name => element("option", {value: name}, name)));
@@ -75,8 +95,9 @@ export function start(stores) {
   find("market-store").addEventListener("change", universes);
   universes();
   find("market-form").addEventListener("submit", told(async event => { event.preventDefault(); await rank(); }));
-  find("market-cancel").addEventListener("click", told(async () => { if (job) await remove(`market/${job}`); }));
+  find("market-cancel").addEventListener("click", told(async () => { if (job) await remove(`${place}/${job}`); }));
   for (const id of ["filter", "watched"]) find(id).addEventListener("input", show);
   find("market-csv").addEventListener("click", () => save(`${answer.store}-${answer.date}.csv`, csv([["rank", "instrument", "score", "prob_up", "median", "q25", "q75", "q05", "q95", "last_close"],
-    ...rows().map(row => [row.rank, row.instrument, row.score, row.prob_up, row.median, ...row.range_50, ...row.range_90, row.last_close])])));
+    ...rows().map(row => [row.rank, row.instrument, row.score, row.prob_up, row.median, ...(row.range_50 ?? [null, null]), ...(row.range_90 ?? [null, null]), row.last_close])])));
+  find("market-model").addEventListener("change", lock);
 }

@@ -1,0 +1,121 @@
+"""Forecasts and rankings of a store → sets of the ledger, which `kronos-qlib ledger update` fills in later."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from kronos_qlib.analysis.bar_forecast import QUANTILES
+from kronos_qlib.data.calendar import EXCHANGES, SessionCalendar
+from kronos_qlib.ingest.store_files import StoreFiles
+from kronos_qlib.live.ledger import Ledger, LedgerError
+from kronos_qlib.live.signal_set import SignalSet
+from kronos_qlib.versions import package_versions
+from kronos_qlib.web.networks import NamedNetwork
+from kronos_qlib.web.sources import Origin
+
+RECENT = 1000  # sessions of a store from which the time of the next ones is known
+_REGIONS = {exchange: region for region, exchange in EXCHANGES.items()}
+
+
+class Keeper:
+    """Writes what was forecast to a ledger, which is made where there is none. Raises ValueError if it cannot be."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            self._ledger = Ledger(url)
+        except LedgerError as error:
+            raise ValueError(str(error)) from None
+
+    def keep(
+        self,
+        network: NamedNetwork,
+        origin: Origin,
+        date: pd.Timestamp,
+        instruments: Sequence[str],
+        closes: np.ndarray,
+        last: np.ndarray,
+        question: dict[str, Any],
+    ) -> tuple[dict[str, Any] | None, str]:
+        """Write a forecast of N instruments' closes [N, S, P] from their last closes [N], the bars of a date.
+
+        Returns:
+            Its set, version, whether that is new and whether it is live; None if it was not kept. And a note on it.
+        """
+        why = _why_not(origin, date)
+        if why:
+            return None, f"Not kept in the ledger: {why}."
+        signals = _signal_set(network, origin, date, instruments, closes, last, question)
+        try:
+            kept = self._ledger.record(signals, region=_REGIONS.get(origin.exchange or "", "cn"))
+        except (LedgerError, ValueError) as error:
+            return None, f"Not kept in the ledger: {error}."
+        kind = "live" if kept.live else "simulated, as the next session has opened"
+        place = {"set": kept.id, "version": kept.version, "new": kept.new, "live": kept.live}
+        return place, f"Kept in the ledger as set {kept.id}, {kind}."
+
+
+def score(closes: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Return the mean return over all paths and bars [N] of closes [N, S, P] from their last closes [N]."""
+    return (closes / last[:, None, None]).mean(axis=(1, 2)) - 1
+
+
+def _why_not(origin: Origin, date: pd.Timestamp) -> str:
+    if origin.exchange is None:
+        return "the exchange is not known, whose hours tell what was forecast in time; start the server with --exchange"
+    sessions = StoreFiles(origin.store).calendar(origin.freq)
+    recent = sessions[sessions <= date][-RECENT:]
+    try:
+        end = _complete_at(tuple(recent.as_unit("ns").asi8.tolist()), origin.exchange, origin.freq)
+    except ValueError as error:
+        return str(error)
+    return f"the bar of {date} is complete at {end:%Y-%m-%d %H:%M} UTC" if end > _now() else ""
+
+
+def _now() -> pd.Timestamp:
+    return pd.Timestamp.now("UTC")
+
+
+@lru_cache(64)
+def _complete_at(sessions: tuple[int, ...], exchange: str, freq: str) -> pd.Timestamp:
+    """Return when the bar of the last session is complete; to look an exchange's hours up takes a while."""
+    times = pd.DatetimeIndex(np.array(sessions, "datetime64[ns]"))
+    return SessionCalendar(times, exchange, "", freq).ends(times[-1:])[0]
+
+
+def _signal_set(
+    network: NamedNetwork,
+    origin: Origin,
+    date: pd.Timestamp,
+    instruments: Sequence[str],
+    closes: np.ndarray,
+    last: np.ndarray,
+    question: dict[str, Any],
+) -> SignalSet:
+    horizon, returns = closes.shape[2], closes[:, :, -1] / last[:, None] - 1
+    table = pd.DataFrame({"score": score(closes, last)}, pd.Index(instruments, name="instrument"))
+    table["rank"] = table["score"].rank(ascending=False, method="min").astype(int)
+    table["last_close"], table["prob_up"] = last, (returns > 0).mean(axis=1)
+    table[[f"q{round(100 * level):02d}" for level in QUANTILES]] = np.quantile(returns, QUANTILES, axis=1).T
+    whole = "instrument" not in question
+    universe = question.get("universe") if question.get("instruments") is None else "watchlist"
+    asked = {name: value for name, value in question.items() if name not in ("at", "model", "source", "store", "top")}
+    digest = blake2b(np.ascontiguousarray(last).tobytes() + " ".join(instruments).encode(), digest_size=16)
+    return SignalSet(
+        date=date,
+        table=table.sort_index(),
+        experiment=f"page {network.name}, {horizon} bars{f', {universe}' if whole else ''}",
+        recorder="page",
+        store=str(origin.store),
+        freq=origin.freq,
+        label=f"Ref($close, -{horizon})/$close - 1" if whole else None,
+        horizon=horizon,
+        settings={"question": asked},
+        weights_digest=blake2b(network.digest.encode(), digest_size=16).hexdigest(),
+        data_digest=digest.hexdigest(),
+        versions=package_versions(),
+        exchange=origin.exchange,
+    )
