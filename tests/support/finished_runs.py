@@ -34,6 +34,7 @@ RECORDS = [
         "module_path": "qlib.workflow.record_temp",
         "kwargs": {"config": {"strategy": STRATEGY, "backtest": BACKTEST}},
     },
+    {"class": "SigAnaRecord", "module_path": "qlib.workflow.record_temp", "kwargs": {"ana_long_short": False}},
 ]
 
 

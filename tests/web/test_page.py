@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from finished_runs import Place
 from ledgers import signal_set
 
 from kronos_qlib.data.demo_market import write_demo_market
@@ -24,11 +25,12 @@ import socket, sys, uvicorn
 from pathlib import Path
 from kronos_qlib.web.app import make_app
 from kronos_qlib.web.settings import ServerSettings
-market, model, uploads, ledger, token, sockets = *sys.argv[1:6], socket.socket()
+market, model, uploads, ledger, token, store, runs, sockets = *sys.argv[1:8], socket.socket()
 sockets.bind(("127.0.0.1", 0)), sockets.listen(128)
 port = sockets.getsockname()[1]
-stores, models = {"market": Path(market)}, {"tiny": model, "nano": "nano"}
-app = make_app(ServerSettings(stores, models, Path(uploads), ledger, None, token or None, port=port))
+stores, models = {"market": Path(market), "other": Path(store)}, {"tiny": model, "nano": "nano"}
+settings = ServerSettings(stores, models, Path(uploads), ledger, runs, token or None, port=port, exchange="XSHG")
+app = make_app(settings)
 print(port, flush=True)
 uvicorn.Server(uvicorn.Config(app, log_level="warning")).run([sockets])
 """
@@ -39,10 +41,10 @@ def market(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_demo_market(tmp_path_factory.mktemp("store") / "market", instruments=12, days=160)
 
 
-def serve(folder: Path, market: Path, checkpoint: Path, token: str = "") -> Iterator[str]:
+def serve(folder: Path, market: Path, checkpoint: Path, runs: Place, token: str = "") -> Iterator[str]:
     ledger = f"sqlite:///{folder}/ledger.db"
-    Ledger(ledger).record(signal_set(), region="cn")
-    arguments = [str(market), str(checkpoint), str(folder / "uploads"), ledger, token]
+    Ledger(ledger).record(signal_set(store=str(market)), region="cn")
+    arguments = [str(market), str(checkpoint), str(folder / "uploads"), ledger, token, str(runs.store), runs.uri]
     process = subprocess.Popen(
         [sys.executable, "-c", SERVER, *arguments],
         stdout=subprocess.PIPE,
@@ -57,8 +59,8 @@ def serve(folder: Path, market: Path, checkpoint: Path, token: str = "") -> Iter
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, market: Path, checkpoint: Path) -> Iterator[str]:
-    yield from serve(tmp_path_factory.mktemp("server"), market, checkpoint)
+def server(tmp_path_factory: pytest.TempPathFactory, market: Path, checkpoint: Path, runs: Place) -> Iterator[str]:
+    yield from serve(tmp_path_factory.mktemp("server"), market, checkpoint, runs)
 
 
 @pytest.fixture(scope="module")
@@ -143,12 +145,14 @@ def test_overlays_and_colours_are_chosen(page):
     until(page, f"!{names}.includes('paths')")
 
 
-def test_a_forecast_is_cancelled(page):
+def test_a_long_forecast_shows_its_first_paths_and_is_cancelled(page):
     page.select_option("#model", "nano")
     for name, value in {"samples": "1000", "horizon": "90", "lookback": "10"}.items():
         page.fill(f"#{name}", value)
     page.click("#ask")
     until(page, "!document.getElementById('cancel').disabled")
+    until(page, "document.getElementById('chart').data?.some(trace => trace.name === 'median')")
+    assert page.is_enabled("#cancel"), "the others are still drawn"
     page.click("#cancel")
     until(page, "document.getElementById('state').textContent === 'Cancelled.'")
     page.select_option("#model", "tiny")
@@ -179,6 +183,10 @@ def test_a_good_file_is_forecast_and_a_bad_one_is_explained(page, market: Path, 
     page.click("#tab-data")
     page.wait_for_selector("#uploads details")
     assert "mine & <b>.csv" in page.inner_text("#uploads")
+    page.click("#uploads summary")
+    page.click("#uploads button >> text=What ingest finds")
+    page.wait_for_selector("#check h3")
+    assert "units:" in page.inner_text("#check .findings") and "adjust" in page.inner_text("#check .findings")
 
 
 def test_files_are_downloaded(page):
@@ -211,11 +219,47 @@ def test_a_market_is_ranked_sorted_filtered_and_leads_to_a_forecast(page):
     assert page.input_value("#instrument") == "DEMO0003" and page.is_visible("#panel-forecast")
 
 
+def test_a_finished_run_ranks_the_market(page):
+    page.click("#tab-market")
+    page.select_option("#market-store", "other")
+    page.fill("#market-at", "2018-07-18")
+    page.wait_for_selector("#market-model optgroup option", state="attached")
+    option = page.locator("#market-model optgroup option", has_text="lightgbm").get_attribute("value")
+    page.select_option("#market-model", option)
+    assert page.is_disabled("#market-samples"), "a run has settings of its own"
+    page.click("#rank")
+    page.wait_for_selector("#market-table tbody tr", timeout=90_000)
+    assert "lightgbm" in page.inner_text("#market-state") and "In the ledger" in page.inner_text("#market-state")
+    page.click("#market-table button.plain >> nth=0")
+    page.wait_for_selector("#chart .plot-container")
+
+
+def test_runs_are_compared_in_a_frame(page):
+    page.click("#tab-runs")
+    page.wait_for_selector("#runs-table input")
+    for box in page.locator("#runs-table input").all():
+        box.check()
+    page.click("#runs-form button.main")
+    page.wait_for_selector("#report iframe", timeout=90_000)
+    frame = page.frame_locator("#report iframe")
+    assert "kronos" in frame.locator("body").inner_text() and "lightgbm" in frame.locator("body").inner_text()
+    assert page.get_attribute("#report iframe", "sandbox") == "allow-scripts"
+
+
 def test_the_ledger_is_shown(page):
     page.click("#tab-ledger")
-    page.click("#sets button")
+    page.click("[aria-label^='Open kronos_csi300']")
     page.wait_for_selector("#set table")
     assert page.locator("#set tbody tr").count() == 6 and "kronos_csi300" in page.inner_text("#set")
+
+
+def test_a_forecast_is_kept_and_what_came_is_filled_in(page):
+    forecast(page, at="2018-07-02", seed="23")
+    assert "In the ledger: set" in page.inner_text("#state")
+    page.click("#tab-ledger")
+    page.click("#record")
+    until(page, "document.getElementById('ledger-state').textContent.includes('filled in')", 90)
+    assert "returns have come" in page.inner_text("#verdicts")
 
 
 def test_a_store_is_checked(page):
@@ -291,14 +335,16 @@ def test_axe_finds_nothing(page, theme: str):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     page.select_option("#theme", theme)
     forecast(page, at="2018-07-02")
-    for tab in ("forecast", "market", "ledger", "data"):
+    for tab in ("forecast", "market", "runs", "ledger", "data"):
         page.click(f"#tab-{tab}")
+        if tab == "runs":
+            page.wait_for_selector("#runs-table tbody tr")
         if tab == "market":
             page.fill("#market-samples", "2")
             page.click("#rank")
             page.wait_for_selector("#market-table tbody tr")
         if tab == "ledger":
-            page.click("#sets button")
+            page.click("[aria-label^='Open kronos_csi300']")
             page.wait_for_selector("#set table")
         found = axe.run(page).response["violations"]
         told = [(each["id"], [node["target"] for node in each["nodes"]][:3]) for each in found]
@@ -308,14 +354,14 @@ def test_axe_finds_nothing(page, theme: str):
 def test_it_fits_a_phone(page):
     page.set_viewport_size({"width": 390, "height": 844})
     forecast(page, at="2018-07-02")
-    for tab in ("forecast", "market", "ledger", "data"):
+    for tab in ("forecast", "market", "runs", "ledger", "data"):
         page.click(f"#tab-{tab}")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, tab
 
 
-def test_the_token_is_entered_once(browser, tmp_path: Path, market: Path, checkpoint: Path):
+def test_the_token_is_entered_once(browser, tmp_path: Path, market: Path, checkpoint: Path, runs: Place):
     token = "correct-horse-battery"
-    for address in serve(tmp_path, market, checkpoint, token):
+    for address in serve(tmp_path, market, checkpoint, runs, token):
         context = browser.new_context()
         page = context.new_page()
         page.goto(address)
@@ -333,8 +379,10 @@ def test_the_token_is_entered_once(browser, tmp_path: Path, market: Path, checkp
         context.close()
 
 
-def test_a_server_that_is_killed_in_a_forecast_leaves_nothing_behind(tmp_path: Path, market: Path, checkpoint: Path):
-    for address in serve(tmp_path, market, checkpoint):
+def test_a_server_that_is_ended_in_a_forecast_leaves_nothing_behind(
+    tmp_path: Path, market: Path, checkpoint: Path, runs: Place
+):
+    for address in serve(tmp_path, market, checkpoint, runs):
         question = {"source": "market", "instrument": "DEMO0001", "model": "nano", "samples": 1000, "horizon": 90}
         request = urllib.request.Request(
             f"{address}/api/forecasts", json.dumps(question).encode(), {"Content-Type": "application/json"}
