@@ -20,7 +20,7 @@ from kronos_qlib.forecast.calibration import bar_volatility
 from kronos_qlib.forecast.predictor import KronosPredictor, possible_bars
 from kronos_qlib.ingest.selection import InstrumentBars
 from kronos_qlib.web.jobs import Report
-from kronos_qlib.web.keeping import Keeper
+from kronos_qlib.web.keeping import Keeper, digest_bars
 from kronos_qlib.web.networks import NamedNetwork, Networks
 from kronos_qlib.web.problems import Problem
 from kronos_qlib.web.schema import Draws, ForecastQuestion
@@ -60,13 +60,9 @@ class Prepared:
     @property
     def digest(self) -> str:
         """A digest of all that decides the answer."""
-        digest = blake2b(repr((self.group, self.network.digest, self.found.source)).encode(), digest_size=16)
-        for frame in (self.bars, self.later.loc[: self.times[-1]]):
-            digest.update(" ".join(frame.columns).encode())
-            digest.update(np.ascontiguousarray(frame.to_numpy(np.float64)).tobytes())
-            digest.update(pd.DatetimeIndex(frame.index).as_unit("ns").asi8.tobytes())
-        digest.update(self.times.as_unit("ns").asi8.tobytes())
-        return digest.hexdigest()
+        bars = digest_bars([self.before, self.bars, self.later.loc[: self.times[-1]]])
+        known = (self.group, self.network.digest, self.found.source, self.times.as_unit("ns").asi8.tobytes(), bars)
+        return blake2b(repr(known).encode(), digest_size=16).hexdigest()
 
 
 def check_size(question: Draws, limits: Limits, instruments: int = 1) -> None:
@@ -202,7 +198,14 @@ class Forecasts:
         date, names = pd.Timestamp(asked.bars.index[-1]), [asked.found.bars.instrument]
         question = asked.question.model_dump() | {"instrument": names[0]}
         return self._keeper.keep(
-            asked.network, asked.found.origin, date, names, close[None], np.array([last]), question
+            asked.network,
+            asked.found.origin,
+            date,
+            names,
+            close[None],
+            np.array([last]),
+            question,
+            digest_bars([asked.bars]),
         )
 
 

@@ -39,8 +39,12 @@ class Keeper:
         closes: np.ndarray,
         last: np.ndarray,
         question: dict[str, Any],
+        data_digest: str,
     ) -> tuple[dict[str, Any] | None, str]:
         """Write a forecast of N instruments' closes [N, S, P] from their last closes [N], the bars of a date.
+
+        Args:
+            data_digest: of the bars that the network saw.
 
         Returns:
             Its set, version, whether that is new and whether it is live; None if it was not kept. And a note on it.
@@ -48,7 +52,7 @@ class Keeper:
         why = _why_not(origin, date)
         if why:
             return None, f"Not kept in the ledger: {why}."
-        signals = _signal_set(network, origin, date, instruments, closes, last, question)
+        signals = _signal_set(network, origin, date, instruments, closes, last, question, data_digest)
         try:
             kept = self._ledger.record(signals, region=_REGIONS.get(origin.exchange or "", "cn"))
         except (LedgerError, ValueError) as error:
@@ -56,6 +60,16 @@ class Keeper:
         kind = "live" if kept.live else "simulated, as the next session has opened"
         place = {"set": kept.id, "version": kept.version, "new": kept.new, "live": kept.live}
         return place, f"Kept in the ledger as set {kept.id}, {kind}."
+
+
+def digest_bars(frames: Sequence[pd.DataFrame]) -> str:
+    """Digest bars: columns, times and values."""
+    digest = blake2b(digest_size=16)
+    for frame in frames:
+        digest.update(" ".join(frame.columns).encode())
+        digest.update(pd.DatetimeIndex(frame.index).as_unit("ns").asi8.tobytes())
+        digest.update(np.ascontiguousarray(frame.to_numpy(np.float64)).tobytes())
+    return digest.hexdigest()
 
 
 def score(closes: np.ndarray, last: np.ndarray) -> np.ndarray:
@@ -94,6 +108,7 @@ def _signal_set(
     closes: np.ndarray,
     last: np.ndarray,
     question: dict[str, Any],
+    data_digest: str,
 ) -> SignalSet:
     horizon, returns = closes.shape[2], closes[:, :, -1] / last[:, None] - 1
     table = pd.DataFrame({"score": score(closes, last)}, pd.Index(instruments, name="instrument"))
@@ -103,7 +118,6 @@ def _signal_set(
     whole = "instrument" not in question
     universe = question.get("universe") if question.get("instruments") is None else "watchlist"
     asked = {name: value for name, value in question.items() if name not in ("at", "model", "source", "store", "top")}
-    digest = blake2b(np.ascontiguousarray(last).tobytes() + " ".join(instruments).encode(), digest_size=16)
     return SignalSet(
         date=date,
         table=table.sort_index(),
@@ -115,7 +129,7 @@ def _signal_set(
         horizon=horizon,
         settings={"question": asked},
         weights_digest=blake2b(network.digest.encode(), digest_size=16).hexdigest(),
-        data_digest=digest.hexdigest(),
+        data_digest=data_digest,
         versions=package_versions(),
         exchange=origin.exchange,
     )

@@ -1,7 +1,7 @@
 """A universe → its instruments, ranked by their forecasts of one date: a job in parts, so that others may go first."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
@@ -13,7 +13,7 @@ from kronos_qlib.data.windows import CLOSE
 from kronos_qlib.web.commands import SPARKLINE
 from kronos_qlib.web.forecasts import check_size, draw_paths, read_date
 from kronos_qlib.web.jobs import Report
-from kronos_qlib.web.keeping import Keeper, score
+from kronos_qlib.web.keeping import Keeper, digest_bars, score
 from kronos_qlib.web.networks import NamedNetwork, Networks
 from kronos_qlib.web.problems import Problem
 from kronos_qlib.web.schema import MarketQuestion
@@ -76,13 +76,11 @@ def answer(
 ) -> dict[str, Any]:
     """Rank the instruments by the mean of the returns that their paths have; `give_way` is called between parts."""
     question = asked.question
-    rows: list[dict[str, Any]] = []
+    drawn = _Drawn()
     left: list[str] = []
     room = min(question.lookback, most_lookback(asked.network.predictor, question.horizon))
     sessions: dict[str | None, pd.DatetimeIndex] = {}
     ready: dict[str | None, list[tuple[str, pd.DataFrame]]] = {}
-    closes: list[np.ndarray] = []
-    done = 0
     for name, bars in _bars(asked, room, left):
         exchange = asked.sources.exchange_of(name)
         if exchange not in sessions:
@@ -90,15 +88,13 @@ def answer(
         waiting = ready.setdefault(exchange, [])
         waiting.append((name, bars))
         if len(waiting) == PART:
-            rows += _rows(asked, ready.pop(exchange), sessions[exchange], report, done, closes)
-            done += PART
+            drawn.add(asked, ready.pop(exchange), sessions[exchange], report)
             give_way()
     for exchange, waiting in ready.items():
-        rows += _rows(asked, waiting, sessions[exchange], report, done, closes)
-        done += len(waiting)
+        drawn.add(asked, waiting, sessions[exchange], report)
         give_way()
-    kept, note = _keep(asked, rows, closes, list(sessions), keeper)
-    rows.sort(key=lambda row: (-row["score"], row["instrument"]))
+    kept, note = drawn.keep(asked, list(sessions), keeper)
+    rows = sorted(drawn.rows, key=lambda row: (-row["score"], row["instrument"]))
     for rank, row in enumerate(rows, 1):
         row["rank"] = rank
     return {
@@ -118,23 +114,6 @@ def answer(
     }
 
 
-def _keep(
-    asked: PreparedMarket,
-    rows: list[dict[str, Any]],
-    closes: list[np.ndarray],
-    exchanges: list[str | None],
-    keeper: Keeper | None,
-) -> tuple[dict[str, Any] | None, str]:
-    """Keep the ranking in the ledger, if there is one; instruments of two exchanges have no hours in common."""
-    if keeper is None or not rows:
-        return None, ""
-    store = asked.sources.store(asked.question.store)
-    origin = Origin(store.folder, store.freqs[0], exchanges[0] if len(exchanges) == 1 else None)
-    names, last = [row["instrument"] for row in rows], np.array([row["last_close"] for row in rows])
-    question = asked.question.model_dump()
-    return keeper.keep(asked.network, origin, asked.date, names, np.concatenate(closes), last, question)
-
-
 def _bars(asked: PreparedMarket, room: int, left: list[str]) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield each instrument that has a bar of the date and enough before it; the others are added to `left`."""
     for name in asked.instruments:
@@ -151,37 +130,54 @@ def _bars(asked: PreparedMarket, room: int, left: list[str]) -> Iterator[tuple[s
             yield name, bars.iloc[-room:]
 
 
-def _rows(
-    asked: PreparedMarket,
-    part: list[tuple[str, pd.DataFrame]],
-    times: pd.DatetimeIndex,
-    report: Report,
-    done: int,
-    closes: list[np.ndarray],
-) -> list[dict[str, Any]]:
-    total, share = len(asked.instruments), len(part) / len(asked.instruments)
-    frames = [bars for _, bars in part]
+@dataclass
+class _Drawn:
+    """What was drawn so far, part by part: a row for each instrument, its paths of the close, digests of the bars."""
 
-    def report_part(own: float) -> None:
-        report(done / total + own * share)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    closes: list[np.ndarray] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
 
-    paths = draw_paths(asked.network.predictor, frames, [times] * len(part), asked.question, report_part, TOGETHER)
-    close = paths[..., CLOSE]
-    closes.append(close)
-    last = np.array([float(bars["close"].iloc[-1]) for bars in frames])
-    ends = close[:, :, -1] / last[:, None] - 1
-    bands = np.quantile(ends, [0.05, 0.25, 0.5, 0.75, 0.95], axis=1)
-    found = score(close, last)
-    return [
-        {
-            "instrument": name,
-            "score": float(found[place]),
-            "prob_up": float((ends[place] > 0).mean()),
-            "last_close": float(last[place]),
-            "median": float(bands[2, place]),
-            "range_50": [float(bands[1, place]), float(bands[3, place])],
-            "range_90": [float(bands[0, place]), float(bands[4, place])],
-            "sparkline": bars["close"].iloc[-SPARKLINE:].astype(float).tolist(),
-        }
-        for place, (name, bars) in enumerate(part)
-    ]
+    def add(
+        self, asked: PreparedMarket, part: list[tuple[str, pd.DataFrame]], times: pd.DatetimeIndex, report: Report
+    ) -> None:
+        total, done, share = len(asked.instruments), len(self.rows), len(part) / len(asked.instruments)
+        frames = [bars for _, bars in part]
+
+        def report_part(own: float) -> None:
+            report(done / total + own * share)
+
+        paths = draw_paths(asked.network.predictor, frames, [times] * len(part), asked.question, report_part, TOGETHER)
+        close = paths[..., CLOSE]
+        last = np.array([float(bars["close"].iloc[-1]) for bars in frames])
+        ends = close[:, :, -1] / last[:, None] - 1
+        bands = np.quantile(ends, [0.05, 0.25, 0.5, 0.75, 0.95], axis=1)
+        found = score(close, last)
+        self.closes.append(close)
+        self.digests.append(digest_bars(frames))
+        self.rows += [
+            {
+                "instrument": name,
+                "score": float(found[place]),
+                "prob_up": float((ends[place] > 0).mean()),
+                "last_close": float(last[place]),
+                "median": float(bands[2, place]),
+                "range_50": [float(bands[1, place]), float(bands[3, place])],
+                "range_90": [float(bands[0, place]), float(bands[4, place])],
+                "sparkline": bars["close"].iloc[-SPARKLINE:].astype(float).tolist(),
+            }
+            for place, (name, bars) in enumerate(part)
+        ]
+
+    def keep(
+        self, asked: PreparedMarket, exchanges: list[str | None], keeper: Keeper | None
+    ) -> tuple[dict[str, Any] | None, str]:
+        """Keep the ranking in the ledger, if there is one; instruments of two exchanges have no hours in common."""
+        if keeper is None or not self.rows:
+            return None, ""
+        store = asked.sources.store(asked.question.store)
+        origin = Origin(store.folder, store.freqs[0], exchanges[0] if len(exchanges) == 1 else None)
+        names, last = [row["instrument"] for row in self.rows], np.array([row["last_close"] for row in self.rows])
+        question, closes = asked.question.model_dump(), np.concatenate(self.closes)
+        digest = blake2b(" ".join(self.digests).encode(), digest_size=16).hexdigest()
+        return keeper.keep(asked.network, origin, asked.date, names, closes, last, question, digest)
