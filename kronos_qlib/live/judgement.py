@@ -209,8 +209,8 @@ def _sentence_of_bands(subject: str, figures: dict[str, float]) -> str:
     """Say what came of forecasts that are not ranked against each other."""
     if not figures["outcomes"]:
         return f"{subject}: nothing has come yet of the forecasts of {figures['dates']:.0f} dates"
-    held = " and ".join(f"{_percent(figures[band])} in the band of {band.split('_')[1]} %" for band in BANDS)
-    return f"{subject}: {figures['outcomes']:.0f} returns have come, {held}"
+    held = " and ".join(f"{100 * figures[band]:.0f} % in that of {band.split('_')[1]} %" for band in BANDS)
+    return f"{subject}: returns that have come: {figures['outcomes']:.0f}; in their bands {held}"
 
 
 def _measure_quantiles(own: pd.DataFrame, horizon: int) -> tuple[dict[str, float], pd.DataFrame]:

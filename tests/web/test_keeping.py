@@ -100,7 +100,7 @@ def test_what_came_is_filled_in_and_the_record_judged(keeping_client: TestClient
     assert rows.loc[(1, "DEMO0001"), "came"] == pytest.approx(came, rel=1e-6)
     sentences = [sentence for entry in found["judgements"] for sentence in entry["sentences"]]
     single = next(sentence for sentence in sentences if sentence.startswith("page tiny, 5 bars simulated"))
-    assert "2 returns have come" in single  # of two instruments on one date
+    assert "returns that have come: 2;" in single  # of two instruments on one date
     assert any("page tiny, 3 bars, demo simulated rank IC" in sentence for sentence in sentences)
     assert [each.figures["outcomes"] for each in judge(sets, rows)] == [float(len(ranking["rows"])), 2.0]
 

@@ -259,7 +259,7 @@ def test_a_forecast_is_kept_and_what_came_is_filled_in(page):
     page.click("#tab-ledger")
     page.click("#record")
     until(page, "document.getElementById('ledger-state').textContent.includes('filled in')", 90)
-    assert "returns have come" in page.inner_text("#verdicts")
+    assert "returns that have come" in page.inner_text("#verdicts")
 
 
 def test_a_store_is_checked(page):

@@ -35,7 +35,7 @@ export function sparkline(values) {
 const finite = value => typeof value === "number" && Number.isFinite(value);
 export const percent = (value, digits = 1) => finite(value) ? `${(100 * value).toFixed(digits)} %`.replace("-", "−") : "–";
 export const signed = (value, digits = 2) => finite(value) ? `${value >= 0 ? "+" : "−"}${Math.abs(100 * value).toFixed(digits)} %` : "–";
-export const number = (value, digits = 6) => finite(value) ? Number(value.toPrecision(digits)).toLocaleString(document.documentElement.lang) : "–";
+export const number = (value, digits = 6) => finite(value) ? Number(value.toPrecision(digits)).toLocaleString(document.documentElement.lang).replace("-", "−") : "–";
 
 export function save(name, content, type = "text/csv") {
   const address = URL.createObjectURL(new Blob([content], {type}));

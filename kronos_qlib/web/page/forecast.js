@@ -66,8 +66,8 @@ function cards() {
   const made = [
     card(text("probUp"), percent(figures.prob_up, 0), text("probUpNote", steps)),
     card(text("expected"), signed(figures.median_return), text("expectedNote", steps)),
-    card(text("range50"), pair(figures.range_50), text("expectedNote", steps)),
-    card(text("range90"), pair(figures.range_90), text("expectedNote", steps)),
+    card(text("range50"), pair(figures.range_50), text("rangeNote", steps)),
+    card(text("range90"), pair(figures.range_90), text("rangeNote", steps)),
   ];
   if (figures.error !== undefined) made.push(
     card(text("came"), signed(figures.came_return), text("cameNote", figures.came)),

@@ -39,6 +39,7 @@ export function show() {
     element("button", {type: "button", onclick: () => { order = [name, order[0] === name ? -order[1] : ["rank", "instrument"].includes(name) ? 1 : -1]; show(); }}, text(answer.run && name === "score" ? "ownScore" : label), order[0] === name ? (order[1] > 0 ? " ↑" : " ↓") : "")));
   heads.push(element("th", {scope: "col"}, text("recent")));
   find("market-table").replaceChildren(element("table", {}, element("thead", {}, element("tr", {}, ...heads)), element("tbody", {}, ...rows().map(line))));
+  find("market-notes").replaceChildren(...answer.notes.map(note => element("li", {}, note)));
   const left = find("left-out");
   left.hidden = !answer.left_out.length;
   left.querySelector("ul").replaceChildren(...answer.left_out.map(each => element("li", {}, each)));
