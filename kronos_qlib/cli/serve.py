@@ -125,6 +125,7 @@ def run(options: argparse.Namespace) -> int:
         import uvicorn
 
         from kronos_qlib.web.app import make_app
+        from kronos_qlib.web.safety import PunctualProtocol
         from kronos_qlib.web.settings import LOOPBACK, check_token, names_of
     except ModuleNotFoundError as error:
         return fail("serve", ValueError(f"needs the package {error.name}: pip install 'kronos-qlib[web]'"))
@@ -149,6 +150,7 @@ def run(options: argparse.Namespace) -> int:
         host=options.host,
         port=options.port,
         log_level="warning",
+        http=PunctualProtocol,
         server_header=False,
         proxy_headers=bool(options.proxy),
         forwarded_allow_ips=options.proxy or None,

@@ -130,7 +130,7 @@ def _add_uploads(app: FastAPI, service: Service) -> None:
     @app.get("/api/uploads", response_model=list[schema.UploadEntry])
     def uploads() -> Any:
         """List the files that users brought, the newest first."""
-        return [vars(upload) for upload in service.uploads().list()]
+        return service.uploads().list()
 
     @app.post(
         "/api/uploads",
@@ -145,7 +145,7 @@ def _add_uploads(app: FastAPI, service: Service) -> None:
             with draft.open("xb") as file:
                 async for piece in request.stream():
                     file.write(piece)
-            return vars(await asyncio.to_thread(kept.keep, draft, name))
+            return await asyncio.to_thread(kept.keep, draft, name)
 
     @app.delete("/api/uploads/{upload_id}", status_code=204)
     def remove(upload_id: str) -> Response:

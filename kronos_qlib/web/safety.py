@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
 from kronos_qlib.web.problems import MEDIA_TYPE, Problem
 from kronos_qlib.web.settings import LOOPBACK, ServerSettings
 
@@ -37,6 +39,35 @@ _HEADERS = {
     "permissions-policy": "camera=(), geolocation=(), microphone=(), payment=(), usb=()",
 }
 _SAFE = ("GET", "HEAD")
+
+
+class PunctualProtocol(H11Protocol):
+    """uvicorn's protocol, but for a connection on which no whole head of a request comes in time: that is closed."""
+
+    seconds = 30.0
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin to wait for the first request."""
+        super().connection_made(transport)  # type: ignore[arg-type]
+        self._wait(True)
+
+    def data_received(self, data: bytes) -> None:
+        """Go on waiting unless a request is being answered."""
+        super().data_received(data)
+        self._wait(self.cycle is None or self.cycle.response_complete)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no more."""
+        self._wait(False)
+        super().connection_lost(exc)
+
+    def _wait(self, waits: bool) -> None:
+        if waits and self._deadline is None:
+            self._deadline = self.loop.call_later(self.seconds, self.transport.close)
+        elif not waits and self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
 
 class Safety:

@@ -153,15 +153,15 @@ class BarsAnswer(BaseModel):
 class UploadEntry(BaseModel):
     """A file that a user brought, and what was found in it."""
 
-    id: str
-    name: str
+    id: str = Field(description="its name here")
+    name: str = Field(description="as the user called it")
     instruments: list[str]
     bars: int
     first: str
     last: str
-    findings: list[str]
-    rejected: int
-    examples: list[dict[str, Any]]
+    findings: list[str] = Field(description="what was found, in words")
+    rejected: int = Field(description="rows that are no bars")
+    examples: list[dict[str, Any]] = Field(description="the first of them: line and reason")
 
 
 class ProblemDetails(BaseModel):

@@ -10,10 +10,8 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +21,7 @@ from kronos_qlib.ingest.bars import SourceBars, read_bars
 from kronos_qlib.ingest.tables import SourceError
 from kronos_qlib.text import printable
 from kronos_qlib.web.problems import Problem
+from kronos_qlib.web.schema import UploadEntry
 from kronos_qlib.web.settings import Limits
 
 KINDS = (".csv", ".txt", ".tsv", ".parquet", ".zip", ".gz")
@@ -34,24 +33,10 @@ _NAMED = 20  # rejected rows that are shown
 _LONGEST_NAME = 120
 
 
-@dataclass(frozen=True)
-class Upload:
-    """A file that a user brought.
+class Upload(UploadEntry):
+    """A file that a user brought, and where it lies."""
 
-    id: its name here. name: as the user called it. path: where it lies. instruments, bars, first, last: what it holds.
-    findings: what was found, in words. rejected: how many rows are no bars; examples: the first of them, and why.
-    """
-
-    id: str
-    name: str
     path: Path
-    instruments: list[str]
-    bars: int
-    first: str
-    last: str
-    findings: list[str]
-    rejected: int
-    examples: list[dict[str, Any]]
 
 
 class Uploads:
@@ -92,7 +77,7 @@ class Uploads:
         folder = self.folder / own
         upload = _describe(own, shown, folder / draft.name, read, draft)
         with (draft.parent / _ABOUT).open("x", encoding="utf-8") as about:
-            about.write(json.dumps(asdict(upload) | {"path": draft.name}))
+            about.write(json.dumps(upload.model_dump() | {"path": draft.name}))
         with self._lock:
             self._remove_folder(own)
             draft.parent.rename(folder)
@@ -198,4 +183,15 @@ def _describe(own: str, name: str, path: Path, read: SourceBars, draft: Path) ->
     ]
     first, last = (str(read.bars["time"].agg(end)) for end in ("min", "max"))
     findings = [finding.replace(str(draft), name) for finding in read.findings]
-    return Upload(own, name, path, instruments, len(read.bars), first, last, findings, len(rejected), examples)
+    return Upload(
+        id=own,
+        name=name,
+        instruments=instruments,
+        bars=len(read.bars),
+        first=first,
+        last=last,
+        findings=findings,
+        rejected=len(rejected),
+        examples=examples,
+        path=path,
+    )

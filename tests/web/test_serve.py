@@ -1,5 +1,6 @@
 """`kronos-qlib serve` as a process: what it refuses at start, a crowd, a file of a gigabyte, a client that goes."""
 
+import asyncio
 import json
 import os
 import socket
@@ -16,9 +17,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import uvicorn
 from questions import QUESTION
 
 from kronos_qlib.cli import main
+from kronos_qlib.web.safety import PunctualProtocol
 
 
 @contextmanager
@@ -149,3 +152,76 @@ def test_a_client_that_goes_in_the_middle_of_its_events_leaves_nothing(market: P
         while any(each.status == "ESTABLISHED" for each in process.net_connections()):
             assert time.monotonic() < end, "a connection of a client that has gone is still open"
             time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_server_that_is_killed_in_a_forecast_starts_again_with_what_it_had(
+    market: Path, checkpoint: Path, tmp_path: Path
+):
+    folder, ledger = tmp_path / "uploads", f"sqlite:///{tmp_path}/ledger.db"
+    more = ("--uploads", str(folder), "--ledger", ledger, "--exchange", "XSHG")
+    with served(market, checkpoint, *more) as (address, process):
+        assert fetch(f"{address}/api/forecasts", QUESTION)[0] == 202
+        assert fetch(f"{address}/api/forecasts", QUESTION | {"samples": 1000, "horizon": 60})[0] == 202
+        with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as half:
+            half.sendall(b"POST /api/uploads?name=a.csv HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\nhalf")
+            while not any(folder.glob(".draft-*")):
+                time.sleep(0.02)
+        process.kill()
+        process.wait(10)
+    with served(market, checkpoint, *more) as (address, process):
+        assert not list(folder.iterdir()), "half an upload is gone"
+        _, job = fetch(f"{address}/api/forecasts", QUESTION | {"seed": 4})
+        while fetch(f"{address}/api/forecasts/{job['id']}")[1]["state"] != "done":
+            time.sleep(0.05)
+        sets = fetch(f"{address}/api/ledger")[1]["sets"]
+        assert [entry["id"] for entry in sets] == list(range(len(sets), 0, -1)) and len(sets) in (2, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_memory_returns_after_large_forecasts(market: Path, checkpoint: Path):
+    with served(market, checkpoint) as (address, process):
+        sizes = []
+        for seed in range(8):
+            _, job = fetch(f"{address}/api/forecasts", QUESTION | {"seed": seed, "samples": 1000, "horizon": 60})
+            while fetch(f"{address}/api/forecasts/{job['id']}")[1]["state"] != "done":
+                time.sleep(0.05)
+            sizes.append(process.memory_info().rss / 2**20)
+        assert max(sizes[3:]) < sizes[2] + 60, sizes  # MiB; the paths of each take 2.7, those that are shown stay
+
+
+def test_a_head_that_does_not_come_in_time_ends_its_connection():
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    class Hasty(PunctualProtocol):
+        seconds = 0.3
+
+    async def run() -> tuple[bytes, bytes, float]:
+        config = uvicorn.Config(app, http=Hasty, log_level="error", lifespan="off")
+        server, own = uvicorn.Server(config), socket.socket()
+        own.bind(("127.0.0.1", 0))
+        serving = asyncio.create_task(server.serve([own]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        reader, writer = await asyncio.open_connection(*own.getsockname())
+        writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        answered = await reader.readuntil(b"\r\n\r\n")
+        began = time.monotonic()
+        for letter in b"GET / HTTP/1.1\r\nX: " + b"x" * 1000:  # a byte now and then keeps no connection open
+            try:
+                writer.write(bytes([letter]))
+                await writer.drain()
+                await asyncio.sleep(0.02)
+            except ConnectionError:
+                break
+        rest = await reader.read()
+        server.should_exit = True
+        await serving
+        return answered, rest, time.monotonic() - began
+
+    answered, rest, seconds = asyncio.run(run())
+    assert answered.startswith(b"HTTP/1.1 204") and rest == b"" and seconds < 10
