@@ -112,6 +112,7 @@ def _forecast(options: argparse.Namespace) -> "BarForecast":
 
     from kronos_qlib.analysis.bar_forecast import BarForecast
     from kronos_qlib.data.calendar import check_exchange, sessions_after_bars
+    from kronos_qlib.data.dates import read_until
     from kronos_qlib.forecast.calibration import load_calibration
     from kronos_qlib.ingest.selection import read_instrument
     from kronos_qlib.ingest.symbols import exchange_of
@@ -131,10 +132,9 @@ def _forecast(options: argparse.Namespace) -> "BarForecast":
     at = None
     if options.at:
         try:
-            at = pd.Timestamp(options.at)
-        except ValueError:
-            raise ValueError(f"--at {options.at!r} is no date") from None
-        at = at + pd.Timedelta(days=1) - pd.Timedelta(1, "ns") if at == at.normalize() else at
+            at = read_until(options.at)
+        except ValueError as error:
+            raise ValueError(f"--at {error}") from None
     found = read_instrument(options.source, columns, symbols, options.dates, at)
     bars = found.bars
     bars, later = (bars[bars.index <= at], bars[bars.index > at]) if at is not None else (bars, bars.iloc[:0])

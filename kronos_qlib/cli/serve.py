@@ -84,7 +84,11 @@ def add_command(commands: Commands) -> None:
         help="what requests must bring; 16 characters or more (default: $KRONOS_TOKEN, or none)",
     )
     command.add_argument(
-        "--public-name", action="append", default=[], metavar="NAME", help="a host name under which browsers reach it"
+        "--public-name",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a host name under which browsers reach it; HOST:PORT where the port is not the server's",
     )
     command.add_argument(
         "--proxy", action="append", default=[], metavar="ADDRESS", help="a proxy whose X-Forwarded headers are believed"
@@ -130,8 +134,9 @@ def run(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         return fail("serve", ValueError(f"needs the package {error.name}: pip install 'kronos-qlib[web]'"))
     try:
-        check_token(options.host, options.token)
-        private = options.host in LOOPBACK
+        named = (*options.public_name, *options.proxy)
+        check_token(options.host, options.token, named)
+        private = options.host in LOOPBACK and not named
         shared = replace(
             settings_of(options),
             token=options.token,

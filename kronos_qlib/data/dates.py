@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 from pydantic import BeforeValidator
 
+_DATE_OR_TIME = re.compile(r"\d{4}([-/.]?)\d\d\1\d\d(?P<time>[ T]\d\d:\d\d(:\d\d(\.\d+)?)?)?")
+
 
 def _parse_date(value: Any) -> pd.Timestamp | None:
     """Parse a date; pydantic makes the ValueError an error of the setting."""
@@ -152,3 +154,15 @@ def _read_objects(series: pd.Series, name: str) -> pd.DatetimeIndex:
 
 def _shown(series: pd.Series) -> str:
     return ", ".join(str(value) for value in series[:3]) + (" …" if len(series) > 3 else "")
+
+
+def read_until(text: str) -> pd.Timestamp:
+    """Read up to when bars count: a date, which means its end, or a time. Raises ValueError for anything else."""
+    found = _DATE_OR_TIME.fullmatch(text.strip())
+    try:
+        if found is None:
+            raise ValueError
+        at = pd.Timestamp(text.strip())
+    except ValueError:
+        raise ValueError(f"{text!r} is no date such as 2025-06-05, nor a time such as 2025-06-05 14:30") from None
+    return at if found["time"] else at + pd.Timedelta(days=1) - pd.Timedelta(1, "ns")

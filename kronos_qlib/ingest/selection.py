@@ -39,7 +39,7 @@ def read_instrument(
     Args:
         source: a file, a file and one of its instruments after a colon, or a store and an instrument.
         columns, symbols, dates: see `read_bars`.
-        until: the last time whose bars decide which columns are used; later bars are there, too.
+        until: the last time whose bars decide which columns and bars are used; later bars are there, too.
 
     Raises:
         SourceError: there are no such bars; one line that names the file.
@@ -49,7 +49,7 @@ def read_instrument(
         before, _, instrument = source.rpartition(":")
         path = Path(before)
     if path.is_dir():
-        return _of_store(path, instrument)
+        return _of_store(path, instrument, until)
     read = read_bars(path, columns, symbols=symbols, dates=dates)
     names = read.bars["instrument"].cat.categories.tolist()
     wanted = instrument_name(instrument) if instrument else names[0]
@@ -74,7 +74,7 @@ def read_instrument(
     return InstrumentBars(wanted, bars, findings, read.zone)
 
 
-def _of_store(folder: Path, instrument: str) -> InstrumentBars:
+def _of_store(folder: Path, instrument: str, until: pd.Timestamp | None) -> InstrumentBars:
     """Read an instrument of a Qlib store, of its finest frequency."""
     store = StoreFiles(folder)
     if not instrument:
@@ -88,7 +88,7 @@ def _of_store(folder: Path, instrument: str) -> InstrumentBars:
     lacking = [column for column in PRICES if column not in bars]
     if lacking:
         raise SourceError(f"{folder}: {instrument} has no {lacking[0]} of {freq}")
-    if "volume" in bars and bars["volume"].gt(0).any():
+    if "volume" in bars and bars.loc[:until, "volume"].gt(0).any():
         bars = bars[bars["volume"] > 0]  # a suspended day is no bar
     bars = bars[bars[PRICES].notna().all(axis=1)]
     findings = [f"{len(bars):,} bars of {freq} from the store {folder}"]

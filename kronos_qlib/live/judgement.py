@@ -102,10 +102,16 @@ def judge(sets: pd.DataFrame, rows: pd.DataFrame, paper: Paper | None = None) ->
 
 
 def counted_sets(sets: pd.DataFrame) -> pd.DataFrame:
-    """Select the last made set of each date, in the order of dates; of forecasts of one instrument, of each of them."""
+    """Select the last made set of each date, in the order of dates.
+
+    Of the page's it is the first, of each instrument that was asked for alone: who asks again with other seeds until he
+    likes an answer does not choose the record.
+    """
     ordered = sets.sort_values(["date", "made_at", "version"], kind="stable")
-    instrument = [(settings.get("question") or {}).get("instrument") for settings in ordered["settings"]]
-    return ordered[~ordered.assign(instrument=instrument).duplicated(["date", "instrument"], keep="last")]
+    asked = pd.Series([settings.get("question") for settings in ordered["settings"]], ordered.index, dtype=object)
+    ordered = ordered.assign(instrument=[(question or {}).get("instrument") for question in asked])
+    again = {keep: ordered.duplicated(["date", "instrument"], keep=keep) for keep in ("first", "last")}
+    return ordered[~again["last"].where(asked.isna(), again["first"])].drop(columns="instrument")
 
 
 def compare_with_promise(rank_ics: pd.Series, promised: dict[str, Any], lag: int) -> PromiseTest:

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from kronos_qlib.versions import package_version
 from kronos_qlib.web import schema
-from kronos_qlib.web.forecasts import as_text, bars_as_columns, prepare, read_date, split_bars
+from kronos_qlib.web.forecasts import are_days, as_text, bars_as_columns, prepare, read_date, split_bars
 from kronos_qlib.web.jobs import Job
 from kronos_qlib.web.problems import MEDIA_TYPE, Problem
 from kronos_qlib.web.safety import Safety
@@ -111,12 +111,14 @@ def _add_offers(app: FastAPI, service: Service) -> None:
         count: Annotated[int, Query(ge=1, le=5000)] = 400,
     ) -> Any:
         """Return the last bars of an instrument, up to a date."""
-        found = service.sources.bars(source, instrument)
-        before, _ = split_bars(found.bars, read_date(at))
-        ends = as_text(pd.DatetimeIndex(found.bars.bars.index[[0, -1]]))
+        until = read_date(at)
+        found = service.sources.bars(source, instrument, until)
+        before, _ = split_bars(found.bars, until)
+        daily = are_days(found.bars.bars.index)
+        ends = as_text(pd.DatetimeIndex(found.bars.bars.index[[0, -1]]), daily)
         return {
             "instrument": found.bars.instrument,
-            "bars": bars_as_columns(before.iloc[-count:]),
+            "bars": bars_as_columns(before.iloc[-count:], daily),
             "first": ends[0],
             "last": ends[1],
             "total": len(found.bars.bars),
@@ -285,6 +287,8 @@ async def _invalid(_: Request, error: Exception) -> Response:
     if first["type"] == "json_invalid":
         return await _problem(_, Problem(400, "The request's body is no JSON."))
     name = ".".join(place) or "The request"
+    if first["type"] == "string_pattern_mismatch":
+        return await _problem(_, Problem(422, f"{name}: a name has no slash and no control character."))
     return await _problem(_, Problem(422, f"{name}: {first['msg']}."))
 
 

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from kronos_qlib.web.problems import Problem
 from kronos_qlib.web.sources import Sources
 
 SPARKLINE = 40  # closes
+_MOST_SECONDS = 900
 _STEP = 0.2  # seconds between two looks at a process: a job that is cancelled ends it
 
 
@@ -33,12 +36,15 @@ def run_command(
     """
     command = [sys.executable, "-m", "kronos_qlib", *arguments]
     variables = os.environ | {"TQDM_DISABLE": "1"} | dict(environment or {})
+    end = time.monotonic() + _MOST_SECONDS
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as said:
         with subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=said, env=variables, start_new_session=True
         ) as process:
             try:
                 while process.poll() is None:
+                    if time.monotonic() > end:
+                        raise Problem(504, f"kronos-qlib {arguments[0]} took more than {_MOST_SECONDS:,} s.")
                     report(0.0)
                     try:
                         process.wait(_STEP)
@@ -46,7 +52,7 @@ def run_command(
                         continue
             finally:
                 if process.poll() is None:
-                    process.kill()
+                    os.killpg(process.pid, signal.SIGKILL)  # and the processes that it started
         out.seek(0)
         said.seek(0)
         if process.returncode == 0:
@@ -102,10 +108,11 @@ def judge_record(ledger: str, report: Report) -> dict[str, Any]:
 
 
 def hidden_folders(*addresses: str | None) -> dict[str, str]:
-    """Return the folders of databases' addresses, and nothing instead of each."""
+    """Return databases' addresses, which may hold a password, and their folders, and what stands instead of each."""
+    whole = {address: "the database" for address in addresses if address and "://" in address}
     paths = [Path(address.partition("///")[2] or address).parent for address in addresses if address]
     folders = {str(folder) for path in paths for folder in (path, path.resolve())}
-    return {f"{folder}/": "" for folder in folders if len(folder) > 1}
+    return whole | {f"{folder}/": "" for folder in folders if len(folder) > 1}
 
 
 def _row(row: dict[str, Any], store: str, date: pd.Timestamp, sources: Sources) -> dict[str, Any]:

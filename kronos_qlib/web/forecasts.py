@@ -14,6 +14,7 @@ import pandas as pd
 
 from kronos_qlib.analysis.bar_forecast import QUANTILES, BarForecast
 from kronos_qlib.data.calendar import sessions_after_bars
+from kronos_qlib.data.dates import read_until
 from kronos_qlib.data.windows import CLOSE, COLUMNS
 from kronos_qlib.evaluation.measures import Outcomes, measure
 from kronos_qlib.forecast.calibration import bar_volatility
@@ -78,16 +79,11 @@ def check_size(question: Draws, limits: Limits, instruments: int = 1) -> None:
 
 
 def read_date(text: str | None) -> pd.Timestamp | None:
-    """Read a date or a time; a date means its end. Raises Problem."""
-    if not text:
-        return None
+    """Read a date, which means its end, or a time; None where there is none. Raises Problem."""
     try:
-        at = pd.Timestamp(text)
-        if at.tzinfo is not None:
-            raise ValueError
-        return at + pd.Timedelta(days=1) - pd.Timedelta(1, "ns") if at == at.normalize() else at
-    except (ValueError, OverflowError):
-        raise Problem(422, f"{text!r} is no date such as 2025-06-05, nor a time such as 2025-06-05 14:30.") from None
+        return read_until(text) if text else None
+    except ValueError as error:
+        raise Problem(422, f"{error}.") from None
 
 
 def split_bars(found: InstrumentBars, at: pd.Timestamp | None) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -106,8 +102,9 @@ def prepare(question: ForecastQuestion, sources: Sources, networks: Networks, li
     context = network.predictor.max_context
     if question.horizon >= context:
         raise Problem(422, f"horizon is {question.horizon}; {network.name} forecasts fewer than {context} bars.")
-    found = sources.bars(question.source, question.instrument)
-    before, later = split_bars(found.bars, read_date(question.at))
+    at = read_date(question.at)
+    found = sources.bars(question.source, question.instrument, at)
+    before, later = split_bars(found.bars, at)
     room = min(question.lookback, most_lookback(network.predictor, question.horizon))
     bars, earlier = before.iloc[-room:], before.iloc[:-room]
     times = _sessions_after(_Times(pd.DatetimeIndex(before.index)), question.horizon, found.exchange)
@@ -129,7 +126,7 @@ class _Times:
         return hash(self.digest)
 
 
-@lru_cache(256)
+@lru_cache(32)  # of bars of minutes a key is some MiB
 def _sessions_after(bars: _Times, horizon: int, exchange: str | None) -> pd.DatetimeIndex:
     """Return the sessions that follow bars; to look an exchange's up takes as long as a forecast."""
     return sessions_after_bars(bars.times, horizon, exchange)
@@ -165,25 +162,25 @@ class Forecasts:
         close, last = paths[..., CLOSE], float(asked.bars["close"].iloc[-1])
         table, quantiles = forecast.table(), forecast.close_quantiles
         shown = pd.concat([asked.before, asked.bars])
+        daily = are_days(shown.index.union(times))
         kept, note = self._keep(asked, close, last)
         notes = [_note(asked), *([note] if note else []), *asked.found.bars.findings]
-        at = read_date(asked.question.at)
-        snippet = forecast_snippet(asked.question, at, asked.network, asked.found, len(asked.bars), self._paths_shown)
+        snippet = forecast_snippet(asked.question, asked.bars, asked.network, asked.found, self._paths_shown)
         return {
             "digest": asked.digest,
             "instrument": asked.found.bars.instrument,
             "model": asked.network.name,
             "seen": len(asked.bars),
             "last_close": last,
-            "bars": bars_as_columns(shown),
-            "times": as_text(times),
+            "bars": bars_as_columns(shown, daily),
+            "times": as_text(times, daily),
             "quantiles": _quantiles(forecast),
             "prob_up": table["prob_up"].tolist(),
             "low": table["low"].tolist(),
             "high": table["high"].tolist(),
             "volume": np.median(paths[..., COLUMNS.index("volume")], axis=0).tolist(),
             "paths": close[:SHOWN_PATHS].tolist(),
-            "came": bars_as_columns(came) if len(came) else None,
+            "came": bars_as_columns(came, daily) if len(came) else None,
             "figures": _figures(asked, close, quantiles, came),
             "notes": notes,
             "snippet": snippet,
@@ -195,6 +192,8 @@ class Forecasts:
             return None, ""
         if asked.found.origin is None:
             return None, "Not kept in the ledger: a file gets no later bars; ingest it to a store."
+        if last <= 0:
+            return None, "Not kept in the ledger: of a last close of 0 or less there are no returns."
         date, names = pd.Timestamp(asked.bars.index[-1]), [asked.found.bars.instrument]
         question = asked.question.model_dump() | {"instrument": names[0]}
         return self._keeper.keep(
@@ -235,27 +234,34 @@ def draw_paths(
     return possible_bars(paths)
 
 
-def as_text(times: pd.DatetimeIndex) -> list[str]:
-    """Return times as text: dates where all are midnights."""
-    daily = bool((times == times.normalize()).all())
+def are_days(times: pd.Index) -> bool:
+    """Return whether all times are midnights."""
+    index = pd.DatetimeIndex(times)
+    return bool((index == index.normalize()).all())
+
+
+def as_text(times: pd.DatetimeIndex, daily: bool) -> list[str]:
+    """Return times as text: of bars of days as dates."""
     return list(times.strftime("%Y-%m-%d" if daily else "%Y-%m-%d %H:%M"))
 
 
-def bars_as_columns(bars: pd.DataFrame) -> dict[str, Any]:
+def bars_as_columns(bars: pd.DataFrame, daily: bool) -> dict[str, Any]:
     """Return bars as lists by column; unknown numbers are None."""
     named = [name for name in COLUMNS[:5] if name in bars]
     values = {name: bars[name].astype(object).where(bars[name].notna(), None).tolist() for name in named}
-    return {"time": as_text(pd.DatetimeIndex(bars.index)), **values}
+    return {"time": as_text(pd.DatetimeIndex(bars.index), daily), **values}
 
 
 def _partial(asked: Prepared, paths: np.ndarray) -> dict[str, Any]:
     """Describe what the first paths show."""
     forecast = BarForecast(asked.found.bars.instrument, asked.bars, asked.times, paths, asked.later.iloc[:0])
+    shown = pd.concat([asked.before, asked.bars])
+    daily = are_days(shown.index.union(asked.times))
     return {
         "instrument": forecast.instrument,
         "last_close": float(asked.bars["close"].iloc[-1]),
-        "bars": bars_as_columns(pd.concat([asked.before, asked.bars])),
-        "times": as_text(asked.times),
+        "bars": bars_as_columns(shown, daily),
+        "times": as_text(asked.times, daily),
         "quantiles": _quantiles(forecast),
         "volume": np.median(paths[..., COLUMNS.index("volume")], axis=0).tolist(),
         "paths": paths[..., CLOSE].tolist(),
@@ -280,13 +286,14 @@ def _note(asked: Prepared) -> str:
 def _figures(asked: Prepared, close: np.ndarray, quantiles: np.ndarray, came: pd.DataFrame) -> dict[str, Any]:
     """Say what is expected, and where bars came how far off it was, beside the last value and historical volatility."""
     last = float(asked.bars["close"].iloc[-1])
+    figures: dict[str, Any] = {"prob_up": float((close[:, -1] > last).mean()), "came": len(came)}
+    if last <= 0:  # returns mean nothing
+        return figures
     ratios, bands = close / last, quantiles / last
-    figures: dict[str, Any] = {
-        "prob_up": float((close[:, -1] > last).mean()),
+    figures |= {
         "median_return": float(bands[3, -1] - 1),
         "range_50": [float(bands[2, -1] - 1), float(bands[4, -1] - 1)],
         "range_90": [float(bands[0, -1] - 1), float(bands[6, -1] - 1)],
-        "came": len(came),
     }
     if not len(came) or len(asked.bars) < 3 or not (asked.bars["close"] > 0).all():
         return figures

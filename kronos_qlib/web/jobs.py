@@ -8,7 +8,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from kronos_qlib.web.problems import Problem
@@ -17,7 +17,6 @@ from kronos_qlib.web.schema import State
 logger = logging.getLogger("qlib.KronosWeb")
 ENDED = ("done", "failed", "cancelled")
 BATCH = 16  # jobs that are answered together
-KEPT_JOBS = 1024
 SHORTEST = 0.05  # seconds between two changes that a listener is told of
 
 
@@ -40,16 +39,18 @@ Work = Callable[[Sequence[Any], Report], Sequence[Any]]
 class Task:
     """A question to the thread.
 
-    digest: of all that decides the answer. group: questions of equal groups are answered together; None: alone.
-    payload: the question as `work` takes it. question: as the user asked it.
+    digest: of all that decides the answer; None: it is answered anew each time. group: questions of equal groups are
+    answered together; None: alone. payload: the question as `work` takes it. question: as the user asked it. lasting:
+    whether an answer may be given to the same question again.
     """
 
     kind: str
-    digest: str
+    digest: str | None
     group: Hashable | None
     payload: Any
-    work: Work
+    work: Work | None
     question: dict[str, Any]
+    lasting: Callable[[dict[str, Any]], bool] = lambda answer: True
 
 
 @dataclass
@@ -101,9 +102,8 @@ class JobQueue:
         """Add a job; one whose answer is known is done at once. Raises Problem, 429, if too many wait."""
         job = Job(secrets.token_urlsafe(12), task)
         with self._condition:
-            if task.digest in self._answers:
-                self._answers.move_to_end(task.digest)
-                job.state, job.progress, job.result, job.seconds = "done", 1.0, self._answers[task.digest], 0.0
+            if self._is_answered(job):
+                pass
             elif len(self._waiting) >= self._most_waiting:
                 raise Problem(
                     429,
@@ -116,6 +116,15 @@ class JobQueue:
             self._jobs[job.id] = job
             self._forget()
         return job
+
+    def _is_answered(self, job: Job) -> bool:
+        """Give a job the answer to the same question, if it is kept."""
+        answer = None if job.task.digest is None else self._answers.get(job.task.digest)
+        if job.task.digest is None or answer is None:
+            return False
+        self._answers.move_to_end(job.task.digest)
+        self._end(job, "done", result=answer, seconds=0.0)
+        return True
 
     def job(self, job_id: str) -> Job:
         """Return a job by its id. Raises Problem if there is none."""
@@ -131,7 +140,7 @@ class JobQueue:
             if job.state not in ENDED:
                 with suppress(ValueError):
                     self._waiting.remove(job)
-                self._change(job, state="cancelled")
+                self._end(job, "cancelled")
         return job
 
     def place(self, job: Job) -> int | None:
@@ -155,9 +164,10 @@ class JobQueue:
         seen = -1
         try:
             while True:
-                changed, seen = job.version != seen, job.version
-                ended = job.state in ENDED
-                yield changed
+                version = job.version
+                ended = job.state in ENDED  # what it ended with was known before
+                yield ended or version != seen
+                seen = version
                 if ended:
                     return
                 await asyncio.sleep(SHORTEST)
@@ -173,7 +183,7 @@ class JobQueue:
         with self._condition:
             self._closed = True
             for job in [*self._waiting, *self._running]:
-                self._change(job, state="cancelled")
+                self._end(job, "cancelled")
             self._waiting.clear()
             self._condition.notify_all()
         self._thread.join(10)
@@ -192,6 +202,8 @@ class JobQueue:
     def _take(self, long: bool) -> list[Job]:
         """Take the first job that waits and others of its group; with `long` also a job that is alone in its group."""
         with self._condition:
+            for job in [job for job in self._waiting if self._is_answered(job)]:  # since it was asked
+                self._waiting.remove(job)
             first = next((job for job in self._waiting if long or job.task.group is not None), None)
             if first is None:
                 return []
@@ -204,7 +216,7 @@ class JobQueue:
             return batch
 
     def _answer(self, batch: list[Job]) -> None:
-        first = {job.task.digest: job.task for job in batch}  # the same question asked twice is answered once
+        first = {_key(job): job.task for job in batch}  # the same question asked twice is answered once
         started = time.monotonic()
 
         def report(share: float, partial: Sequence[dict[str, Any]] | None = None) -> None:
@@ -213,13 +225,14 @@ class JobQueue:
             known = {} if partial is None else dict(zip(first, partial))
             for job in batch:
                 if job.state == "running" and known:
-                    self._change(job, partial=known[job.task.digest])
+                    self._change(job, partial=known[_key(job)])
                 if job.state == "running" and share - job.progress >= 0.01:
                     self._change(job, progress=min(share, 1.0))
 
         problem, answers = None, {}
         try:
             tasks = list(first.values())
+            assert tasks[0].work is not None
             answers = dict(zip(first, tasks[0].work([task.payload for task in tasks], report)))
         except Cancelled:
             pass
@@ -234,21 +247,28 @@ class JobQueue:
             problem = Problem(500, "It failed; the server's log says why.").content()
         seconds = time.monotonic() - started
         with self._condition:
-            for digest, answer in answers.items():
-                self._answers[digest] = answer
+            for key, answer in answers.items():
+                if first[key].digest == key and first[key].lasting(answer):
+                    self._answers[key] = answer
             while len(self._answers) > self._most_answers:
                 self._answers.popitem(last=False)
             for job in batch:
                 self._running.remove(job)
-                answer = answers.get(job.task.digest)
+                answer = answers.get(_key(job))
                 if job.state == "cancelled":
                     continue
                 if answer is not None:
-                    self._change(job, state="done", progress=1.0, seconds=seconds, result=answer, partial=None)
+                    self._end(job, "done", result=answer, seconds=seconds)
                 elif problem is not None:
-                    self._change(job, state="failed", problem=problem)
+                    self._end(job, "failed", problem=problem)
                 else:
-                    self._change(job, state="cancelled")
+                    self._end(job, "cancelled")
+
+    def _end(self, job: Job, state: State, **values: Any) -> None:
+        """End a job; its state comes last, for readers take no lock. What it was to be answered from is let go."""
+        task = replace(job.task, payload=None, work=None)
+        self._change(job, task=task, progress=1.0 if state == "done" else job.progress, partial=None, **values)
+        self._change(job, state=state)
 
     def _change(self, job: Job, **values: Any) -> None:
         for name, value in values.items():
@@ -259,9 +279,12 @@ class JobQueue:
                 loop.call_soon_threadsafe(event.set)
 
     def _forget(self) -> None:
-        """Forget the oldest jobs that have ended, and what jobs hold of answers that are no longer kept."""
+        """Forget the oldest jobs that have ended, with their answers."""
         ended = [key for key, job in self._jobs.items() if job.state in ENDED]
-        for key in ended[: max(0, len(self._jobs) - KEPT_JOBS)]:
-            del self._jobs[key]
         for key in ended[: max(0, len(ended) - self._most_answers)]:
             self._jobs.pop(key, None)
+
+
+def _key(job: Job) -> str:
+    """Return what jobs of the same question have in common."""
+    return job.task.digest or job.id

@@ -18,6 +18,7 @@ from kronos_qlib.web.networks import NamedNetwork
 from kronos_qlib.web.sources import Origin
 
 RECENT = 1000  # sessions of a store from which the time of the next ones is known
+_USUAL = {"temperature": 1, "top_p": 1, "top_k": 0}
 _REGIONS = {exchange: region for region, exchange in EXCHANGES.items()}
 
 
@@ -116,12 +117,11 @@ def _signal_set(
     table["last_close"], table["prob_up"] = last, (returns > 0).mean(axis=1)
     table[[f"q{round(100 * level):02d}" for level in QUANTILES]] = np.quantile(returns, QUANTILES, axis=1).T
     whole = "instrument" not in question
-    universe = question.get("universe") if question.get("instruments") is None else "watchlist"
     asked = {name: value for name, value in question.items() if name not in ("at", "model", "source", "store", "top")}
     return SignalSet(
         date=date,
         table=table.sort_index(),
-        experiment=f"page {network.name}, {horizon} bars{f', {universe}' if whole else ''}",
+        experiment=_experiment(network.name, origin.store.name, horizon, question),
         recorder="page",
         store=str(origin.store),
         freq=origin.freq,
@@ -133,3 +133,14 @@ def _signal_set(
         versions=package_versions(),
         exchange=origin.exchange,
     )
+
+
+def _experiment(model: str, store: str, horizon: int, question: dict[str, Any]) -> str:
+    """Name what forecasts have in common that are judged together: all that was asked but date, instrument and seed."""
+    names = question.get("instruments")
+    universe = (
+        question.get("universe") if names is None else f"watchlist {blake2b(repr(names).encode()).hexdigest()[:6]}"
+    )
+    parts = [f"page {store} {model}", f"{question['lookback']} + {horizon} bars × {question['samples']}"]
+    parts += [f"{name} {question[name]:g}" for name, usual in _USUAL.items() if question[name] != usual]
+    return ", ".join([*parts, *([str(universe)] if "instrument" not in question else [])])

@@ -11,7 +11,7 @@ import pandas as pd
 from kronos_qlib.data.calendar import sessions_after_bars
 from kronos_qlib.data.windows import CLOSE
 from kronos_qlib.web.commands import SPARKLINE
-from kronos_qlib.web.forecasts import check_size, draw_paths, read_date
+from kronos_qlib.web.forecasts import are_days, as_text, check_size, draw_paths, read_date
 from kronos_qlib.web.jobs import Report
 from kronos_qlib.web.keeping import Keeper, digest_bars, score
 from kronos_qlib.web.networks import NamedNetwork, Networks
@@ -38,11 +38,10 @@ class PreparedMarket:
 
     @property
     def digest(self) -> str:
-        """A digest of the question; of the store, by its last session and its files' times."""
-        store = self.sources.store(self.question.store)
-        changed = [path.stat().st_mtime_ns for path in (store.folder / "features", store.folder / "calendars")]
+        """A digest of the question, its members, and the sizes and times of the files of their bars."""
         asked = self.question.model_dump(exclude={"top"})
-        known = ("market", asked, self.network.digest, str(self.date), str(self.calendar[-1]), changed)
+        files = [self.sources.state(self.question.store, name) for name in self.instruments]
+        known = ("market", asked, self.network.digest, str(self.date), len(self.calendar), self.instruments, files)
         return blake2b(repr(known).encode(), digest_size=16).hexdigest()
 
 
@@ -101,7 +100,7 @@ def answer(
         "digest": asked.digest,
         "store": question.store,
         "universe": None if question.instruments is not None else question.universe,
-        "date": str(asked.date).removesuffix(" 00:00:00"),
+        "date": as_text(asked.calendar[-1:], are_days(asked.calendar))[0],
         "model": asked.network.name,
         "seen": room,
         "horizon": question.horizon,
@@ -118,12 +117,14 @@ def _bars(asked: PreparedMarket, room: int, left: list[str]) -> Iterator[tuple[s
     """Yield each instrument that has a bar of the date and enough before it; the others are added to `left`."""
     for name in asked.instruments:
         try:
-            bars = asked.sources.bars(asked.question.store, name).bars.bars.loc[: asked.date]
+            bars = asked.sources.bars(asked.question.store, name, asked.date).bars.bars.loc[: asked.date]
         except Problem as problem:
             left.append(f"{name}: {problem.detail}")
             continue
         if not len(bars) or bars.index[-1] != asked.date:
             left.append(f"{name}: no bar of the date")
+        elif bars["close"].iloc[-1] <= 0:
+            left.append(f"{name}: a last close of 0 or less, of which there are no returns")
         elif len(bars) < room:
             left.append(f"{name}: {len(bars)} bars, fewer than {room}")
         else:
@@ -153,7 +154,7 @@ class _Drawn:
         ends = close[:, :, -1] / last[:, None] - 1
         bands = np.quantile(ends, [0.05, 0.25, 0.5, 0.75, 0.95], axis=1)
         found = score(close, last)
-        self.closes.append(close)
+        self.closes.append(close.copy())  # the other columns need not stay
         self.digests.append(digest_bars(frames))
         self.rows += [
             {

@@ -140,8 +140,8 @@ def _read(url: str) -> tuple[str, pd.DataFrame, pd.DataFrame]:
 
 def _without_address(text: str, address: str) -> str:
     """Return a message without the folder that a database lies in."""
-    for folder, shown in hidden_folders(address).items():
-        text = text.replace(folder, shown)
+    for hidden, shown in hidden_folders(address).items():
+        text = text.replace(hidden, shown)
     return text
 
 

@@ -42,10 +42,11 @@ _SAFE = ("GET", "HEAD")
 
 
 class PunctualProtocol(H11Protocol):
-    """uvicorn's protocol, but for a connection on which no whole head of a request comes in time: that is closed."""
+    """uvicorn's protocol, which closes a connection on which no request comes whole, or no answer is taken."""
 
     seconds = 30.0
     _deadline: asyncio.TimerHandle | None = None
+    _stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to wait for the first request."""
@@ -61,6 +62,17 @@ class PunctualProtocol(H11Protocol):
         """Wait no more."""
         self._wait(False)
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Begin to wait for the client to take what was sent."""
+        super().pause_writing()
+        self._stalled = self.loop.call_later(self.seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Go on: it has taken some."""
+        if self._stalled is not None:
+            self._stalled.cancel()
+        super().resume_writing()
 
     def _wait(self, waits: bool) -> None:
         if waits and self._deadline is None:
@@ -96,10 +108,17 @@ class Safety:
                 message = {**message, "headers": [*message.get("headers", []), *more]}
             await send(message)
 
+        async def send_unless_refused(message: Message) -> None:
+            if not refused:  # what the API makes of a body that was cut short is not the answer
+                await send_safely(message)
+
+        refused: list[Problem] = []
         self._serving += 1
         try:
             self._check(scope)
-            await self.app(scope, self._limited(scope, receive), send_safely)
+            await self.app(scope, self._limited(scope, receive, refused), send_unless_refused)
+            if refused:
+                raise refused[0]
         except Problem as problem:
             if not sent:
                 await _answer(problem, scope, send_safely)
@@ -121,7 +140,7 @@ class Safety:
         host = headers[b"host"].decode("latin-1").lower()
         self._check_host(host)
         origin = headers.get(b"origin", b"").decode("latin-1").lower()
-        if origin and urlsplit(origin).netloc != host:
+        if origin and origin.partition("://")[2] != host:
             raise Problem(403, "This request comes from a page of another site, which may not use this server.")
         if headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site") and (
             scope["method"] not in _SAFE or scope["path"].startswith("/api")
@@ -141,14 +160,15 @@ class Safety:
             name, port = place.hostname, place.port
         except ValueError:
             name, port = None, None
-        own_port = self.settings.port in (0, port) or name not in LOOPBACK
-        if name not in self._hosts or not own_port or place.username is not None:
+        own_port = self.settings.port in (0, port or 80) or name not in LOOPBACK
+        known = (name in self._hosts and own_port) or host in self._hosts
+        if not known or place.username is not None:
             raise Problem(
                 421, "This server is not called so; open it by the address that it printed, or name --public-name."
             )
 
-    def _limited(self, scope: Message, receive: Receive) -> Receive:
-        """Return a `receive` that ends a body which is too large, or whose next piece does not come."""
+    def _limited(self, scope: Message, receive: Receive, refused: list[Problem]) -> Receive:
+        """Return a `receive` that ends a body which is too large, or whose next piece does not come, and says why."""
         limits = self.settings.limits
         most = limits.upload_bytes if scope["path"] == "/api/uploads" else limits.request_bytes
         declared = next((value for name, value in scope["headers"] if name.lower() == b"content-length"), b"0")
@@ -164,10 +184,12 @@ class Safety:
             try:
                 message = await asyncio.wait_for(receive(), limits.seconds)
             except asyncio.TimeoutError:
-                raise Problem(408, f"Nothing came for {limits.seconds:g} seconds.", {"Connection": "close"}) from None
+                refused.append(Problem(408, f"Nothing came for {limits.seconds:g} seconds.", {"Connection": "close"}))
+                raise refused[0] from None
             received += len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if received > most:
+                refused.append(too_large)
                 raise too_large
             return message
 

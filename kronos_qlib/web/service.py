@@ -1,6 +1,5 @@
 """What the API and the assistants' tools share: networks, sources, uploads, and the queues that answer questions."""
 
-import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -93,68 +92,71 @@ class Service:
 
     def ask_forecast(self, prepared: Prepared) -> Job:
         """Ask for a forecast. Raises Problem if too many jobs wait."""
-        question = prepared.question.model_dump()
-        task = Task("forecast", prepared.digest, prepared.group, prepared, self.forecasts.answer, question)
+        question, origin = prepared.question.model_dump(), prepared.found.origin
+        lasting = self._lasting(None if origin is None else origin.exchange)
+        task = Task("forecast", prepared.digest, prepared.group, prepared, self.forecasts.answer, question, lasting)
         return self._for_networks.submit(task)
 
     def ask_market(self, question: MarketQuestion) -> Job:
         """Ask for a ranking. Raises Problem."""
         prepared = market.prepare(question, self.sources, self.networks, self.settings.limits)
-        give_way = self._for_networks.run_waiting
-        return self._submit(
-            "market", prepared.digest, question, lambda report: market.answer(prepared, report, give_way, self._keeper)
-        )
+        give_way, keeper = self._for_networks.run_waiting, self._keeper
+        lasting = self._lasting(self.sources.exchange_of(prepared.instruments[0]))
+
+        def answer(report: Report) -> dict[str, Any]:
+            return market.answer(prepared, report, give_way, keeper)
+
+        return self._submit("market", prepared.digest, question, answer, lasting)
 
     def ask_signals(self, question: SignalsQuestion) -> Job:
         """Ask for a ranking by a finished run. Raises Problem."""
         uri, ledger = self._runs_uri(), self.settings.ledger
-        run, date = self._run(question.run), self.sources.sessions(question.store, read_date(question.at))[-1]
-        asked = question.store, str(date.date()), self.sources, uri, ledger
-        return self._submit(
-            "signals", secrets.token_hex(), question, lambda report: commands.rank_by_run(run, *asked, report)
-        )
+        run = _run_of(records.list_runs(uri), question.run)
+        date = self.sources.sessions(question.store, read_date(question.at))[-1]
+        asked = run, question.store, str(date.date()), self.sources, uri, ledger
+        return self._submit("signals", None, question, lambda report: commands.rank_by_run(*asked, report))
 
     def ask_comparison(self, question: ComparisonQuestion) -> Job:
         """Ask for a comparison of runs. Raises Problem."""
         uri = self._runs_uri()
-        for name in question.names:
-            self._run(name)
-        digest = repr(("comparison", uri, question.names))
-        return self._submit("comparison", digest, question, lambda report: records.compare(question.names, uri, report))
+        listed = records.list_runs(uri)
+        ids = [_run_of(listed, name)["id"] for name in question.names]
+        digest = repr(("comparison", ids))
+        return self._submit("comparison", digest, question, lambda report: records.compare(ids, uri, report))
 
     def ask_check(self, question: CheckQuestion) -> Job:
         """Ask for the health check of a store, or of what `kronos-qlib ingest` makes of a file. Raises Problem."""
-        upload = self._uploads.find(question.source) if self._uploads is not None else None
+        name, upload = question.source, None if self._uploads is None else self._uploads.find(question.source)
         if upload is not None:
-            return self._submit(
-                "check", repr(("check", upload.id)), question, lambda report: records.check_upload(upload, report)
-            )
-        folder = self.sources.store(question.source).folder
-        changed = max(path.stat().st_mtime_ns for path in [folder, *folder.glob("*"), *folder.glob("calendars/*")])
-        digest = repr(("check", question.source, changed))
-        return self._submit("check", digest, question, lambda report: records.check(folder, question.source, report))
+            digest = repr(("check", upload.id))
+            return self._submit("check", digest, question, lambda report: records.check_upload(upload, report))
+        folder = self.sources.store(name).folder
+        return self._submit("check", None, question, lambda report: records.check(folder, name, report))
 
     def ask_record(self, question: RecordQuestion) -> Job:
         """Ask for what came to be filled in and for the record to be judged. Raises Problem."""
         ledger = self._ledger_url()
-        return self._submit(
-            "record", secrets.token_hex(), question, lambda report: commands.judge_record(ledger, report)
-        )
+        return self._submit("record", None, question, lambda report: commands.judge_record(ledger, report))
 
-    def _submit(self, kind: str, digest: str, question: Request, answer: Callable[[Report], dict[str, Any]]) -> Job:
+    def _submit(
+        self,
+        kind: str,
+        digest: str | None,
+        question: Request,
+        answer: Callable[[Report], dict[str, Any]],
+        lasting: Callable[[dict[str, Any]], bool] = lambda answer: True,
+    ) -> Job:
         """Ask a question that is answered alone."""
 
         def work(_: Sequence[Any], report: Report) -> list[dict[str, Any]]:
             return [answer(report)]
 
-        return self.queue(kind).submit(Task(kind, digest, None, None, work, question.model_dump()))
+        return self.queue(kind).submit(Task(kind, digest, None, None, work, question.model_dump(), lasting))
 
-    def _run(self, name: str) -> dict[str, Any]:
-        """Return a finished run by its id, or the newest of an experiment. Raises Problem."""
-        for run in records.list_runs(self._runs_uri()):
-            if name in (run["experiment"], run["id"]):
-                return run
-        raise Problem(404, f"There is no finished run {name!r} here.")
+    def _lasting(self, exchange: str | None) -> Callable[[dict[str, Any]], bool]:
+        """Return whether an answer need not be made again: what the ledger could not keep yet may be kept later."""
+        keeps = self._keeper is not None and exchange is not None
+        return lambda answer: not keeps or answer["ledger"] is not None
 
     def report(self, job_id: str) -> str:
         """Return the page of a comparison that is done. Raises Problem."""
@@ -246,3 +248,11 @@ class Service:
         if self.settings.ledger is None:
             raise Problem(404, "This server has no ledger; start it with --ledger sqlite:///ledger.db.")
         return self.settings.ledger
+
+
+def _run_of(listed: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """Return a finished run by its id, or the newest of an experiment. Raises Problem."""
+    for run in listed:
+        if name in (run["experiment"], run["id"]):
+            return run
+    raise Problem(404, f"There is no finished run {name!r} here.")

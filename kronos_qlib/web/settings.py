@@ -1,7 +1,7 @@
 """What a server was started with: folders by name, limits, and who may ask."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
@@ -40,8 +40,6 @@ class Limits(Settings):
     """Sample paths."""
     bars: int = Field(default=4_000_000, ge=1)
     """Samples × horizon × instruments."""
-    shown: int = Field(default=5000, ge=1)
-    """Bars of an answer of /api/bars, and instruments of one of /api/instruments."""
     waiting: int = Field(default=64, ge=1)
     """Jobs that wait; more are refused with status 429."""
     answers: int = Field(default=256, ge=1)
@@ -78,13 +76,14 @@ class ServerSettings:
     limits: Limits = field(default_factory=Limits)
 
 
-def name_folders(folders: Iterable[Path]) -> dict[str, Path]:
-    """Give each folder the name of its last part, a number after it where two have the same; resolved."""
+def name_folders(folders: Iterable[Path], others: Collection[str] = ()) -> dict[str, Path]:
+    """Give each folder the name of its last part, a number after it where that is another's name; resolved."""
     named: dict[str, Path] = {}
     for folder in folders:
         path = folder.expanduser().resolve()
         stem = _FOREIGN.sub("-", path.name).strip("-.") or "folder"
-        name = next(name for name in (stem, *(f"{stem}-{number}" for number in range(2, 1000))) if name not in named)
+        numbered = (stem, *(f"{stem}-{number}" for number in range(2, 1000)))
+        name = next(name for name in numbered if name not in named and name not in others)
         if path not in named.values():
             named[name] = path
     return named
@@ -102,7 +101,7 @@ def name_stores(folders: Iterable[Path]) -> dict[str, Path]:
 def name_models(names: Iterable[str]) -> dict[str, str]:
     """Name models: those of the zoo by their own names, folders by their last part."""
     zoo = [name for name in names if not Path(name).expanduser().is_dir()]
-    folders = name_folders(Path(name) for name in names if Path(name).expanduser().is_dir())
+    folders = name_folders((Path(name) for name in names if Path(name).expanduser().is_dir()), zoo)
     return {name: name for name in zoo} | {name: str(folder) for name, folder in folders.items()}
 
 
@@ -114,9 +113,15 @@ def names_of(host: str) -> tuple[str, ...]:
         return (host,)
 
 
-def check_token(host: str, token: str | None) -> None:
-    """Check that a server which others can reach asks for a token. Raises ValueError."""
+def check_token(host: str, token: str | None, named: Collection[str] = ()) -> None:
+    """Check that a server which others can reach asks for a token. Raises ValueError.
+
+    Args:
+        named: public names and proxies, by which others reach it even at an address of this machine.
+    """
     if token is not None and len(token) < LEAST_TOKEN:
         raise ValueError(f"--token has {len(token)} characters; it should have {LEAST_TOKEN} or more, hard to guess")
     if host not in LOOPBACK and token is None:
         raise ValueError(f"--host {host} can be reached from other machines: name a --token that requests must bring")
+    if named and token is None:
+        raise ValueError(f"{', '.join(named)}: others reach this server so; name a --token that requests must bring")

@@ -9,17 +9,16 @@ from kronos_qlib.web.sources import FoundBars
 
 def forecast_snippet(
     question: ForecastQuestion,
-    at: pd.Timestamp | None,
+    bars: pd.DataFrame,
     network: NamedNetwork,
     found: FoundBars,
-    seen: int,
     paths_shown: bool,
 ) -> str:
-    """Write the code of a forecast; folders are named where `paths_shown`, elsewhere there are their names here."""
+    """Write the code of a forecast from these bars; folders are named where `paths_shown`, elsewhere by their names."""
     source = found.source if paths_shown else f"{question.source}:{found.bars.instrument}"
     model = network.source if paths_shown else network.name
     comment = "" if paths_shown else "  # the folder of this name on the server"
-    bars = "" if at is None else f"bars = bars[bars.index <= pd.Timestamp({str(at)!r})]\n"
+    last = str(bars.index[-1])  # so that bars which come later change nothing
     return f"""import pandas as pd
 
 from kronos_qlib.data.calendar import sessions_after_bars
@@ -27,9 +26,10 @@ from kronos_qlib.forecast.predictor import possible_bars
 from kronos_qlib.ingest.selection import read_instrument
 from kronos_qlib.workflow.named_predictor import load_predictor
 
-bars = read_instrument({source!r}).bars{comment}
-{bars}times = sessions_after_bars(pd.DatetimeIndex(bars.index), {question.horizon}, {found.exchange!r})
-bars = bars.iloc[-{seen}:]
+last = pd.Timestamp({last!r})
+bars = read_instrument({source!r}, until=last).bars.loc[:last]{comment}
+times = sessions_after_bars(pd.DatetimeIndex(bars.index), {question.horizon}, {found.exchange!r})
+bars = bars.iloc[-{len(bars)}:]
 predictor, note = load_predictor({model!r})
 paths = predictor.predict_paths_batch(
     [bars], [bars.index], [times], {question.horizon}, T={question.temperature!r}, top_k={question.top_k},

@@ -53,7 +53,7 @@ class Sources:
     def __init__(self, stores: dict[str, Path], uploads: Uploads | None = None, exchange: str | None = None) -> None:
         self.stores, self.uploads, self._exchange = stores, uploads, exchange
         self._lock = threading.Lock()
-        self._read: OrderedDict[str, InstrumentBars] = OrderedDict()
+        self._read: OrderedDict[tuple[str, pd.Timestamp | None], InstrumentBars] = OrderedDict()
 
     def store(self, name: str) -> StoreFiles:
         """Return a store by its name. Raises Problem for another name."""
@@ -82,17 +82,17 @@ class Sources:
             raise Problem(422, f"The store {name} begins on {calendar[0].date()}, after that date.")
         return sessions
 
-    def bars(self, source: str, instrument: str | None) -> FoundBars:
-        """Read the bars of an instrument of a store or an upload. Raises Problem."""
+    def bars(self, source: str, instrument: str | None, until: pd.Timestamp | None = None) -> FoundBars:
+        """Read the bars of an instrument of a store or an upload; `until`: see `read_instrument`. Raises Problem."""
         if source in self.stores:
-            return self._of_store(source, instrument or "")
+            return self._of_store(source, instrument or "", until)
         upload = self.uploads.find(source) if self.uploads is not None else None
         if upload is None:
             known = ", ".join(self.stores) or "none"
             raise Problem(404, f"There is no store or upload {source!r} here; stores named at start: {known}.")
-        return self._of_upload(upload, instrument)
+        return self._of_upload(upload, instrument, until)
 
-    def _of_store(self, name: str, instrument: str) -> FoundBars:
+    def _of_store(self, name: str, instrument: str, until: pd.Timestamp | None) -> FoundBars:
         store = self.store(name)
         if not re.fullmatch(r"[^/\\\0:]{1,64}", instrument) or instrument.upper() not in store.instruments():
             raise Problem(404, f"The store {name} has no instrument {instrument!r}.")
@@ -102,30 +102,36 @@ class Sources:
             raise Problem(404, f"The bars of {instrument} lie outside the store {name} and are not read.")
         path = f"{store.folder}:{instrument.upper()}"
         with told_without_paths(store.folder, name):
-            found = read_instrument(path)
+            found = read_instrument(path, until=until)
         findings = [finding.replace(str(store.folder), name) for finding in found.findings]
         exchange = self.exchange_of(found.instrument)
         origin = Origin(store.folder, found.freq or store.freqs[0], exchange)
         return FoundBars(replace(found, findings=findings), path, exchange, origin)
 
+    def state(self, name: str, instrument: str) -> list[tuple[str, int, int]]:
+        """Return the files of an instrument of a store, with their sizes and when they changed."""
+        folder = self.stores[name] / "features" / folder_name(instrument)
+        found = [(path.name, path.stat()) for path in sorted(folder.glob("*.bin"))]
+        return [(file, told.st_size, told.st_mtime_ns) for file, told in found]
+
     def exchange_of(self, instrument: str) -> str | None:
         """Return the exchange whose sessions an instrument of a store follows; None where that is not known."""
         return exchange_of(instrument) or self._exchange
 
-    def _of_upload(self, upload: Upload, instrument: str | None) -> FoundBars:
+    def _of_upload(self, upload: Upload, instrument: str | None, until: pd.Timestamp | None) -> FoundBars:
         wanted = instrument or upload.instruments[0]
         if wanted not in upload.instruments:
             raise Problem(404, f"The file {upload.name} has no instrument {wanted!r}.")
         source = f"{upload.path}:{wanted}"
         with self._lock:
-            found = self._read.get(source)
+            found = self._read.get((source, until))
         if found is None:
             with told_without_paths(upload.path, upload.name):
-                found = read_instrument(source)
+                found = read_instrument(source, until=until)
             findings = [finding.replace(str(upload.path), upload.name) for finding in found.findings]
             found = replace(found, findings=findings)
             with self._lock:
-                self._read[source] = found
+                self._read[source, until] = found
                 while len(self._read) > KEPT_FILES:
                     self._read.popitem(last=False)
         return FoundBars(found, source, exchange_of(found.instrument))

@@ -1,7 +1,9 @@
 """Files that users brought: checked, kept under a name of our own, and listed with what was found in them."""
 
 import gzip
+import io
 import json
+import os
 import re
 import secrets
 import shutil
@@ -12,8 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
+from typing import IO
 
+import psutil
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kronos_qlib.files import digest_of_file
@@ -31,6 +36,8 @@ _ABOUT = "about.json"
 _DRAFT = ".draft-"
 _NAMED = 20  # rejected rows that are shown
 _LONGEST_NAME = 120
+_MARKS = (b",", b";", b"\t", b"|")  # between the cells of a row
+_ROWS_TOGETHER = 4096  # of a Parquet file
 
 
 class Upload(UploadEntry):
@@ -45,9 +52,11 @@ class Uploads:
     def __init__(self, folder: Path, limits: Limits) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.limits = folder.resolve(), limits
-        self._lock = threading.Lock()
+        self._lock, self._reading = threading.Lock(), threading.Lock()
         for draft in self.folder.glob(f"{_DRAFT}*"):  # of a process that was killed
-            shutil.rmtree(draft, ignore_errors=True)
+            owner = draft.name.removeprefix(_DRAFT).partition("-")[0]
+            if not owner.isdigit() or int(owner) == os.getpid() or not psutil.pid_exists(int(owner)):
+                shutil.rmtree(draft, ignore_errors=True)
 
     @contextmanager
     def draft(self, name: str) -> Iterator[Path]:
@@ -56,7 +65,7 @@ class Uploads:
         if kind is None:
             raise Problem(415, f"{name[:_LONGEST_NAME]!r} is no file of bars; it should end in {', '.join(KINDS)}.")
         stem = _FOREIGN.sub("-", _shown(name)[: -len(kind)]).strip("-._")[:60]
-        folder = self.folder / f"{_DRAFT}{secrets.token_hex(8)}"
+        folder = self._hidden_folder()
         folder.mkdir()
         try:
             yield folder / f"{stem or 'bars'}{kind}"
@@ -108,9 +117,12 @@ class Uploads:
         with self._lock:
             return self.find(name) is not None and self._remove_folder(name)
 
+    def _hidden_folder(self) -> Path:
+        return self.folder / f"{_DRAFT}{os.getpid()}-{secrets.token_hex(8)}"
+
     def _remove_folder(self, name: str) -> bool:
         """Move a folder out of sight and remove it, so that nobody finds half of it; return whether it was there."""
-        gone = self.folder / f"{_DRAFT}{secrets.token_hex(8)}"
+        gone = self._hidden_folder()
         try:
             (self.folder / name).rename(gone)
         except FileNotFoundError:
@@ -124,29 +136,62 @@ class Uploads:
 
     def _check_size(self, path: Path, name: str) -> None:
         """Refuse what is larger, when it is read, than an upload may be; nothing is unpacked to the disk."""
-        kind, most = path.suffix, self.limits.unpacked_bytes
-        if kind == ".zip":
+        if path.suffix == ".parquet":
+            self._check_parquet(path, name)
+        elif path.suffix == ".zip":
             with zipfile.ZipFile(path) as archive:
                 members = archive.infolist()
-            if len(members) > self.limits.files:
-                raise Problem(413, f"{name} holds {len(members):,} files; {self.limits.files:,} are read at most.")
-            size = sum(member.file_size for member in members)
-        elif kind == ".gz":
-            size = 0
-            with gzip.open(path) as file:
-                while size <= most and (block := file.read(2**20)):
-                    size += len(block)
-        elif kind == ".parquet":
-            metadata = pq.read_metadata(path)
-            size = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
-            self._check_table(metadata.num_rows, metadata.num_columns, name)
+                if len(members) > self.limits.files:
+                    raise Problem(413, f"{name} holds {len(members):,} files; {self.limits.files:,} are read at most.")
+                size = rows = 0
+                for member in members:
+                    with archive.open(member) as file:
+                        size, rows = self._check_text(file, name, size, rows)
         else:
-            size = path.stat().st_size
-            with path.open("rb") as lines:
-                widest = max((line.count(mark) for line in lines.readlines(2**16) for mark in b",;\t|"), default=0)
-            self._check_table(0, widest, name)
-        if size > most:
-            raise Problem(413, f"{name} holds more than {most:,} bytes when it is unpacked, which is the most here.")
+            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+                self._check_text(file, name)
+
+    def _check_text(
+        self, file: IO[bytes] | io.BufferedIOBase, name: str, size: int = 0, rows: int = 0
+    ) -> tuple[int, int]:
+        """Count bytes and rows of a text, after those before it; refuse what is no text, whatever its name says."""
+        start = True
+        while block := file.read(2**20):
+            if start and block[:6].startswith((b"PAR1", b"ARROW1", b"FEA1")):
+                raise Problem(415, f"{name} holds a table of another kind than its name says.")
+            size, rows = size + len(block), rows + block.count(b"\n")
+            if size > self.limits.unpacked_bytes:
+                self._refuse_size(name)
+            widest = (
+                0 if not start else max(line.count(mark) for line in block[: 2**16].split(b"\n") for mark in _MARKS)
+            )
+            self._check_table(rows, widest, name)
+            start = False
+        return size, rows
+
+    def _check_parquet(self, path: Path, name: str) -> None:
+        """Read a Parquet file bit by bit, texts by their dictionaries: what these unpack to stands nowhere in it."""
+        schema, texts = pq.read_schema(path), []
+        for field in schema:
+            if pa.types.is_nested(field.type):
+                raise Problem(415, f"{name}: its column {printable(field.name)} holds no numbers, texts or times.")
+            if pa.types.is_string(field.type) or pa.types.is_binary(field.type):
+                texts.append(field.name)
+        with pq.ParquetFile(path, read_dictionary=texts) as file:
+            told = file.metadata
+            self._check_table(told.num_rows, told.num_columns, name)
+            size = sum(told.row_group(group).total_byte_size for group in range(told.num_row_groups))
+            if size > self.limits.unpacked_bytes:
+                self._refuse_size(name)
+            size = 0
+            for batch in file.iter_batches(batch_size=_ROWS_TOGETHER):
+                size += sum(map(_unpacked_bytes, batch.columns))
+                if size > self.limits.unpacked_bytes:
+                    self._refuse_size(name)
+
+    def _refuse_size(self, name: str) -> None:
+        most = self.limits.unpacked_bytes
+        raise Problem(413, f"{name} holds more than {most:,} bytes when it is unpacked, which is the most here.")
 
     def _check_table(self, rows: int, columns: int, name: str) -> None:
         if rows > self.limits.rows:
@@ -156,11 +201,22 @@ class Uploads:
 
     def _read(self, path: Path, name: str) -> SourceBars:
         try:
-            read = read_bars(path)
+            with self._reading:  # one at a time: a table takes several times its file's size
+                read = read_bars(path)
         except SourceError as error:
             raise Problem(422, str(error).replace(str(path), name)) from None
         self._check_table(len(read.bars) + len(read.rejected), 0, name)
         return read
+
+
+def _unpacked_bytes(column: pa.Array) -> int:
+    """Count the bytes of a column whose dictionary, if it has one, is written out."""
+    if not pa.types.is_dictionary(column.type):
+        return int(column.nbytes)
+    values = column.dictionary
+    if not (pa.types.is_string(values.type) or pa.types.is_binary(values.type)):
+        return 8 * len(column)
+    return int(pc.sum(pc.take(pc.binary_length(values), column.indices)).as_py() or 0)
 
 
 def _shown(name: str) -> str:

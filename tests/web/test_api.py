@@ -1,5 +1,7 @@
 import json
+import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,7 +87,7 @@ def test_what_came_is_measured_beside_simple_forecasts(client: TestClient, marke
 
 
 def test_the_snippet_repeats_the_forecast_to_the_digit(client: TestClient, capsys: pytest.CaptureFixture[str]):
-    answer = ask(client, at="2018-06", samples=5)["result"]
+    answer = ask(client, at="2018-06-29", samples=5)["result"]
     names: dict = {}
     exec(answer["snippet"], names)
     assert names["close"].T.to_numpy().tolist() == answer["paths"]
@@ -297,3 +299,69 @@ def test_a_forecast_is_the_same_to_the_last_bit_alone_and_among_others(market: P
 
     with pytest.raises(KeyboardInterrupt):
         predictor.predict_paths_batch(frames[:1], [frames[0].index], times[:1], 4, report_share=stop)
+
+
+def test_a_ranking_is_made_anew_when_a_bar_of_the_store_has_changed(make_client: Make, market: Path, tmp_path: Path):
+    store = shutil.copytree(market, tmp_path / "store")
+    client = make_client(stores={"market": store})
+    question = {"store": "market", "universe": "demo", "lookback": 20, "horizon": 3, "samples": 2}
+
+    def rank() -> dict:
+        return wait_for(client, "market", client.post("/api/market", json=question).json()["id"])
+
+    first = rank()
+    assert rank()["seconds"] == 0.0
+    path = store / "features" / "demo0003" / "close.day.bin"
+    values = np.fromfile(path, "<f4")
+    values[1:] *= 2
+    values.tofile(path)  # in place: no folder has changed
+    second = rank()
+    assert second["seconds"] > 0 and second["result"]["digest"] != first["result"]["digest"]
+
+
+def test_later_bars_of_a_file_change_no_forecast(client: TestClient):
+    days = pd.bdate_range("2024-01-02", periods=60)
+    close = 10 + np.sin(np.arange(60))
+    table = pd.DataFrame({"open": close, "high": close + 1, "low": close - 1, "close": close}, days.rename("date"))
+    table["volume"], table["amount"] = 1000.0 + np.arange(60), 1e5
+    whole = table.copy()
+    whole.loc[days[55:], "amount"] = np.nan  # of later bars it is not known
+    found = []
+    for name, content in (("whole.csv", whole), ("cut.csv", table.iloc[:50])):
+        upload = client.post(f"/api/uploads?name={name}", content=content.to_csv().encode()).json()
+        found.append(ask(client, source=upload["id"], instrument=None, at=str(days[49].date()))["result"]["paths"])
+    assert found[0] == found[1]
+
+
+def test_a_midnight_is_a_time_and_a_date_its_end(client: TestClient):
+    hours = pd.date_range("2024-01-01", periods=60, freq="h")
+    table = pd.DataFrame(1.0, hours.rename("time"), ["open", "high", "low", "close"])
+    upload = client.post("/api/uploads?name=BTCUSDT.csv", content=table.to_csv().encode()).json()
+    ends = {}
+    for at in ("2024-01-02", "2024-01-02 00:00"):
+        answer = ask(client, source=upload["id"], instrument=None, lookback=10, at=at)["result"]
+        ends[at] = answer["bars"]["time"][-1]
+    assert ends == {"2024-01-02": "2024-01-02 23:00", "2024-01-02 00:00": "2024-01-02 00:00"}
+    for at in ("NaT", "now", "2018-06", "2018-06-01 10:00+08:00"):
+        answer = client.post("/api/forecasts", json=QUESTION | {"at": at})
+        assert answer.status_code == 422 and "is no date such as" in answer.json()["detail"], at
+
+
+def test_the_same_question_that_waits_is_answered_once():
+    calls, go = [], threading.Event()
+
+    def work(asked, report):
+        calls.append(len(asked))
+        go.wait(10)
+        return [{"answer": each} for each in asked]
+
+    queue = JobQueue("test", 8, 8)
+    task = Task("test", "same", None, 7, work, {})
+    jobs = [queue.submit(task) for _ in range(3)]
+    go.set()
+    end = time.monotonic() + 10
+    while any(job.state != "done" for job in jobs) and time.monotonic() < end:
+        time.sleep(0.01)
+    queue.close()
+    assert calls == [1] and [job.result for job in jobs] == [{"answer": 7}] * 3
+    assert all(job.task.payload is None for job in jobs)

@@ -9,8 +9,8 @@ from finished_runs import DATE, Place
 from questions import QUESTION, Make, ask, wait_for
 from starlette.testclient import TestClient
 
-from kronos_qlib.live.judgement import judge
-from kronos_qlib.live.ledger import Ledger
+from kronos_qlib.live.judgement import counted_sets, judge
+from kronos_qlib.live.ledger import Ledger, LedgerError
 from kronos_qlib.web import keeping
 
 AT = "2018-07-02"
@@ -42,7 +42,7 @@ def test_a_forecast_is_kept_with_what_was_asked_and_once(keeping_client: TestCli
     other = ask(keeping_client, at=AT, seed=8)["result"]["ledger"]
     assert (other["set"], other["version"]) == (2, 1)  # another question, no version of the first
     sets, rows = Ledger(url).read()
-    assert sets.loc[1, "experiment"] == "page tiny, 5 bars" and sets.loc[1, "store"] == str(market)
+    assert sets.loc[1, "experiment"] == "page market tiny, 30 + 5 bars × 8" and sets.loc[1, "store"] == str(market)
     assert sets.loc[1, "settings"]["question"]["samples"] == QUESTION["samples"]
     assert sets.loc[1, "date"] == pd.Timestamp(AT) and sets.loc[1, "horizon"] == 5
     row = rows.loc[(1, "DEMO0001")]
@@ -79,7 +79,8 @@ def test_a_ranking_is_kept_as_one_set_by_rank(keeping_client: TestClient, url: s
     assert answer["ledger"]["set"] == 1
     sets, rows = Ledger(url).read()
     assert (
-        sets.loc[1, "experiment"] == "page tiny, 3 bars, demo" and sets.loc[1, "label"] == "Ref($close, -3)/$close - 1"
+        sets.loc[1, "experiment"] == "page market tiny, 20 + 3 bars × 4, demo"
+        and sets.loc[1, "label"] == "Ref($close, -3)/$close - 1"
     )
     own = rows.loc[1]
     for row in answer["rows"]:
@@ -99,9 +100,11 @@ def test_what_came_is_filled_in_and_the_record_judged(keeping_client: TestClient
     came = first["came"]["close"][-1] / first["last_close"] - 1
     assert rows.loc[(1, "DEMO0001"), "came"] == pytest.approx(came, rel=1e-6)
     sentences = [sentence for entry in found["judgements"] for sentence in entry["sentences"]]
-    single = next(sentence for sentence in sentences if sentence.startswith("page tiny, 5 bars simulated"))
+    single = next(
+        sentence for sentence in sentences if sentence.startswith("page market tiny, 30 + 5 bars × 8 simulated")
+    )
     assert "returns that have come: 2;" in single  # of two instruments on one date
-    assert any("page tiny, 3 bars, demo simulated rank IC" in sentence for sentence in sentences)
+    assert any("page market tiny, 20 + 3 bars × 4, demo simulated rank IC" in sentence for sentence in sentences)
     assert [each.figures["outcomes"] for each in judge(sets, rows)] == [float(len(ranking["rows"])), 2.0]
 
 
@@ -120,3 +123,27 @@ def test_a_finished_run_ranks_the_market_as_its_backtest_did(make_client: Make, 
     assert answer["run"] == name and answer["ledger"]["set"] == 1 and len(answer["rows"][0]["sparkline"]) == 40
     refused = client.post("/api/signals", json={"run": "other", "store": "mine"})
     assert refused.status_code == 404 and "no finished run" in refused.json()["detail"]
+
+
+def test_who_asks_again_with_another_seed_does_not_choose_the_record(keeping_client: TestClient, url: str):
+    for seed in (1, 2, 3):
+        ask(keeping_client, at=AT, seed=seed)
+    ask(keeping_client, at=AT, instrument="DEMO0002")
+    sets, _ = Ledger(url).read()
+    assert list(counted_sets(sets).index) == [1, 4] and sets["experiment"].nunique() == 1
+    ask(keeping_client, at=AT, temperature=0.5)
+    assert "temperature 0.5" in Ledger(url).read()[0]["experiment"].iloc[-1]
+
+
+def test_what_could_not_be_kept_is_kept_when_it_is_asked_again(
+    keeping_client: TestClient, url: str, monkeypatch: pytest.MonkeyPatch
+):
+    def locked(*_: object, **__: object) -> None:
+        raise LedgerError("another process has locked it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "record", locked)
+        answer = ask(keeping_client, at=AT)["result"]
+        assert answer["ledger"] is None and "another process has locked it" in " ".join(answer["notes"])
+    assert ask(keeping_client, at=AT)["result"]["ledger"]["set"] == 1
+    assert ask(keeping_client, at=AT)["seconds"] == 0.0

@@ -14,7 +14,7 @@ from questions import QUESTION, Make, ask
 from starlette.testclient import TestClient
 
 from kronos_qlib.web.safety import Safety
-from kronos_qlib.web.settings import Limits, ServerSettings, check_token, name_folders
+from kronos_qlib.web.settings import Limits, ServerSettings, check_token, name_folders, name_models
 
 TOKEN = "correct-horse-battery"
 CSV = "date,open,high,low,close,volume\n" + "".join(f"2024-01-{day:02d},1,2,1,1.5,9\n" for day in range(1, 29))
@@ -281,3 +281,52 @@ def test_folders_of_one_name_get_names_of_their_own(tmp_path: Path):
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     assert list(name_folders(folders)) == ["market", "market-2", "x-y"]
+
+
+def test_models_of_one_name_get_names_of_their_own(checkpoint: Path, tmp_path: Path):
+    (tmp_path / "nano").mkdir()
+    named = name_models(["nano", str(tmp_path / "nano"), str(checkpoint)])
+    assert named == {"nano": "nano", "nano-2": str(tmp_path / "nano"), "tiny": str(checkpoint)}
+
+
+def test_a_server_that_others_reach_by_a_proxy_needs_a_token():
+    with pytest.raises(ValueError, match="bars.example.org"):
+        check_token("127.0.0.1", None, ["bars.example.org"])
+    check_token("127.0.0.1", "correct-horse-battery", ["bars.example.org"])
+
+
+def test_a_port_may_be_left_out_or_be_a_tunnel_s(make_client: Make):
+    usual = make_client(port=80)
+    assert usual.get("/api/health", headers={"Host": "localhost"}).status_code == 200
+    other = make_client(port=7070, hosts=("localhost:8080",))
+    assert other.get("/api/health", headers={"Host": "localhost:8080"}).status_code == 200
+    assert other.get("/api/health", headers={"Host": "localhost:8081"}).status_code == 421
+
+
+def test_a_body_that_grows_too_large_is_refused_with_the_reason(make_client: Make):
+    client = make_client({"request_bytes": 1024})
+    pieces = (b"x" * 500 for _ in range(9))  # in chunks, no length is declared
+    answer = client.post("/api/forecasts", content=pieces, headers={"Content-Type": "application/json"})
+    assert is_problem(answer, 413, "1,024 bytes")
+    strange = client.get("/api/health", headers={"Origin": "http://["})
+    assert strange.status_code == 403
+
+
+def test_a_table_that_unpacks_to_more_than_it_says_is_refused(make_client: Make, tmp_path: Path):
+    client = make_client({"unpacked_bytes": 2**22, "columns": 20})
+    wide = pa.array(["x" * 20_000] * 900)
+    bombs = {}
+    for name, column in {"plain": wide, "coded": wide.dictionary_encode(), "nested": pa.array([[["x"]]])}.items():
+        pq.write_table(pa.table({"close": column}), tmp_path / name, compression="zstd")
+        bombs[name] = (tmp_path / name).read_bytes()
+        assert len(bombs[name]) < 2000
+    bomb = bombs["plain"]
+    for name, content, status in (
+        ("plain.parquet", bomb, 413),
+        ("coded.parquet", bombs["coded"], 413),
+        ("nested.parquet", bombs["nested"], 415),
+        ("bomb.csv", bomb, 415),
+        ("bomb.csv.gz", gzip.compress(bomb), 415),
+        ("wide.csv.gz", gzip.compress(",".join(["close"] * 30).encode()), 413),
+    ):
+        assert client.post(f"/api/uploads?name={name}", content=content).status_code == status, name

@@ -1,6 +1,7 @@
 """`kronos-qlib serve` as a process: what it refuses at start, a crowd, a file of a gigabyte, a client that goes."""
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -218,7 +219,9 @@ def test_a_head_that_does_not_come_in_time_ends_its_connection():
                 await asyncio.sleep(0.02)
             except ConnectionError:
                 break
-        rest = await reader.read()
+        rest = b""
+        with contextlib.suppress(ConnectionError):  # it was reset while the byte was on its way
+            rest = await reader.read()
         server.should_exit = True
         await serving
         return answered, rest, time.monotonic() - began
