@@ -255,7 +255,7 @@ def test_a_long_forecast_shows_its_first_paths_while_it_draws_the_others(
     told = events(client.get(f"/api/forecasts/{job['id']}/events").text)
     result = told[-1][1]["result"]
     partial = [data["partial"] for _, data in told if data.get("partial")]
-    assert len(partial) <= 1, "it is said once"
+    assert len(partial) <= 1, "it is said once, if the others are not drawn sooner"
     prepared = forecasts.prepare(
         forecasts.ForecastQuestion(**QUESTION | {"samples": 200, "horizon": 20}),
         client.app.service.sources,

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
+from ledgers import signal_set
 from starlette.testclient import TestClient
 
+from kronos_qlib.live.ledger import Ledger
 from kronos_qlib.web.app import make_app
 from kronos_qlib.web.settings import Limits, ServerSettings
 
@@ -17,10 +19,14 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def schema(market: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
+def schema(market: Path, checkpoint: Path, database: Path, tmp_path_factory: pytest.TempPathFactory):
     limits = Limits(lookback=40, horizon=5, samples=4, bars=2000, upload_bytes=20_000)
-    uploads = tmp_path_factory.mktemp("uploads")
-    own = ServerSettings({"market": market}, {"tiny": str(checkpoint)}, uploads, hosts=("testserver",), limits=limits)
+    folder = tmp_path_factory.mktemp("server")
+    Ledger(ledger := f"sqlite:///{folder}/ledger.db").record(signal_set(), region="cn")
+    names = {"stores": {"market": market}, "models": {"tiny": str(checkpoint)}, "uploads": folder / "uploads"}
+    own = ServerSettings(
+        **names, ledger=ledger, runs=f"sqlite:///{database}", hosts=("testserver",), exchange="XSHG", limits=limits
+    )
     app = make_app(own)
     with TestClient(app):
         yield schemathesis.openapi.from_asgi("/api/openapi.json", app)
