@@ -21,7 +21,7 @@ from kronos_qlib.forecast.calibration import bar_volatility
 from kronos_qlib.forecast.predictor import KronosPredictor, possible_bars
 from kronos_qlib.ingest.selection import InstrumentBars
 from kronos_qlib.web.jobs import Report
-from kronos_qlib.web.keeping import Keeper, digest_bars
+from kronos_qlib.web.keeping import Keeper, StoreForecast, digest_bars
 from kronos_qlib.web.networks import NamedNetwork, Networks
 from kronos_qlib.web.problems import Problem
 from kronos_qlib.web.schema import Draws, ForecastQuestion
@@ -196,15 +196,11 @@ class Forecasts:
             return None, "Not kept in the ledger: of a last close of 0 or less there are no returns."
         date, names = pd.Timestamp(asked.bars.index[-1]), [asked.found.bars.instrument]
         question = asked.question.model_dump() | {"instrument": names[0]}
+        digest = digest_bars([asked.bars])
         return self._keeper.keep(
-            asked.network,
-            asked.found.origin,
-            date,
-            names,
-            close[None],
-            np.array([last]),
-            question,
-            digest_bars([asked.bars]),
+            StoreForecast(
+                asked.network, asked.found.origin, date, names, close[None], np.array([last]), question, digest
+            )
         )
 
 

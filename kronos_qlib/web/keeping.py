@@ -1,6 +1,7 @@
 """Forecasts and rankings of a store → sets of the ledger, which `kronos-qlib ledger update` fills in later."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
@@ -22,6 +23,24 @@ _USUAL = {"temperature": 1, "top_p": 1, "top_k": 0}
 _REGIONS = {exchange: region for region, exchange in EXCHANGES.items()}
 
 
+@dataclass(frozen=True)
+class StoreForecast:
+    """What was forecast of N instruments of a store, all from the bar of one date.
+
+    closes: of their paths [N, S, P]. last: their last closes [N]. question: as it was asked. data_digest: of the bars
+    that the network saw.
+    """
+
+    network: NamedNetwork
+    origin: Origin
+    date: pd.Timestamp
+    instruments: Sequence[str]
+    closes: np.ndarray
+    last: np.ndarray
+    question: dict[str, Any]
+    data_digest: str
+
+
 class Keeper:
     """Writes what was forecast to a ledger, which is made where there is none. Raises ValueError if it cannot be."""
 
@@ -31,33 +50,20 @@ class Keeper:
         except LedgerError as error:
             raise ValueError(str(error)) from None
 
-    def keep(
-        self,
-        network: NamedNetwork,
-        origin: Origin,
-        date: pd.Timestamp,
-        instruments: Sequence[str],
-        closes: np.ndarray,
-        last: np.ndarray,
-        question: dict[str, Any],
-        data_digest: str,
-    ) -> tuple[dict[str, Any] | None, str]:
-        """Write a forecast of N instruments' closes [N, S, P] from their last closes [N], the bars of a date.
-
-        Args:
-            data_digest: of the bars that the network saw.
+    def keep(self, forecast: StoreForecast) -> tuple[dict[str, Any] | None, str]:
+        """Write a forecast, and return a note on that.
 
         Returns:
-            Its set, version, whether that is new and whether it is live; None if it was not kept. And a note on it.
+            Its set, version, whether that is new and whether it is live, None if it was not kept; and the note.
         """
-        why = _why_not(origin, date)
+        why = _why_not(forecast.origin, forecast.date)
         if why:
             return None, f"Not kept in the ledger: {why}."
-        signals = _signal_set(network, origin, date, instruments, closes, last, question, data_digest)
+        region = _REGIONS.get(forecast.origin.exchange or "", "cn")
         try:
-            kept = self._ledger.record(signals, region=_REGIONS.get(origin.exchange or "", "cn"))
+            kept = self._ledger.record(_signal_set(forecast), region=region)
         except (LedgerError, ValueError) as error:
-            return None, f"Not kept in the ledger: {error}."
+            return None, f"Not kept in the ledger: {str(error).removeprefix(f'ledger {self._ledger.name}: ')}."
         kind = "live" if kept.live else "simulated, as the next session has opened"
         place = {"set": kept.id, "version": kept.version, "new": kept.new, "live": kept.live}
         return place, f"Kept in the ledger as set {kept.id}, {kind}."
@@ -101,35 +107,26 @@ def _complete_at(sessions: tuple[int, ...], exchange: str, freq: str) -> pd.Time
     return SessionCalendar(times, exchange, "", freq).ends(times[-1:])[0]
 
 
-def _signal_set(
-    network: NamedNetwork,
-    origin: Origin,
-    date: pd.Timestamp,
-    instruments: Sequence[str],
-    closes: np.ndarray,
-    last: np.ndarray,
-    question: dict[str, Any],
-    data_digest: str,
-) -> SignalSet:
+def _signal_set(forecast: StoreForecast) -> SignalSet:
+    closes, last, question, origin = forecast.closes, forecast.last, forecast.question, forecast.origin
     horizon, returns = closes.shape[2], closes[:, :, -1] / last[:, None] - 1
-    table = pd.DataFrame({"score": score(closes, last)}, pd.Index(instruments, name="instrument"))
+    table = pd.DataFrame({"score": score(closes, last)}, pd.Index(forecast.instruments, name="instrument"))
     table["rank"] = table["score"].rank(ascending=False, method="min").astype(int)
     table["last_close"], table["prob_up"] = last, (returns > 0).mean(axis=1)
     table[[f"q{round(100 * level):02d}" for level in QUANTILES]] = np.quantile(returns, QUANTILES, axis=1).T
-    whole = "instrument" not in question
-    asked = {name: value for name, value in question.items() if name not in ("at", "model", "source", "store", "top")}
+    left_out = ("at", "model", "source", "store", "top")  # they are said elsewhere, or decide nothing
     return SignalSet(
-        date=date,
+        date=forecast.date,
         table=table.sort_index(),
-        experiment=_experiment(network.name, origin.store.name, horizon, question),
+        experiment=_experiment(forecast.network.name, origin.store.name, horizon, question),
         recorder="page",
         store=str(origin.store),
         freq=origin.freq,
-        label=f"Ref($close, -{horizon})/$close - 1" if whole else None,
+        label=None if "instrument" in question else f"Ref($close, -{horizon})/$close - 1",
         horizon=horizon,
-        settings={"question": asked},
-        weights_digest=blake2b(network.digest.encode(), digest_size=16).hexdigest(),
-        data_digest=data_digest,
+        settings={"question": {name: value for name, value in question.items() if name not in left_out}},
+        weights_digest=blake2b(forecast.network.digest.encode(), digest_size=16).hexdigest(),
+        data_digest=forecast.data_digest,
         versions=package_versions(),
         exchange=origin.exchange,
     )

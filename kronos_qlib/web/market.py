@@ -13,7 +13,7 @@ from kronos_qlib.data.windows import CLOSE
 from kronos_qlib.web.commands import SPARKLINE
 from kronos_qlib.web.forecasts import are_days, as_text, check_size, draw_paths, read_date
 from kronos_qlib.web.jobs import Report
-from kronos_qlib.web.keeping import Keeper, digest_bars, score
+from kronos_qlib.web.keeping import Keeper, StoreForecast, digest_bars, score
 from kronos_qlib.web.networks import NamedNetwork, Networks
 from kronos_qlib.web.problems import Problem
 from kronos_qlib.web.schema import MarketQuestion
@@ -181,4 +181,4 @@ class _Drawn:
         names, last = [row["instrument"] for row in self.rows], np.array([row["last_close"] for row in self.rows])
         question, closes = asked.question.model_dump(), np.concatenate(self.closes)
         digest = blake2b(" ".join(self.digests).encode(), digest_size=16).hexdigest()
-        return keeper.keep(asked.network, origin, asked.date, names, closes, last, question, digest)
+        return keeper.keep(StoreForecast(asked.network, origin, asked.date, names, closes, last, question, digest))
