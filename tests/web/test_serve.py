@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -193,38 +193,60 @@ def test_memory_returns_after_large_forecasts(market: Path, checkpoint: Path):
         assert max(sizes[3:]) < sizes[2] + 60, sizes  # MiB; the paths of each take 2.7, those that are shown stay
 
 
-def test_a_head_that_does_not_come_in_time_ends_its_connection():
+class Hasty(PunctualProtocol):
+    seconds = 0.3
+
+
+@contextlib.asynccontextmanager
+async def hasty_server(body: bytes) -> AsyncIterator[tuple[uvicorn.Server, tuple[str, int]]]:
+    """A server that answers with these bytes and waits for nobody longer than 0.3 s."""
+
     async def app(scope, receive, send):
-        await send({"type": "http.response.start", "status": 204, "headers": []})
-        await send({"type": "http.response.body", "body": b""})
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body})
 
-    class Hasty(PunctualProtocol):
-        seconds = 0.3
+    server, own = uvicorn.Server(uvicorn.Config(app, http=Hasty, log_level="error", lifespan="off")), socket.socket()
+    own.bind(("127.0.0.1", 0))
+    serving = asyncio.create_task(server.serve([own]))
+    while not server.started:
+        await asyncio.sleep(0.01)
+    yield server, own.getsockname()
+    server.should_exit = True
+    await serving
 
+
+def test_a_head_that_does_not_come_in_time_ends_its_connection():
     async def run() -> tuple[bytes, bytes, float]:
-        config = uvicorn.Config(app, http=Hasty, log_level="error", lifespan="off")
-        server, own = uvicorn.Server(config), socket.socket()
-        own.bind(("127.0.0.1", 0))
-        serving = asyncio.create_task(server.serve([own]))
-        while not server.started:
-            await asyncio.sleep(0.01)
-        reader, writer = await asyncio.open_connection(*own.getsockname())
-        writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        answered = await reader.readuntil(b"\r\n\r\n")
-        began = time.monotonic()
-        for letter in b"GET / HTTP/1.1\r\nX: " + b"x" * 1000:  # a byte now and then keeps no connection open
-            try:
-                writer.write(bytes([letter]))
-                await writer.drain()
-                await asyncio.sleep(0.02)
-            except ConnectionError:
-                break
-        rest = b""
-        with contextlib.suppress(ConnectionError):  # it was reset while the byte was on its way
-            rest = await reader.read()
-        server.should_exit = True
-        await serving
-        return answered, rest, time.monotonic() - began
+        async with hasty_server(b"") as (_, address):
+            reader, writer = await asyncio.open_connection(*address)
+            writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            answered = await reader.readuntil(b"0\r\n\r\n")
+            began, rest = time.monotonic(), b""
+            with contextlib.suppress(ConnectionError):  # it was reset while a byte was on its way
+                for letter in b"GET / HTTP/1.1\r\nX: " + b"x" * 1000:  # one now and then keeps no connection open
+                    writer.write(bytes([letter]))
+                    await writer.drain()
+                    await asyncio.sleep(0.02)
+            with contextlib.suppress(ConnectionError):
+                rest = await reader.read()
+            return answered, rest, time.monotonic() - began
 
     answered, rest, seconds = asyncio.run(run())
-    assert answered.startswith(b"HTTP/1.1 204") and rest == b"" and seconds < 10
+    assert answered.startswith(b"HTTP/1.1 200") and rest == b"" and seconds < 10
+
+
+def test_a_client_that_takes_no_answer_is_left():
+    async def run() -> int:
+        async with hasty_server(b"x" * 2**26) as (server, address):
+            _, writer = await asyncio.open_connection(*address, limit=1024)
+            writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            while not server.server_state.connections:
+                await asyncio.sleep(0.01)
+            end = time.monotonic() + 10
+            while server.server_state.connections and time.monotonic() < end:
+                await asyncio.sleep(0.05)
+            left = len(server.server_state.connections)
+            writer.close()
+            return left
+
+    assert asyncio.run(run()) == 0
