@@ -61,6 +61,13 @@ def fetch(address: str, question: dict | None = None) -> tuple[int, dict]:
         return error.code, json.loads(error.read())
 
 
+def wait_until_done(address: str, question: dict) -> None:
+    _, job = fetch(f"{address}/api/forecasts", question)
+    while (state := fetch(f"{address}/api/forecasts/{job['id']}")[1]["state"]) != "done":
+        assert state in ("queued", "running")
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -163,7 +170,7 @@ def test_a_server_that_is_killed_in_a_forecast_starts_again_with_what_it_had(
     folder, ledger = tmp_path / "uploads", f"sqlite:///{tmp_path}/ledger.db"
     more = ("--uploads", str(folder), "--ledger", ledger, "--exchange", "XSHG")
     with served(market, checkpoint, *more) as (address, process):
-        assert fetch(f"{address}/api/forecasts", QUESTION)[0] == 202
+        wait_until_done(address, QUESTION)
         assert fetch(f"{address}/api/forecasts", QUESTION | {"samples": 1000, "horizon": 60})[0] == 202
         with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as half:
             half.sendall(b"POST /api/uploads?name=a.csv HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\nhalf")
@@ -173,9 +180,7 @@ def test_a_server_that_is_killed_in_a_forecast_starts_again_with_what_it_had(
         process.wait(10)
     with served(market, checkpoint, *more) as (address, process):
         assert not list(folder.iterdir()), "half an upload is gone"
-        _, job = fetch(f"{address}/api/forecasts", QUESTION | {"seed": 4})
-        while fetch(f"{address}/api/forecasts/{job['id']}")[1]["state"] != "done":
-            time.sleep(0.05)
+        wait_until_done(address, QUESTION | {"seed": 4})
         sets = fetch(f"{address}/api/ledger")[1]["sets"]
         assert [entry["id"] for entry in sets] == list(range(len(sets), 0, -1)) and len(sets) in (2, 3)
 
@@ -186,9 +191,7 @@ def test_memory_returns_after_large_forecasts(market: Path, checkpoint: Path):
     with served(market, checkpoint) as (address, process):
         sizes = []
         for seed in range(8):
-            _, job = fetch(f"{address}/api/forecasts", QUESTION | {"seed": seed, "samples": 1000, "horizon": 60})
-            while fetch(f"{address}/api/forecasts/{job['id']}")[1]["state"] != "done":
-                time.sleep(0.05)
+            wait_until_done(address, QUESTION | {"seed": seed, "samples": 1000, "horizon": 60})
             sizes.append(process.memory_info().rss / 2**20)
         assert max(sizes[3:]) < sizes[2] + 60, sizes  # MiB; the paths of each take 2.7, those that are shown stay
 
