@@ -6,7 +6,7 @@ let token = null;
 try { token = sessionStorage.getItem("token"); } catch { /* no storage: asked for again after a reload */ }
 
 export class Refused extends Error {
-  constructor(problem) { super(problem.detail || problem.title || text("noAnswer")); this.problem = problem; }
+  constructor(problem) { super(problem.detail || problem.title || text("noAnswer")); this.status = problem.status; }
 }
 
 async function enterToken() {
@@ -41,20 +41,75 @@ export const post = async (path, question) => (await call(path, {method: "POST",
 export const remove = async path => { await call(path, {method: "DELETE"}); };
 export const send = async file => (await call(`uploads?name=${encodeURIComponent(file.name)}`, {method: "POST", headers: {"Content-Type": "application/octet-stream"}, body: file})).json();
 
-// Follow a job's events until it has ended, and return its last status.
-export async function follow(place, id, report, signal) {
+const ENDED = ["done", "failed", "cancelled"], PAUSE = 1000, MOST_FAILURES = 5;
+
+async function read(place, id, report, signal) {
   const answer = await call(`${place}/${id}/events`, {signal});
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let kept = "", last = null;
   for (;;) {
     const {value, done} = await reader.read();
-    if (done) break;
+    if (done) return last;
     kept += value;
     for (let end; (end = kept.indexOf("\n\n")) >= 0; kept = kept.slice(end + 2)) {
       const data = kept.slice(0, end).split("\n").filter(line => line.startsWith("data: ")).map(line => line.slice(6)).join("\n");
       if (data) report(last = JSON.parse(data));
     }
   }
-  if (last?.state === "failed") throw new Refused(last.problem);
-  return last;
+}
+
+// Follow a job until it has ended, and return its last status. A stream that breaks is opened again: the job goes on.
+async function follow(place, id, report, signal) {
+  for (let failures = 0; ;) {
+    let status = null;
+    try { status = await read(place, id, report, signal); }
+    catch (error) {
+      if (error.name === "AbortError" || error.status === 404) throw error;
+    }
+    if (!ENDED.includes(status?.state)) {
+      await new Promise(resolve => setTimeout(resolve, PAUSE));
+      signal.throwIfAborted();
+      try { report(status = await get(`${place}/${id}`)); failures = 0; }
+      catch (error) {
+        if (error.status === 404 || ++failures === MOST_FAILURES) throw error;
+        continue;
+      }
+    }
+    if (status.state === "failed") throw new Refused(status.problem);
+    if (ENDED.includes(status.state)) return status;
+  }
+}
+
+// The jobs of a tab, one at a time: a newer question takes the place of an older one, which is cancelled. `bar` is shown
+// while a job waits or runs, and `report` is told of each change. Both ways to ask return the result, or null.
+export function jobs(bar, report = () => {}) {
+  let current = null;
+  async function watch(place, id) {
+    const own = {place, id, stop: new AbortController(), ended: false}, before = current;
+    current = own;
+    before?.stop.abort();
+    if (before && !before.ended) remove(`${before.place}/${before.id}`).catch(() => { /* it has ended meanwhile */ });
+    const show = status => {
+      if (current !== own) return;
+      bar.hidden = ENDED.includes(status.state);
+      if (status.progress > 0) bar.value = status.progress; else bar.removeAttribute("value");
+      report(status);
+    };
+    try {
+      const last = await follow(place, id, show, own.stop.signal);
+      return current === own ? last.result : null;
+    } catch (error) {
+      if (current !== own) return null;
+      report({state: "failed"});
+      throw error;
+    } finally {
+      own.ended = true;
+      if (current === own) bar.hidden = true;
+    }
+  }
+  return {
+    watch,
+    ask: async (place, question) => watch(place, (await post(place, question)).id),
+    cancel: async () => { if (current && !current.ended) await remove(`${current.place}/${current.id}`); },
+  };
 }

@@ -1,31 +1,30 @@
 // The tab Data: users' files and what was found in them; the health of a store.
-import {follow, get, post, remove} from "./api.js";
+import {get, jobs, remove} from "./api.js";
 import {drawCoverage} from "./chart.js";
-import {element, find, number, table} from "./dom.js";
+import {element, find, number, region, table} from "./dom.js";
 import {ask, takeFiles, upload} from "./forecast.js";
 import {openTab, sources, told} from "./main.js";
 import {text} from "./strings.js";
 
 let files = null, stores = [];
+const work = jobs(find("check-progress"));
 
 function describe(file) {
   const parts = [element("ul", {class: "findings"}, ...file.findings.map(each => element("li", {}, each)))];
-  if (file.rejected) parts.push(element("p", {class: "bad"}, `${text("rejected")}: ${file.rejected}`), element("div", {class: "scroll", tabindex: "0", role: "region", "aria-label": text("rejected")}, table([text("line"), text("reason")], file.examples.map(each => [each.line, element("td", {class: "text"}, each.reason)]))));
+  if (file.rejected) parts.push(element("p", {class: "bad"}, `${text("rejected")}: ${file.rejected}`), region(text("rejected"), table([text("line"), text("reason")], file.examples.map(each => [each.line, element("td", {class: "text"}, each.reason)]))));
   return element("details", {}, element("summary", {}, `${file.name} · ${number(file.bars)} ${text("bars")} · ${file.instruments.slice(0, 5).join(", ")}${file.instruments.length > 5 ? ", …" : ""} · ${file.first.slice(0, 10)} … ${file.last.slice(0, 10)}`), ...parts,
     element("div", {class: "actions"}, element("button", {type: "button", onclick: told(() => check(file.id)), "aria-label": `${text("check")} ${file.name}`}, text("checkFile")), element("button", {type: "button", onclick: told(async () => { openTab("forecast"); await ask({source: file.id, instrument: file.instruments[0], at: null}); })}, text("use")),
       element("button", {type: "button", onclick: told(async () => { await remove(`uploads/${file.id}`); await sources(); await open(); })}, text("remove"))));
 }
 
 async function check(name) {
-  const given = await post("checks", {source: name}), bar = find("check-progress");
-  try {
-    const last = await follow("checks", given.id, status => { bar.hidden = !["queued", "running"].includes(status.state); bar.value = status.progress; });
-    const found = last.result, place = element("div", {});
-    find("check-state").textContent = text("checked", found.store, found.errors);
-    find("check").replaceChildren(...(found.ingest ? [element("h3", {}, text("ingested", found.store)), element("ul", {class: "findings"}, ...found.ingest.map(each => element("li", {}, each)))] : []), place, element("div", {class: "scroll", tabindex: "0", role: "region", "aria-label": text("finding")}, table([text("subject"), text("level"), text("finding"), text("examples")], found.findings.map(each =>
-      [each.subject, element("td", {class: each.level === "ok" ? "" : "bad"}, each.level), element("td", {class: "text"}, each.text), element("td", {class: "text"}, each.examples.slice(0, 2).join("; "))]))));
-    await drawCoverage(place, found.coverage);
-  } finally { bar.hidden = true; }
+  const found = await work.ask("checks", {source: name}), place = element("div", {});
+  if (!found) return;
+  find("check-state").textContent = text("checked", found.store, found.errors);
+  const ingested = found.ingest ? [element("h3", {}, text("ingested", found.store)), element("ul", {class: "findings"}, ...found.ingest.map(each => element("li", {}, each)))] : [];
+  find("check").replaceChildren(...ingested, place, region(text("finding"), table([text("subject"), text("level"), text("finding"), text("examples")], found.findings.map(each =>
+    [each.subject, element("td", {class: each.level === "ok" ? "" : "bad"}, each.level), element("td", {class: "text"}, each.text), element("td", {class: "text"}, each.examples.slice(0, 2).join("; "))]))));
+  await drawCoverage(place, found.coverage);
 }
 
 export function show() {

@@ -19,6 +19,13 @@ export function table(heads, rows) {
   return element("table", {}, element("thead", {}, head), element("tbody", {}, ...body));
 }
 
+// A part that scrolls by itself, and can be scrolled by the keyboard.
+export const region = (label, ...children) => element("div", {class: "scroll", tabindex: "0", role: "region", "aria-label": label}, ...children);
+
+// What a browser keeps for this page, where it keeps anything.
+export const keep = (name, value) => { try { localStorage.setItem(name, value); } catch { /* no storage */ } };
+export const kept = name => { try { return localStorage.getItem(name); } catch { return null; } };
+
 export function sparkline(values) {
   const made = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   const low = Math.min(...values), spread = Math.max(...values) - low || 1;
@@ -35,7 +42,7 @@ export function sparkline(values) {
 const finite = value => typeof value === "number" && Number.isFinite(value);
 export const percent = (value, digits = 1) => finite(value) ? `${(100 * value).toFixed(digits)} %`.replace("-", "−") : "–";
 export const signed = (value, digits = 2) => finite(value) ? `${value >= 0 ? "+" : "−"}${Math.abs(100 * value).toFixed(digits)} %` : "–";
-export const number = (value, digits = 6) => finite(value) ? Number(value.toPrecision(digits)).toLocaleString(document.documentElement.lang).replace("-", "−") : "–";
+export const number = (value, digits = 6) => finite(value) ? value.toLocaleString(document.documentElement.lang, {maximumSignificantDigits: digits}).replace("-", "−") : "–";
 
 export function save(name, content, type = "text/csv") {
   const address = URL.createObjectURL(new Blob([content], {type}));

@@ -1,14 +1,14 @@
 // The tab Forecast: a question, its progress, and the answer.
-import {follow, get, post, remove, send} from "./api.js";
+import {get, jobs, post, send} from "./api.js";
 import {drawForecast, savePng} from "./chart.js";
-import {csv, element, find, number, percent, save, signed, table} from "./dom.js";
+import {csv, element, find, keep, kept, number, percent, save, signed, table} from "./dom.js";
 import {alertOf, sources, told} from "./main.js";
 import {text} from "./strings.js";
 
 const NUMBERS = ["lookback", "horizon", "samples", "seed", "temperature", "top_p", "top_k"];
 const NARROW = matchMedia("(max-width: 800px)");
 const SHOWN = {paths: "show-paths", sma: "show-sma", bollinger: "show-bollinger", rsi: "show-rsi", redUp: "red-up"};
-let job = null, answer = null, last = null, stop = null;
+let answer = null, last = null;
 
 function question() {
   const asked = {source: find("source").value, model: find("model").value || null, instrument: find("instrument").value.trim() || null, at: find("at").value.trim() || null};
@@ -21,32 +21,27 @@ function fill(asked) {
   if (asked.at === null) find("at").value = "";
 }
 
+const work = jobs(find("progress"), status => {
+  state(status);
+  if (status.partial) drawForecast({...status.partial, came: null}, choices()).catch(() => { /* the whole answer follows */ });
+});
+
 function state(status) {
   last = status;
-  const bar = find("progress"), waits = ["queued", "running"].includes(status?.state);
-  bar.hidden = !waits;
-  bar.value = status?.progress ?? 0;
-  find("cancel").disabled = !waits;
+  find("cancel").disabled = !["queued", "running"].includes(status?.state);
   if (!status) find("state").textContent = "";
   else if (status.state === "queued") find("state").textContent = text("queued", status.place ?? 0);
-  else if (status.state === "done") find("state").textContent = status.seconds === 0 ? text("known") : text("done", status.seconds.toFixed(1));
+  else if (status.state === "done") find("state").textContent = !status.seconds ? text("known") : text("done", status.seconds.toFixed(1));
   else find("state").textContent = text(status.state);
 }
 
 async function watch(id) {
-  stop?.abort();
-  const own = stop = new AbortController();
-  job = id;
   history.replaceState(null, "", `#forecast/${id}`);
-  try {
-    const ended = await follow("forecasts", id, status => {
-      if (stop !== own) return;
-      state(status);
-      if (status.partial) drawForecast({...status.partial, came: null}, choices()).catch(() => {});
-    }, own.signal);
-    if (stop !== own) return;
-    if (ended?.state === "done") { answer = ended.result; await show(); if (NARROW.matches) find("figures").scrollIntoView(); }
-  } catch (error) { if (error.name !== "AbortError") { state({state: "failed"}); throw error; } }
+  const found = await work.watch("forecasts", id);
+  if (!found) return;
+  answer = found;
+  await show();
+  if (NARROW.matches) find("figures").scrollIntoView();
 }
 
 export async function ask(more = {}) {
@@ -62,7 +57,7 @@ function card(name, value, note) {
 }
 
 function cards() {
-  const figures = answer.figures, steps = answer.times.length, pair = range => range.map(value => signed(value, 1).replace(" ", "\u00A0")).join(" … ");
+  const figures = answer.figures, steps = answer.times.length, pair = range => range ? range.map(value => signed(value, 1).replace(" ", "\u00A0")).join(" … ") : "–";
   const made = [
     card(text("probUp"), percent(figures.prob_up, 0), text("probUpNote", steps)),
     card(text("expected"), signed(figures.median_return), text("expectedNote", steps)),
@@ -130,14 +125,14 @@ export function takeFiles(zone, input, take) {
 }
 
 export async function start(health) {
-  try { find("red-up").checked = localStorage.getItem("redUp") === "true"; } catch { /* no storage */ }
+  find("red-up").checked = kept("redUp") === "true";
   find("forecast-form").addEventListener("submit", told(async event => { event.preventDefault(); await ask(); }));
-  find("cancel").addEventListener("click", told(async () => { if (job) await remove(`forecasts/${job}`); }));
+  find("cancel").addEventListener("click", told(work.cancel));
   find("source").addEventListener("change", told(choose));
   let timer = null;
   find("instrument").addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(told(search), 150); });
   for (const id of Object.values(SHOWN)) find(id).addEventListener("change", told(async () => {
-    if (id === "red-up") try { localStorage.setItem("redUp", find(id).checked); } catch { /* no storage */ }
+    if (id === "red-up") keep("redUp", find(id).checked);
     await draw();
   }));
   find("csv").addEventListener("click", () => save(`${answer.instrument}-forecast.csv`, csv([["time", "q50", "q25", "q75", "q05", "q95", "prob_up", "low", "high", "came"], ...rows()])));

@@ -1,15 +1,16 @@
 // The tab Ledger: what was forecast, what came, and what the record is worth.
-import {follow, get, post} from "./api.js";
-import {element, find, number, percent, signed, table} from "./dom.js";
+import {get, jobs} from "./api.js";
+import {element, find, number, percent, region, signed, table} from "./dom.js";
 import {told} from "./main.js";
 import {text} from "./strings.js";
 
 let ledger = null;
+const work = jobs(find("record-progress"));
 
 async function openSet(id) {
   const found = await get(`ledger/${id}`);
   const heads = [text("instrument"), text("inMarket"), text("ownScore"), text("probUp"), text("median"), "5 %", "95 %", text("whatCame")];
-  find("set").replaceChildren(element("h2", {}, `${found.experiment}, ${found.date}`), element("div", {class: "scroll", tabindex: "0", role: "region", "aria-label": found.experiment}, table(heads, found.rows.map(row =>
+  find("set").replaceChildren(element("h2", {}, `${found.experiment}, ${found.date}`), region(found.experiment, table(heads, found.rows.map(row =>
     [row.instrument, number(row.rank), number(row.score, 4), percent(row.prob_up, 0), signed(row.q50), signed(row.q05), signed(row.q95), signed(row.came)]))));
   find("set").scrollIntoView({block: "nearest"});
 }
@@ -28,15 +29,14 @@ export function show() {
 
 // What came is filled in, and the record judged with its paper portfolios.
 async function update() {
-  const given = await post("records", {}), bar = find("record-progress");
   find("record").disabled = true;
   try {
-    const last = await follow("records", given.id, status => { bar.hidden = !["queued", "running"].includes(status.state); });
-    const {updated, judgements} = last.result;
-    ledger = {...await get("ledger"), judgements};
+    const found = await work.ask("records", {});
+    if (!found) return;
+    ledger = {...await get("ledger"), judgements: found.judgements};
     show();
-    find("ledger-state").textContent = text("filled", updated.labels + updated.returns, updated.waiting);
-  } finally { bar.hidden = true; find("record").disabled = false; }
+    find("ledger-state").textContent = text("filled", found.updated.labels + found.updated.returns, found.updated.waiting);
+  } finally { find("record").disabled = false; }
 }
 
 export function start() {
@@ -44,6 +44,7 @@ export function start() {
 }
 
 export async function open() {
+  if (find("record").disabled) return; // it is being judged
   ledger = await get("ledger");
   show();
 }

@@ -1,6 +1,6 @@
 // The page: its tabs, theme and language, and what every tab needs.
 import {get} from "./api.js";
-import {element, find} from "./dom.js";
+import {element, find, keep} from "./dom.js";
 import * as data from "./data.js";
 import * as forecast from "./forecast.js";
 import * as ledger from "./ledger.js";
@@ -9,8 +9,7 @@ import * as runs from "./runs.js";
 import {language, text, writeTexts} from "./strings.js";
 
 const TABS = ["forecast", "market", "runs", "ledger", "data"];
-const opened = new Set();
-let stores = [], uploads = false;
+let stores = [], uploads = false, started = false;
 
 export function alertOf(error) {
   const place = find("alert");
@@ -39,7 +38,7 @@ export function openTab(name) {
   }
   if (!location.hash.startsWith(`#${name}`)) history.replaceState(null, "", `#${name}`);
   const opens = {market, runs, ledger, data}[name];
-  if (opens && !opened.has(name)) { opened.add(name); told(opens.open)(); }
+  if (opens && started) told(opens.open)();
   if (name === "forecast") window.dispatchEvent(new Event("resize"));
 }
 
@@ -54,7 +53,6 @@ function keys(event) {
 }
 
 function choices() {
-  const keep = (name, value) => { try { localStorage.setItem(name, value); } catch { /* no storage */ } };
   find("theme").value = document.documentElement.dataset.theme || "auto";
   find("theme").addEventListener("change", told(async () => {
     const chosen = find("theme").value;
@@ -80,7 +78,7 @@ async function begin() {
   find("tabs").addEventListener("keydown", keys);
   const wanted = location.hash.slice(1).split("/")[0];
   const hash = location.hash;
-  openTab(TABS.includes(wanted) && !["runs", "ledger", "data"].includes(wanted) ? wanted : "forecast");
+  openTab(wanted === "market" ? wanted : "forecast");
   const health = await get("health");
   uploads = health.uploads;
   find("tab-runs").hidden = !health.runs;
@@ -96,7 +94,8 @@ async function begin() {
   runs.start();
   ledger.start();
   data.start(stores, health);
-  if (["runs", "ledger", "data"].includes(wanted) && !find(`tab-${wanted}`).hidden) openTab(wanted);
+  started = true;
+  if (TABS.includes(wanted) && !find(`tab-${wanted}`).hidden) openTab(wanted);
   if (hash.startsWith("#forecast/")) history.replaceState(null, "", hash);
   document.documentElement.dataset.ready = "true";
   await forecast.start(health);

@@ -1,15 +1,19 @@
 // The tab Market: a universe ranked, filtered, sorted; a watchlist; a click leads to the forecast.
-import {follow, get, post, remove} from "./api.js";
-import {csv, element, find, number, percent, save, signed, sparkline} from "./dom.js";
+import {get, jobs} from "./api.js";
+import {csv, element, find, keep, kept, number, percent, save, signed, sparkline} from "./dom.js";
 import {openTab, told} from "./main.js";
 import {ask} from "./forecast.js";
 import {text} from "./strings.js";
 
 const COLUMNS = [["rank", "inMarket"], ["instrument", "instrument"], ["score", "score"], ["prob_up", "probUp"], ["median", "median"], ["range_50", "range50"], ["range_90", "range90"], ["last_close", "lastClose"]];
-let answer = null, job = null, place = "market", runs = [], offered = false, order = ["rank", 1], watched = new Set();
-try { watched = new Set(JSON.parse(localStorage.getItem("watchlist") || "[]")); } catch { /* no storage */ }
+const WATCHLIST = "*watchlist";
+let answer = null, runs = [], offered = false, order = ["rank", 1];
+const watched = new Set(JSON.parse(kept("watchlist") || "[]"));
 
-const keep = () => { try { localStorage.setItem("watchlist", JSON.stringify([...watched])); } catch { /* no storage */ } };
+const work = jobs(find("market-progress"), status => {
+  find("market-cancel").disabled = !["queued", "running"].includes(status.state);
+  find("market-state").textContent = status.state === "queued" ? text("queued", status.place ?? 0) : status.state === "done" ? "" : text(status.state);
+});
 const value = (row, name) => Array.isArray(row[name]) ? row[name][0] : row[name];
 
 function rows() {
@@ -21,13 +25,14 @@ function rows() {
 
 function line(row) {
   const pair = range => range ? range.map(each => signed(each, 1)).join(" … ") : "–";
-  const star = element("input", {type: "checkbox", "aria-label": text("watch", row.instrument), onchange: event => { event.target.checked ? watched.add(row.instrument) : watched.delete(row.instrument); keep(); }});
+  const star = element("input", {type: "checkbox", "aria-label": text("watch", row.instrument), onchange: event => { event.target.checked ? watched.add(row.instrument) : watched.delete(row.instrument); keep("watchlist", JSON.stringify([...watched])); }});
   star.checked = watched.has(row.instrument);
   const open = element("button", {type: "button", class: "plain", onclick: told(async () => {
     openTab("forecast");
-    await ask({source: answer.store, instrument: row.instrument, at: answer.date, ...(answer.run ? {} : {model: answer.model, lookback: find("market-lookback").value, horizon: answer.horizon})});
+    const {question} = answer; // as it was asked, whatever the form says now
+    await ask({source: answer.store, instrument: row.instrument, at: answer.date, ...(answer.run ? {} : {model: answer.model, lookback: answer.seen, horizon: answer.horizon, samples: question.samples})});
   })}, row.instrument);
-  return element("tr", row.rank <= answer.top ? {class: "top"} : {}, element("th", {scope: "row"}, row.rank), element("td", {class: "text"}, star, " ", open), element("td", {}, answer.run ? number(row.score, 4) : signed(row.score)), element("td", {}, percent(row.prob_up, 0)),
+  return element("tr", row.rank <= answer.top ? {class: "top"} : {}, element("td", {}, row.rank), element("th", {scope: "row"}, star, " ", open), element("td", {}, answer.run ? number(row.score, 4) : signed(row.score)), element("td", {}, percent(row.prob_up, 0)),
     element("td", {}, signed(row.median)), element("td", {}, pair(row.range_50)), element("td", {}, pair(row.range_90)), element("td", {}, number(row.last_close)), element("td", {}, sparkline(row.sparkline)));
 }
 
@@ -36,7 +41,7 @@ export function show() {
   find("market-state").textContent = [text("ranked", answer.rows.length, answer.date, answer.run ?? answer.model), answer.ledger ? text("kept", answer.ledger.set, text(answer.ledger.live ? "live" : "simulated")) : ""].join(" ");
   find("market-filters").hidden = false;
   const heads = COLUMNS.map(([name, label]) => element("th", {scope: "col", class: name === "instrument" ? "text" : null, "aria-sort": order[0] === name ? (order[1] > 0 ? "ascending" : "descending") : null},
-    element("button", {type: "button", onclick: () => { order = [name, order[0] === name ? -order[1] : ["rank", "instrument"].includes(name) ? 1 : -1]; show(); }}, text(answer.run && name === "score" ? "ownScore" : label), order[0] === name ? (order[1] > 0 ? " ↑" : " ↓") : "")));
+    element("button", {type: "button", id: `sort-${name}`, onclick: () => { order = [name, order[0] === name ? -order[1] : ["rank", "instrument"].includes(name) ? 1 : -1]; show(); find(`sort-${name}`).focus(); }}, text(answer.run && name === "score" ? "ownScore" : label), order[0] === name ? (order[1] > 0 ? " ↑" : " ↓") : "")));
   heads.push(element("th", {scope: "col"}, text("recent")));
   find("market-table").replaceChildren(element("table", {}, element("thead", {}, element("tr", {}, ...heads)), element("tbody", {}, ...rows().map(line))));
   find("market-notes").replaceChildren(...answer.notes.map(note => element("li", {}, note)));
@@ -53,50 +58,41 @@ function lock() {
 }
 
 async function rank() {
-  const asked = {store: find("market-store").value, at: find("market-at").value.trim() || null}, top = Number(find("top").value);
-  if (run()) asked.run = run().id;
+  const question = {store: find("market-store").value, at: find("market-at").value.trim() || null}, top = Number(find("top").value);
+  if (run()) question.run = run().id;
   else {
-    Object.assign(asked, {universe: find("universe").value, model: find("market-model").value || null, top});
-    for (const name of ["lookback", "horizon", "samples"]) asked[name] = Number(find(`market-${name}`).value);
+    Object.assign(question, {model: find("market-model").value || null, top});
+    if (find("universe").value !== WATCHLIST) question.universe = find("universe").value;
+    else if (watched.size) question.instruments = [...watched];
+    else throw new Error(text("noWatchlist"));
+    for (const name of ["lookback", "horizon", "samples"]) question[name] = Number(find(`market-${name}`).value);
   }
-  place = run() ? "signals" : "market";
-  const given = await post(place, asked);
-  job = given.id;
-  const bar = find("market-progress");
-  try {
-    const last = await follow(place, job, status => {
-      const waits = ["queued", "running"].includes(status.state);
-      bar.hidden = !waits;
-      if (place === "signals") bar.removeAttribute("value"); else bar.value = status.progress; // how long a run takes is not known
-      find("market-cancel").disabled = !waits;
-      find("market-state").textContent = status.state === "queued" ? text("queued", status.place ?? 0) : status.state === "done" ? "" : text(status.state);
-    });
-    if (last.state === "done") {
-      answer = {...last.result, top};
-      show();
-    }
-  } finally { bar.hidden = true; find("market-cancel").disabled = true; }
+  const found = await work.ask(run() ? "signals" : "market", question);
+  if (!found) return;
+  answer = {...found, question, top};
+  show();
 }
 
 export async function open() {
   runs = offered ? await get("runs") : [];
   if (!runs.length) return;
-  const group = element("optgroup", {label: text("finishedRuns")}, ...runs.map(each => element("option", {value: each.id}, `${each.experiment} · ${each.start.slice(0, 10)} · ${each.id.slice(0, 8)}`)));
+  const chosen = find("market-model").value, group = element("optgroup", {label: text("finishedRuns")}, ...runs.map(each => element("option", {value: each.id}, `${each.experiment} · ${each.start.slice(0, 10)} · ${each.id.slice(0, 8)}`)));
   find("market-model").querySelector("optgroup")?.remove();
   find("market-model").append(group);
+  find("market-model").value = chosen;
 }
 
 export function start(stores, health) {
   offered = health.runs;
   const universes = () => {
     const store = stores.find(each => each.name === find("market-store").value);
-    find("universe").replaceChildren(...(store?.universes || []).map(name => element("option", {value: name}, name)));
+    find("universe").replaceChildren(...(store?.universes || []).map(name => element("option", {value: name}, name)), element("option", {value: WATCHLIST}, text("watchlist")));
   };
   find("market-store").replaceChildren(...stores.map(store => element("option", {value: store.name}, store.name)));
   find("market-store").addEventListener("change", universes);
   universes();
   find("market-form").addEventListener("submit", told(async event => { event.preventDefault(); await rank(); }));
-  find("market-cancel").addEventListener("click", told(async () => { if (job) await remove(`${place}/${job}`); }));
+  find("market-cancel").addEventListener("click", told(work.cancel));
   for (const id of ["filter", "watched"]) find(id).addEventListener("input", show);
   find("market-csv").addEventListener("click", () => save(`${answer.store}-${answer.date}.csv`, csv([["rank", "instrument", "score", "prob_up", "median", "q25", "q75", "q05", "q95", "last_close"],
     ...rows().map(row => [row.rank, row.instrument, row.score, row.prob_up, row.median, ...(row.range_50 ?? [null, null]), ...(row.range_90 ?? [null, null]), row.last_close])])));

@@ -1,10 +1,14 @@
 // The tab Runs: finished runs, and the report of those that are chosen, in a frame that may do nothing but show it.
-import {follow, get, post} from "./api.js";
+import {get, jobs} from "./api.js";
 import {element, find, number, table} from "./dom.js";
 import {told} from "./main.js";
 import {text} from "./strings.js";
 
-let runs = null;
+let runs = null, comparison = null;
+const work = jobs(find("runs-progress"), status => {
+  comparison = status.id ?? null;
+  find("runs-state").textContent = status.state === "queued" ? text("queued", status.place ?? 0) : "";
+});
 
 export async function show() {
   if (!runs) return;
@@ -20,18 +24,11 @@ export async function show() {
 async function compare() {
   const names = [...document.querySelectorAll("#runs-table input:checked")].map(each => each.value);
   if (!names.length) throw new Error(text("chooseRuns"));
-  const given = await post("comparisons", {names}), bar = find("runs-progress");
-  try {
-    await follow("comparisons", given.id, status => {
-      bar.hidden = !["queued", "running"].includes(status.state);
-      bar.value = status.progress;
-      find("runs-state").textContent = bar.hidden ? "" : status.state === "queued" ? text("queued", status.place ?? 0) : "…";
-    });
-    const address = `/api/comparisons/${given.id}/report`;
-    find("report").replaceChildren(
-      element("p", {}, element("a", {href: address, target: "_blank", rel: "noopener"}, text("openReport"))),
-      element("iframe", {src: address, sandbox: "allow-scripts", title: text("report")}));
-  } finally { bar.hidden = true; find("runs-state").textContent = ""; }
+  if (!await work.ask("comparisons", {names})) return;
+  const address = `/api/comparisons/${comparison}/report`;
+  find("report").replaceChildren(
+    element("p", {}, element("a", {href: address, target: "_blank", rel: "noopener"}, text("openReport"))),
+    element("iframe", {src: address, sandbox: "allow-scripts", title: text("report")}));
 }
 
 export async function open() {
