@@ -41,14 +41,15 @@ export const post = async (path, question) => (await call(path, {method: "POST",
 export const remove = async path => { await call(path, {method: "DELETE"}); };
 export const send = async file => (await call(`uploads?name=${encodeURIComponent(file.name)}`, {method: "POST", headers: {"Content-Type": "application/octet-stream"}, body: file})).json();
 
-const ENDED = ["done", "failed", "cancelled"], PAUSE = 1000, MOST_FAILURES = 5;
+const ENDED = ["done", "failed", "cancelled"], PAUSE = 1000, MOST_FAILURES = 5, SILENCE = 60000; // milliseconds; the server says sooner that it is there
 
 async function read(place, id, report, signal) {
   const answer = await call(`${place}/${id}/events`, {signal});
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let kept = "", last = null;
   for (;;) {
-    const {value, done} = await reader.read();
+    const silent = setTimeout(() => reader.cancel(), SILENCE);
+    const {value, done} = await reader.read().finally(() => clearTimeout(silent));
     if (done) return last;
     kept += value;
     for (let end; (end = kept.indexOf("\n\n")) >= 0; kept = kept.slice(end + 2)) {
@@ -67,7 +68,7 @@ async function follow(place, id, report, signal) {
       if (error.name === "AbortError" || error.status === 404) throw error;
     }
     if (!ENDED.includes(status?.state)) {
-      await new Promise(resolve => setTimeout(resolve, PAUSE));
+      await new Promise(resolve => setTimeout(resolve, PAUSE * (failures + 1)));
       signal.throwIfAborted();
       try { report(status = await get(`${place}/${id}`)); failures = 0; }
       catch (error) {
@@ -81,20 +82,29 @@ async function follow(place, id, report, signal) {
 }
 
 // The jobs of a tab, one at a time: a newer question takes the place of an older one, which is cancelled. `bar` is shown
-// while a job waits or runs, and `report` is told of each change. Both ways to ask return the result, or null.
+// while a job waits or runs, and `report` is told of each change. `ask` and `watch`, of a job that was asked for before,
+// return the result, or null if it was cancelled or superseded.
 export function jobs(bar, report = () => {}) {
-  let current = null;
-  async function watch(place, id) {
-    const own = {place, id, stop: new AbortController(), ended: false}, before = current;
+  let current = null, asked = 0;
+  const leave = (place, id) => remove(`${place}/${id}`).catch(() => { /* it has ended meanwhile */ });
+  async function ask(place, question) {
+    const turn = ++asked, given = await post(place, question);
+    if (turn === asked) return watch(place, given);
+    leave(place, given.id);
+    return null;
+  }
+  async function watch(place, given) {
+    const {id} = given, own = {place, id, stop: new AbortController(), ended: false}, before = current;
     current = own;
     before?.stop.abort();
-    if (before && !before.ended) remove(`${before.place}/${before.id}`).catch(() => { /* it has ended meanwhile */ });
+    if (before && !before.ended) leave(before.place, before.id);
     const show = status => {
       if (current !== own) return;
       bar.hidden = ENDED.includes(status.state);
       if (status.progress > 0) bar.value = status.progress; else bar.removeAttribute("value");
       report(status);
     };
+    show(given);
     try {
       const last = await follow(place, id, show, own.stop.signal);
       return current === own ? last.result : null;
@@ -107,9 +117,6 @@ export function jobs(bar, report = () => {}) {
       if (current === own) bar.hidden = true;
     }
   }
-  return {
-    watch,
-    ask: async (place, question) => watch(place, (await post(place, question)).id),
-    cancel: async () => { if (current && !current.ended) await remove(`${current.place}/${current.id}`); },
-  };
+  const cancel = async () => { if (current && !current.ended) await remove(`${current.place}/${current.id}`); };
+  return {ask, watch, cancel};
 }

@@ -51,8 +51,9 @@ export async function drawForecast(answer, options) {
   if (options.paths) answer.paths.forEach((path, number) => data.push(line(future, from(path), hues.accent, text("paths"), {line: {width: 0.7}, opacity: 0.4, legendgroup: "paths", showlegend: number === 0})));
   data.push(line(future, from(answer.quantiles.q50), hues.accent, text("median"), {line: {width: 2.5}, hoverinfo: "text", text: future.map(step => `${labels.get(step)}<br>${text("median")} ${Number(from(answer.quantiles.q50)[step].toPrecision(6))}`)}));
   if (answer.came) {
-    const known = answer.came.time.map(time => times.indexOf(time) + 1);
-    data.push(candles(answer.came, known, answer.came.time, text("whatCame"), options, 0.65));
+    const known = answer.came.time.map(time => times.indexOf(time) + 1), placed = values => values.filter((_, row) => known[row] > 0);
+    const came = Object.fromEntries(["time", "open", "high", "low", "close"].map(name => [name, placed(answer.came[name])]));
+    data.push(candles(came, placed(known), came.time, text("whatCame"), options, 0.65));
   }
   if (options.sma) data.push(line(past, average(bars.close, 20), hues.orange, "SMA 20"));
   if (options.bollinger) for (const [number, band] of bollinger(bars.close).entries()) data.push(line(past, band, hues.pink, text("bollinger"), {line: {dash: "dot"}, legendgroup: "bollinger", showlegend: number === 0}));

@@ -42,7 +42,8 @@ export function sparkline(values) {
 const finite = value => typeof value === "number" && Number.isFinite(value);
 export const percent = (value, digits = 1) => finite(value) ? `${(100 * value).toFixed(digits)} %`.replace("-", "−") : "–";
 export const signed = (value, digits = 2) => finite(value) ? `${value >= 0 ? "+" : "−"}${Math.abs(100 * value).toFixed(digits)} %` : "–";
-export const number = (value, digits = 6) => finite(value) ? value.toLocaleString(document.documentElement.lang, {maximumSignificantDigits: digits}).replace("-", "−") : "–";
+// So many significant digits, and all of an integer's.
+export const number = (value, digits = 6) => finite(value) ? value.toLocaleString(document.documentElement.lang, {maximumSignificantDigits: digits, maximumFractionDigits: 0, roundingPriority: "morePrecision"}).replace("-", "−") : "–";
 
 export function save(name, content, type = "text/csv") {
   const address = URL.createObjectURL(new Blob([content], {type}));

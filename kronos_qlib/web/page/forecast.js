@@ -1,5 +1,5 @@
 // The tab Forecast: a question, its progress, and the answer.
-import {get, jobs, post, send} from "./api.js";
+import {get, jobs, send} from "./api.js";
 import {drawForecast, savePng} from "./chart.js";
 import {csv, element, find, keep, kept, number, percent, save, signed, table} from "./dom.js";
 import {alertOf, sources, told} from "./main.js";
@@ -23,6 +23,7 @@ function fill(asked) {
 
 const work = jobs(find("progress"), status => {
   state(status);
+  if (status.id && !find("panel-forecast").hidden) history.replaceState(null, "", `#forecast/${status.id}`);
   if (status.partial) drawForecast({...status.partial, came: null}, choices()).catch(() => { /* the whole answer follows */ });
 });
 
@@ -35,9 +36,7 @@ function state(status) {
   else find("state").textContent = text(status.state);
 }
 
-async function watch(id) {
-  history.replaceState(null, "", `#forecast/${id}`);
-  const found = await work.watch("forecasts", id);
+async function take(found) {
   if (!found) return;
   answer = found;
   await show();
@@ -47,9 +46,7 @@ async function watch(id) {
 export async function ask(more = {}) {
   fill(more);
   if (!find("forecast-form").reportValidity()) return;
-  const given = await post("forecasts", question());
-  state(given);
-  await watch(given.id);
+  await take(await work.ask("forecasts", question()));
 }
 
 function card(name, value, note) {
@@ -160,8 +157,7 @@ export async function start(health) {
     try {
       const found = await get(`forecasts/${id}`);
       fill(found.question);
-      state(found);
-      await watch(id);
+      await take(await work.watch("forecasts", found));
     } catch (error) { history.replaceState(null, "", "#forecast"); alertOf(error); }
   }
 }

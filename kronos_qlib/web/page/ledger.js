@@ -4,7 +4,7 @@ import {element, find, number, percent, region, signed, table} from "./dom.js";
 import {told} from "./main.js";
 import {text} from "./strings.js";
 
-let ledger = null;
+let ledger = null, judged = {}; // with paper portfolios, which the ledger alone has not
 const work = jobs(find("record-progress"));
 
 async function openSet(id) {
@@ -33,7 +33,8 @@ async function update() {
   try {
     const found = await work.ask("records", {});
     if (!found) return;
-    ledger = {...await get("ledger"), judgements: found.judgements};
+    judged = {judgements: found.judgements};
+    ledger = {...await get("ledger"), ...judged};
     show();
     find("ledger-state").textContent = text("filled", found.updated.labels + found.updated.returns, found.updated.waiting);
   } finally { find("record").disabled = false; }
@@ -45,6 +46,6 @@ export function start() {
 
 export async function open() {
   if (find("record").disabled) return; // it is being judged
-  ledger = await get("ledger");
+  ledger = {...await get("ledger"), ...judged};
   show();
 }

@@ -53,17 +53,18 @@ function keys(event) {
 }
 
 function choices() {
-  find("theme").value = document.documentElement.dataset.theme || "auto";
+  const root = document.documentElement;
+  find("theme").value = root.dataset.chosen;
   find("theme").addEventListener("change", told(async () => {
-    const chosen = find("theme").value;
-    if (chosen === "auto") delete document.documentElement.dataset.theme; else document.documentElement.dataset.theme = chosen;
-    keep("theme", chosen);
+    root.dataset.chosen = find("theme").value;
+    root.dispatchEvent(new Event("themechange"));
+    keep("theme", find("theme").value);
     await forecast.redraw();
   }));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", told(forecast.redraw));
   find("language").value = language();
   find("language").addEventListener("change", told(async () => {
-    document.documentElement.lang = find("language").value;
+    root.lang = find("language").value;
     keep("language", find("language").value);
     writeTexts();
     for (const each of [market, runs, ledger, data]) await each.show();

@@ -32,11 +32,12 @@ function line(row) {
     const {question} = answer; // as it was asked, whatever the form says now
     await ask({source: answer.store, instrument: row.instrument, at: answer.date, ...(answer.run ? {} : {model: answer.model, lookback: answer.seen, horizon: answer.horizon, samples: question.samples})});
   })}, row.instrument);
-  return element("tr", row.rank <= answer.top ? {class: "top"} : {}, element("td", {}, row.rank), element("th", {scope: "row"}, star, " ", open), element("td", {}, answer.run ? number(row.score, 4) : signed(row.score)), element("td", {}, percent(row.prob_up, 0)),
+  return element("tr", row.rank <= answer.top ? {class: "top"} : {}, element("td", {}, row.rank), element("th", {scope: "row", class: "text"}, star, " ", open), element("td", {}, answer.run ? number(row.score, 4) : signed(row.score)), element("td", {}, percent(row.prob_up, 0)),
     element("td", {}, signed(row.median)), element("td", {}, pair(row.range_50)), element("td", {}, pair(row.range_90)), element("td", {}, number(row.last_close)), element("td", {}, sparkline(row.sparkline)));
 }
 
 export function show() {
+  find("market-model").querySelector("optgroup")?.setAttribute("label", text("finishedRuns"));
   if (!answer) return;
   find("market-state").textContent = [text("ranked", answer.rows.length, answer.date, answer.run ?? answer.model), answer.ledger ? text("kept", answer.ledger.set, text(answer.ledger.live ? "live" : "simulated")) : ""].join(" ");
   find("market-filters").hidden = false;
@@ -48,6 +49,11 @@ export function show() {
   const left = find("left-out");
   left.hidden = !answer.left_out.length;
   left.querySelector("ul").replaceChildren(...answer.left_out.map(each => element("li", {}, each)));
+}
+
+// Choose what was chosen before, where it is still there.
+function choose(list, value) {
+  if ([...list.options].some(option => option.value === value)) list.value = value;
 }
 
 const run = () => runs.find(each => each.id === find("market-model").value);
@@ -74,19 +80,21 @@ async function rank() {
 }
 
 export async function open() {
-  runs = offered ? await get("runs") : [];
-  if (!runs.length) return;
+  if (!offered) return;
+  runs = await get("runs");
   const chosen = find("market-model").value, group = element("optgroup", {label: text("finishedRuns")}, ...runs.map(each => element("option", {value: each.id}, `${each.experiment} · ${each.start.slice(0, 10)} · ${each.id.slice(0, 8)}`)));
   find("market-model").querySelector("optgroup")?.remove();
-  find("market-model").append(group);
-  find("market-model").value = chosen;
+  if (runs.length) find("market-model").append(group);
+  choose(find("market-model"), chosen);
+  lock();
 }
 
 export function start(stores, health) {
   offered = health.runs;
   const universes = () => {
-    const store = stores.find(each => each.name === find("market-store").value);
-    find("universe").replaceChildren(...(store?.universes || []).map(name => element("option", {value: name}, name)), element("option", {value: WATCHLIST}, text("watchlist")));
+    const store = stores.find(each => each.name === find("market-store").value), chosen = find("universe").value;
+    find("universe").replaceChildren(...(store?.universes || []).map(name => element("option", {value: name}, name)), element("option", {value: WATCHLIST, "data-text": "ownList"}, text("ownList")));
+    choose(find("universe"), chosen);
   };
   find("market-store").replaceChildren(...stores.map(store => element("option", {value: store.name}, store.name)));
   find("market-store").addEventListener("change", universes);

@@ -1,10 +1,14 @@
-// Before the first paint: the theme and language that the reader chose last.
+// Before the first paint: the theme and language that the reader chose last, where they are kept.
 {
-  let theme = "auto", language = null;
-  try {
-    theme = localStorage.getItem("theme") || "auto";
-    language = localStorage.getItem("language");
-  } catch { /* no storage: the system's own */ }
-  if (theme !== "auto") document.documentElement.dataset.theme = theme;
-  document.documentElement.lang = language || (navigator.language.startsWith("zh") ? "zh" : "en");
+  const root = document.documentElement, dark = matchMedia("(prefers-color-scheme: dark)");
+  const kept = name => { try { return localStorage.getItem(name); } catch { return null; } };
+  const paint = () => {
+    const chosen = root.dataset.chosen;
+    root.dataset.theme = chosen === "auto" ? (dark.matches ? "dark" : "light") : chosen;
+  };
+  root.dataset.chosen = kept("theme") || "auto";
+  root.lang = kept("language") || (navigator.language.startsWith("zh") ? "zh" : "en");
+  paint();
+  dark.addEventListener("change", paint);
+  root.addEventListener("themechange", paint);
 }
