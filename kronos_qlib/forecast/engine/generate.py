@@ -115,8 +115,8 @@ def generate(
     """
     _check_shapes(weights, x, x_stamp, y_stamp)
     windows, horizon = x.shape[0], y_stamp.shape[1]
-    drawn = windows * sampling.sample_count * horizon * (BYTES_PER_BAR + 8 * x.shape[-1])
-    check_memory(f"sample_count {sampling.sample_count} ({windows} windows, {horizon} bars)", drawn, CPU)
+    needed = windows * sampling.sample_count * horizon * (BYTES_PER_BAR + 8 * x.shape[-1])
+    check_memory(f"sample_count {sampling.sample_count} ({windows} windows, {horizon} bars)", needed, CPU)
     keys = np.arange(windows) if keys is None else _as_integers(keys, windows)
     stratified = sampling.sampling == "stratified"
     uniform = torch.from_numpy(uniforms(sampling.seed, keys, sampling.sample_count, horizon, stratified))
@@ -150,7 +150,8 @@ def generate(
             rows, samples = task
             with torch.inference_mode():  # of this thread
                 paths = draw_batch(x[rows], x_stamp[rows], y_stamp[rows], uniform[:, :, rows, samples])
-            report(rows.stop - rows.start)
+            if samples.stop == sampling.sample_count:  # a window is counted once, with its last part
+                report(rows.stop - rows.start)
             return paths
 
         if not on_cpu or (single and parts == 1):  # torch's threads divide the products of a single window
