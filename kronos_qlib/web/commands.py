@@ -11,13 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from kronos_qlib.web.jobs import Report
 from kronos_qlib.web.problems import Problem
-from kronos_qlib.web.sources import Sources
 
-SPARKLINE = 40  # closes
 _MOST_SECONDS = 900
 _STEP = 0.2  # seconds between two looks at a process: a job that is cancelled ends it
 
@@ -64,72 +60,9 @@ def run_command(
     raise Problem(422 if text else 500, text or f"kronos-qlib {arguments[0]} failed; start it by hand to see why.")
 
 
-def rank_by_run(
-    run: Mapping[str, Any], store: str, date: str, sources: Sources, uri: str, ledger: str | None, report: Report
-) -> dict[str, Any]:
-    """Rank a store's instruments by a finished run, `kronos-qlib signals`, in the form of a market's ranking.
-
-    Args:
-        run: as `list_runs` has it. date: a session of the store.
-
-    Raises:
-        Problem: the run cannot score the date.
-    """
-    folder = sources.store(store).folder
-    arguments = ["signals", "--json", f"--store={folder}", f"--uri={uri}", f"--date={date}"]
-    arguments += [*(["--no-ledger"] if ledger is None else []), "--", run["id"]]
-    environment = {} if ledger is None else {"KRONOS_LEDGER": ledger}
-    found = run_command(arguments, report, {str(folder): store} | hidden_folders(uri, ledger), environment)
-    rows = [_row(row, store, pd.Timestamp(found["date"]), sources) for row in found["signals"]]
-    return {
-        "digest": found["data_digest"],
-        "store": store,
-        "universe": None,
-        "date": found["date"].removesuffix(" 00:00:00"),
-        "model": None,
-        "run": run["experiment"],
-        "seen": None,
-        "horizon": found["horizon"],
-        "rows": sorted(rows, key=lambda row: (row["rank"], row["instrument"])),
-        "left_out": [],
-        "left_out_total": 0,
-        "notes": [f"The run {run['experiment']}, recorder {run['id'][:8]}."],
-        "ledger": found.get("ledger"),
-    }
-
-
-def judge_record(ledger: str, report: Report) -> dict[str, Any]:
-    """Fill in what came and judge the record, with its paper portfolios: `kronos-qlib ledger`. Raises Problem."""
-    hidden, environment = hidden_folders(ledger), {"KRONOS_LEDGER": ledger}
-    updated, judgements = (
-        run_command(["ledger", action, "--json"], report, hidden, environment) for action in ("update", "show")
-    )
-    return {"updated": updated, "judgements": judgements}
-
-
 def hidden_folders(*addresses: str | None) -> dict[str, str]:
     """Return databases' addresses, which may hold a password, and their folders, and what stands instead of each."""
     whole = {address: "the database" for address in addresses if address and "://" in address}
     paths = [Path(address.partition("///")[2] or address).parent for address in addresses if address]
     folders = {str(folder) for path in paths for folder in (path, path.resolve())}
     return whole | {f"{folder}/": "" for folder in folders if len(folder) > 1}
-
-
-def _row(row: dict[str, Any], store: str, date: pd.Timestamp, sources: Sources) -> dict[str, Any]:
-    try:
-        closes = sources.bars(store, row["instrument"]).bars.bars["close"].loc[:date].iloc[-SPARKLINE:].tolist()
-    except Problem:  # a store whose instruments' folders have other names
-        closes = []
-    return {
-        "instrument": row["instrument"],
-        "rank": int(row["rank"]),
-        "score": row["score"],
-        "prob_up": row.get("prob_up"),
-        "last_close": row.get("last_close") or (closes[-1] if closes else None),
-        "median": row.get("q50"),
-        **{f"range_{name}": [row[low], row[high]] if low in row else None for name, low, high in _RANGES},
-        "sparkline": closes,
-    }
-
-
-_RANGES = (("50", "q25", "q75"), ("90", "q05", "q95"))

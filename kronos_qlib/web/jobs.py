@@ -199,7 +199,7 @@ class JobQueue:
             if batch:
                 self._answer(batch)
 
-    def _take(self, long: bool) -> list[Job]:
+    def _take(self, long: bool) -> list[tuple[Job, Task]]:
         """Take the first job that waits and others of its group; with `long` also a job that is alone in its group."""
         with self._condition:
             for job in [job for job in self._waiting if self._is_answered(job)]:  # since it was asked
@@ -213,10 +213,11 @@ class JobQueue:
                 self._waiting.remove(job)
                 self._change(job, state="running")
             self._running += batch
-            return batch
+            return [(job, job.task) for job in batch]  # one that is cancelled lets go of its task
 
-    def _answer(self, batch: list[Job]) -> None:
-        first = {_key(job): job.task for job in batch}  # the same question asked twice is answered once
+    def _answer(self, taken: list[tuple[Job, Task]]) -> None:
+        batch = [job for job, _ in taken]
+        first = {_key(job): task for job, task in taken}  # the same question asked twice is answered once
         started = time.monotonic()
 
         def report(share: float, partial: Sequence[dict[str, Any]] | None = None) -> None:

@@ -1,6 +1,6 @@
 """A universe → its instruments, ranked by their forecasts of one date: a job in parts, so that others may go first."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -10,7 +10,7 @@ import pandas as pd
 
 from kronos_qlib.data.calendar import sessions_after_bars
 from kronos_qlib.data.windows import CLOSE
-from kronos_qlib.web.commands import SPARKLINE
+from kronos_qlib.web.commands import hidden_folders, run_command
 from kronos_qlib.web.forecasts import are_days, as_text, check_size, draw_paths, read_date
 from kronos_qlib.web.jobs import Report
 from kronos_qlib.web.keeping import Keeper, StoreForecast, digest_bars, score
@@ -23,6 +23,8 @@ from kronos_qlib.workflow.named_predictor import most_lookback
 
 PART = 16  # instruments that are forecast before others may go first
 TOGETHER = 8  # of them that go through the networks at once
+SPARKLINE = 40  # closes
+_RANGES = (("50", "q25", "q75"), ("90", "q05", "q95"))
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,40 @@ def answer(
     }
 
 
+def rank_by_run(
+    run: Mapping[str, Any], store: str, date: str, sources: Sources, uri: str, ledger: str | None, report: Report
+) -> dict[str, Any]:
+    """Rank a store's instruments by a finished run, `kronos-qlib signals`, in the form of a market's ranking.
+
+    Args:
+        run: as `list_runs` has it. date: a session of the store.
+
+    Raises:
+        Problem: the run cannot score the date.
+    """
+    folder = sources.store(store).folder
+    arguments = ["signals", "--json", f"--store={folder}", f"--uri={uri}", f"--date={date}"]
+    arguments += [*(["--no-ledger"] if ledger is None else []), "--", run["id"]]
+    environment = {} if ledger is None else {"KRONOS_LEDGER": ledger}
+    found = run_command(arguments, report, {str(folder): store} | hidden_folders(uri, ledger), environment)
+    rows = [_row(row, store, pd.Timestamp(found["date"]), sources) for row in found["signals"]]
+    return {
+        "digest": found["data_digest"],
+        "store": store,
+        "universe": None,
+        "date": found["date"].removesuffix(" 00:00:00"),
+        "model": None,
+        "run": run["experiment"],
+        "seen": None,
+        "horizon": found["horizon"],
+        "rows": sorted(rows, key=lambda row: (row["rank"], row["instrument"])),
+        "left_out": [],
+        "left_out_total": 0,
+        "notes": [f"The run {run['experiment']}, recorder {run['id'][:8]}."],
+        "ledger": found.get("ledger"),
+    }
+
+
 def _bars(asked: PreparedMarket, room: int, left: list[str]) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield each instrument that has a bar of the date and enough before it; the others are added to `left`."""
     for name in asked.instruments:
@@ -129,6 +165,23 @@ def _bars(asked: PreparedMarket, room: int, left: list[str]) -> Iterator[tuple[s
             left.append(f"{name}: {len(bars)} bars, fewer than {room}")
         else:
             yield name, bars.iloc[-room:]
+
+
+def _row(row: dict[str, Any], store: str, date: pd.Timestamp, sources: Sources) -> dict[str, Any]:
+    try:
+        closes = sources.bars(store, row["instrument"]).bars.bars["close"].loc[:date].iloc[-SPARKLINE:].tolist()
+    except Problem:  # a store whose instruments' folders have other names
+        closes = []
+    return {
+        "instrument": row["instrument"],
+        "rank": int(row["rank"]),
+        "score": row["score"],
+        "prob_up": row.get("prob_up"),
+        "last_close": row.get("last_close") or (closes[-1] if closes else None),
+        "median": row.get("q50"),
+        **{f"range_{name}": [row[low], row[high]] if low in row else None for name, low, high in _RANGES},
+        "sparkline": closes,
+    }
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from kronos_qlib.web.commands import hidden_folders
+from kronos_qlib.web.commands import hidden_folders, run_command
 from kronos_qlib.web.jobs import Report
 from kronos_qlib.web.problems import Problem
 from kronos_qlib.web.uploads import Upload
@@ -126,6 +126,15 @@ def read_ledger_set(url: str, set_id: int) -> dict[str, Any]:
         "experiment": str(sets.loc[set_id, "experiment"]),
         "rows": [{key: _plain(value) for key, value in row.items()} for row in own.head(SHOWN_ROWS).to_dict("records")],
     }
+
+
+def judge_record(ledger: str, report: Report) -> dict[str, Any]:
+    """Fill in what came and judge the record, with its paper portfolios: `kronos-qlib ledger`. Raises Problem."""
+    hidden, environment = hidden_folders(ledger), {"KRONOS_LEDGER": ledger}
+    updated, judgements = (
+        run_command(["ledger", action, "--json"], report, hidden, environment) for action in ("update", "show")
+    )
+    return {"updated": updated, "judgements": judgements}
 
 
 def _read(url: str) -> tuple[str, pd.DataFrame, pd.DataFrame]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kronos_qlib.web import commands, market, records
+from kronos_qlib.web import market, records
 from kronos_qlib.web.forecasts import Forecasts, Prepared, read_date
 from kronos_qlib.web.jobs import Job, JobQueue, Report, Task
 from kronos_qlib.web.keeping import Keeper
@@ -112,9 +112,10 @@ class Service:
         """Ask for a ranking by a finished run. Raises Problem."""
         uri, ledger = self._runs_uri(), self.settings.ledger
         run = _run_of(records.list_runs(uri), question.run)
-        date = self.sources.sessions(question.store, read_date(question.at))[-1]
-        asked = run, question.store, str(date.date()), self.sources, uri, ledger
-        return self._submit("signals", None, question, lambda report: commands.rank_by_run(*asked, report))
+        session = self.sources.sessions(question.store, read_date(question.at))[-1]
+        date = str(session if ":" in (question.at or "") else session.date())  # of a date, its last score time
+        asked = run, question.store, date, self.sources, uri, ledger
+        return self._submit("signals", None, question, lambda report: market.rank_by_run(*asked, report))
 
     def ask_comparison(self, question: ComparisonQuestion) -> Job:
         """Ask for a comparison of runs. Raises Problem."""
@@ -136,7 +137,7 @@ class Service:
     def ask_record(self, question: RecordQuestion) -> Job:
         """Ask for what came to be filled in and for the record to be judged. Raises Problem."""
         ledger = self._ledger_url()
-        return self._submit("record", None, question, lambda report: commands.judge_record(ledger, report))
+        return self._submit("record", None, question, lambda report: records.judge_record(ledger, report))
 
     def _submit(
         self,

@@ -365,3 +365,31 @@ def test_the_same_question_that_waits_is_answered_once():
     queue.close()
     assert calls == [1] and [job.result for job in jobs] == [{"answer": 7}] * 3
     assert all(job.task.payload is None for job in jobs)
+
+
+def test_one_that_is_cancelled_while_its_batch_begins_takes_no_other_with_it(monkeypatch: pytest.MonkeyPatch):
+    answer = JobQueue._answer
+
+    def cancel_first(queue: JobQueue, taken) -> None:
+        queue.cancel(taken[0][0].id)
+        answer(queue, taken)
+
+    held, go = threading.Event(), threading.Event()
+
+    def work(asked, report):
+        if asked == ["first"]:
+            held.set()
+            go.wait(10)
+        return [{"answer": each} for each in asked]
+
+    queue = JobQueue("test", 8, 8)
+    queue.submit(Task("test", "first", None, "first", work, {}))
+    assert held.wait(10)
+    jobs = [queue.submit(Task("test", name, "group", name, work, {})) for name in ("one", "other")]
+    monkeypatch.setattr(JobQueue, "_answer", cancel_first)
+    go.set()
+    end = time.monotonic() + 10
+    while jobs[1].state in ("queued", "running") and time.monotonic() < end:
+        time.sleep(0.01)
+    queue.close()
+    assert [job.state for job in jobs] == ["cancelled", "done"] and jobs[1].result == {"answer": "other"}
